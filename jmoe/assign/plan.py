@@ -1,0 +1,129 @@
+"""Queue positions by one stable sort; the kept mask; how many slots are taken.
+
+Switch Transformer (arXiv 2101.03961), section 2.2, and GShard (arXiv 2006.16468),
+algorithm 1, for any number of choices, groups, priorities and capacities.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jmoe.assign.capacity import of_valid
+from jmoe.types import Context, Plan, Routing, group_of, valid_or_all
+from jmoe.use import Use
+
+
+def assign(
+  routing: Routing,
+  context: Context,
+  *,
+  capacity: Use | None = None,
+  priority: Use | None = None,
+  train: bool = False,
+  key: Array | None = None,
+  max_rows: int | None = None,
+) -> Plan:
+  """Queues every assignment at its expert and cuts the queue at capacity.
+
+  Args:
+    routing: N assignments.
+    context: `valid` tokens are what capacity counts; `position` for random priority.
+    capacity: a `capacity` function in `use`; None: dropless, or the router's own.
+    priority: a `priority` function in `use`; None: entries in their order.
+    train: chooses capacity factors.
+    key: for random priority.
+    max_rows: bound of a dropless buffer, in rows.  Every expert's queue is then cut at
+      the largest common length for which all fit, so no expert starves because of its
+      index.
+
+  Returns:
+    Plan over `routing.num_groups` groups (one if dropless).
+  """
+  E = routing.num_experts
+  limited = capacity is not None or routing.capacity is not None
+  # Without a limit groups do not compete, and the order within a queue is nobody's
+  # business: one group, one sort key.
+  G = routing.num_groups if limited else 1
+  group_N = group_of(routing.token, routing.group_size if limited else None)
+  queue_N = jnp.where(routing.queues, group_N * E + routing.expert, G * E)
+  priority_N = None
+  if priority is not None and (limited or max_rows is not None):
+    priority_N = priority(routing, context, key=key)
+  order, slot_N, load_GE = _queue(queue_N, G * E, priority_N)
+  load_GE = load_GE.reshape(G, E)
+  if routing.capacity is not None:
+    static, limit_GE = routing.capacity, load_GE
+  elif capacity is not None:
+    static, limit_GE = _limit(routing, context, capacity, G, train)
+  else:
+    static, limit_GE = None, load_GE
+  if max_rows is not None:
+    limit_GE = jnp.minimum(limit_GE, _common_length(load_GE, max_rows))
+  rows_GE = jnp.minimum(load_GE, limit_GE)
+  rows_of_N = jnp.append(rows_GE.reshape(-1), 0)[queue_N]
+  return Plan(
+    routing=routing,
+    order=order,
+    slot=slot_N,
+    kept=routing.live & (slot_N < rows_of_N),
+    load=load_GE,
+    rows=rows_GE,
+    cause="buffer" if static is None else "capacity",
+    capacity=static,
+    max_rows=max_rows,
+  )
+
+
+def _queue(queue_N: Array, num_queues: int, priority_N: Array | None):
+  """Entries in queue order, each one's place in its queue, and the queues' lengths."""
+  N = queue_N.shape[0]
+  index_N = jnp.arange(N, dtype=jnp.int32)
+  keys = (queue_N,) if priority_N is None else (queue_N, -priority_N)
+  by_queue, *_, order = jax.lax.sort(
+    (*keys, index_N), num_keys=len(keys), is_stable=True
+  )
+  bound = jnp.searchsorted(by_queue, jnp.arange(num_queues + 1, dtype=by_queue.dtype))
+  bound = bound.astype(jnp.int32)
+  # The inverse permutation by a second sort: a scatter would be slower on accelerators.
+  _, place_N = jax.lax.sort((order, index_N), num_keys=1)
+  return order, place_N - bound[queue_N], jnp.diff(bound)
+
+
+def _limit(
+  routing: Routing, context: Context, capacity: Use, G: int, train: bool
+) -> tuple[int | tuple[int, ...], Array]:
+  """The static size of the buffer, and the slots i32[G,E] that may be used of it."""
+  T, E, S = routing.num_tokens, routing.num_experts, routing.group_size
+  S = T if S is None else S
+
+  def slots(tokens):
+    return capacity(tokens, E, routing.k or 1, train=train)
+
+  full = np.asarray(slots(S))
+  static = int(full) if full.ndim == 0 else tuple(int(c) for c in full)
+  everyone = "count" in capacity.kwargs and capacity.get("count") == "all"
+  if everyone or (context.valid is None and T == G * S):
+    return static, jnp.broadcast_to(jnp.asarray(full, jnp.int32), (G, E))
+  valid_T = valid_or_all(context, T)
+  count_G = jnp.sum(
+    jnp.pad(valid_T, (0, G * S - T)).reshape(G, S), axis=1, dtype=jnp.int32
+  )
+  limit = of_valid(count_G, S, slots)
+  limit_GE = limit if limit.ndim == 2 else limit[:, None]
+  return static, jnp.broadcast_to(limit_GE, (G, E))
+
+
+def _common_length(load_GE: Array, max_rows: int) -> Array:
+  """The largest c with `sum(min(load, c)) <= max_rows`, by bisection."""
+  load = load_GE.reshape(-1)
+
+  def halve(_, bounds):
+    low, high = bounds  # fits(low), and high + 1 is not known to fit
+    middle = (low + high + 1) // 2
+    fits = jnp.sum(jnp.minimum(load, middle)) <= max_rows
+    return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
+
+  zero = jnp.zeros((), jnp.int32)
+  return jax.lax.fori_loop(0, 32, halve, (zero, jnp.max(load)))[0]

@@ -1,0 +1,12 @@
+"""Dispatch: `(x_TD, plan, experts, home) -> y`; one file is one strategy.
+
+A strategy carries rows to experts, decides when they run, and brings their outputs
+home.  It receives the experts as a function, so that exchange and computation can be
+interleaved; `home` is linear, so partial sums may be formed on the way.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from jmoe.dispatch.buckets import buckets as buckets
+from jmoe.dispatch.einsum import einsum as einsum
+from jmoe.dispatch.mix import mix as mix
+from jmoe.dispatch.sort import sort as sort

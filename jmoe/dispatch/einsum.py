@@ -1,0 +1,79 @@
+"""One-hot matmuls (GShard): the reference, and what XLA shards by itself."""
+# SPDX-License-Identifier: Apache-2.0
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe.types import Groups, Home, Plan, Rows, group_of, wide
+from jmoe.use import marked
+
+
+@marked(dropless=False)
+def einsum(
+  x_TD: Array, plan: Plan, experts: Callable[[Rows], Array], home: Home
+) -> Array:
+  """Dispatch and combine as products with dense masks `[G,S,E,C]`.
+
+  GShard (arXiv 2006.16468), algorithm 2.  Memory grows with T*E*C: for small shapes,
+  for meshes without `shard_map`, and to compare the others with.
+
+  Args:
+    x_TD: activations.
+    plan: with a capacity.
+    experts: rows -> [R,D].
+    home: how outputs come home.
+
+  Returns:
+    `[T,D]` or `[T,K,D]`; dropped assignments give zero.
+  """
+  routing = plan.routing
+  T, E, D = routing.num_tokens, routing.num_experts, x_TD.shape[1]
+  G, S = plan.load.shape[0], routing.group_size or routing.num_tokens
+  assert plan.capacity is not None
+  C = plan.capacity if isinstance(plan.capacity, int) else max(plan.capacity)
+  dtype = wide(x_TD)
+
+  def product(subscripts: str, a: Array, b: Array) -> Array:
+    # A token's copy must arrive as it left: no bf16 or TF32 passes over one-hots.
+    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+
+  expert_NE = jax.nn.one_hot(routing.expert, E, dtype=dtype)
+  slot_NC = jax.nn.one_hot(plan.slot, C, dtype=dtype)
+  slot_NC = jnp.where(plan.kept[:, None], slot_NC, 0)
+  tokens = jnp.arange(T, dtype=jnp.int32) if routing.k is None else None
+  x_GSD = jnp.pad(x_TD.astype(dtype), ((0, G * S - T), (0, 0))).reshape(G, S, D)
+
+  def per_token(weight_N: Array) -> Array:
+    """f32[G,S,E,C]: the weight of every kept assignment at its place."""
+    weighed_NE = expert_NE * weight_N.astype(dtype)[:, None]
+    if tokens is None:
+      mask = product(
+        "TKE,TKC->TEC",
+        weighed_NE.reshape(T, routing.k, E),
+        slot_NC.reshape(T, routing.k, C),
+      )
+    else:
+      own_TN = (routing.token[None, :] == tokens[:, None]).astype(dtype)
+      mask = product("TN,NEC->TEC", own_TN, weighed_NE[:, :, None] * slot_NC[:, None])
+    return jnp.pad(mask, ((0, G * S - T), (0, 0), (0, 0))).reshape(G, S, E, C)
+
+  ones_N = jnp.ones(routing.weight.shape, dtype)
+  sent = per_token(ones_N if home.input_scale is None else home.input_scale)
+  x_EGCD = product("GSEC,GSD->EGCD", sent, x_GSD).astype(x_TD.dtype)
+  groups = Groups(
+    start=jnp.arange(E, dtype=jnp.int32) * (G * C),
+    rows=jnp.full(E, G * C, jnp.int32),
+    capacity=G * C,
+  )
+  y_RD = experts(Rows(x_EGCD.reshape(E * G * C, D), groups))
+  y_EGCD = y_RD.reshape(E, G, C, y_RD.shape[1]).astype(dtype)
+  if home.sums:
+    y_GSD = product("GSEC,EGCD->GSD", per_token(home.weight), y_EGCD)
+    return y_GSD.reshape(G * S, -1)[:T].astype(x_TD.dtype)
+  group_NG = jax.nn.one_hot(group_of(routing.token, routing.group_size), G, dtype=dtype)
+  at_NEGC = jnp.einsum("NE,NG,NC->NEGC", expert_NE, group_NG, slot_NC)
+  y_ND = product("NEGC,EGCD->ND", at_NEGC, y_EGCD) * home.weight[:, None]
+  return y_ND.reshape(T, routing.k or 1, -1).astype(x_TD.dtype)

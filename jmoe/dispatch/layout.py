@@ -1,0 +1,105 @@
+"""The row layout that every grouped matmul reads, as one value.
+
+Each expert's rows start at a multiple of a block.  Ragged groups (dropless) and equal
+ones (capacity buckets) are the same value with other numbers.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe.types import Groups, Layout, Plan, group_of
+
+
+def block_size(rows_per_expert: float, most: int = 64) -> int:
+  """A power of two from 8 to `most`, near the mean rows of an expert."""
+  block = 8
+  while block < most and block < rows_per_expert:
+    block *= 2
+  return block
+
+
+def ragged(plan: Plan, block: int | None = None) -> Layout:
+  """Rows packed by expert, each expert's from a multiple of `block` on.
+
+  Args:
+    plan: of one group, dropless.
+    block: rows; None chooses by the mean rows of an expert.
+
+  Returns:
+    Layout of a static number of rows: `N + (block-1) * min(E, N)` rounded down to
+    blocks, or as `plan.max_rows` bounds it.
+  """
+  E, N = plan.load.shape[1], plan.order.shape[0]
+  bound = N if plan.max_rows is None else min(N, plan.max_rows)
+  block = block_size(bound / E) if block is None else block
+  R = (bound + (block - 1) * min(E, bound)) // block * block
+  rows_E = plan.rows[0]
+  padded_E = -(-rows_E // block) * block
+  end_E = jnp.cumsum(padded_E, dtype=jnp.int32)
+  start_E = end_E - padded_E
+  # row -> expert: by block, since every row of a block has the same expert
+  block_at = jnp.arange(0, R, block, dtype=jnp.int32)
+  expert_B = jnp.minimum(jnp.searchsorted(end_E, block_at, side="right"), E - 1)
+  place_BR = (block_at - start_E[expert_B])[:, None] + jnp.arange(
+    block, dtype=jnp.int32
+  )
+  taken_BR = place_BR < rows_E[expert_B][:, None]
+  queue_E = jnp.cumsum(plan.load[0], dtype=jnp.int32) - plan.load[0]
+  at_BR = queue_E[expert_B][:, None] + place_BR
+  row_N = start_E[plan.routing.expert] + plan.slot
+  groups = Groups(start_E, rows_E, block)
+  return _layout(plan, at_BR.reshape(-1), taken_BR.reshape(-1), row_N, groups)
+
+
+def equal(plan: Plan) -> Layout:
+  """Capacity buckets: `[E, G, C]` rows, an expert's padded to a block.
+
+  Args:
+    plan: with a capacity.
+
+  Returns:
+    Layout of `E * ceil(G*C / block) * block` rows.
+  """
+  G, E = plan.load.shape
+  capacity = plan.capacity
+  assert capacity is not None
+  C = capacity if isinstance(capacity, int) else max(capacity)
+  block = block_size(G * C)
+  stride = max(block, -(-G * C // block) * block)
+  place = jnp.arange(stride, dtype=jnp.int32)
+  g, c = jnp.minimum(place // max(C, 1), G - 1), place % max(C, 1)
+  bound = jnp.cumsum(plan.load.reshape(-1), dtype=jnp.int32)
+  queue_EG = (bound - plan.load.reshape(-1)).reshape(G, E).T
+  at = queue_EG[:, g] + c  # [E, stride]
+  taken = (place < G * C) & (c < plan.rows.T[:, g])
+  start_E = jnp.arange(E, dtype=jnp.int32) * stride
+  group_N = group_of(plan.routing.token, plan.routing.group_size)
+  row_N = start_E[plan.routing.expert] + group_N * C + plan.slot
+  # Up to the last slot taken; with several groups there are empty ones before it.
+  last_GE = plan.rows + jnp.arange(G, dtype=jnp.int32)[:, None] * C
+  rows_E = jnp.max(jnp.where(plan.rows > 0, last_GE, 0), axis=0)
+  groups = Groups(start_E, rows_E, block, capacity=stride)
+  return _layout(plan, at.reshape(-1), taken.reshape(-1), row_N, groups)
+
+
+def _layout(
+  plan: Plan, at_R: Array, taken_R: Array, row_N: Array, groups: Groups
+) -> Layout:
+  N, T = plan.order.shape[0], plan.routing.num_tokens
+  R = at_R.shape[0]
+  if N == 0 or R == 0:
+    empty = jnp.zeros(R, jnp.int32)
+    row_N = jnp.full(N, R, jnp.int32)
+    return Layout(empty + T, empty + N, row_N, groups, T, plan.routing.k)
+  entry_R = plan.order[jnp.minimum(at_R, N - 1)]
+  # A choice that was skipped but holds its slot leaves a hole.
+  taken_R = taken_R & plan.kept[entry_R]
+  return Layout(
+    token=jnp.where(taken_R, plan.routing.token[entry_R], T),
+    entry=jnp.where(taken_R, entry_R, N),
+    row=jnp.where(plan.kept, row_N, R),
+    groups=groups,
+    num_tokens=T,
+    k=plan.routing.k,
+  )

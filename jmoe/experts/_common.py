@@ -1,0 +1,40 @@
+"""What expert functions share: the check of a width, two matrices to start with."""
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe import initializers
+from jmoe.use import Use, use
+
+
+def check_width(config: Any, *, d_ff: int, **_: Any) -> None:
+  """Raises unless d_ff is a positive whole number."""
+  del config
+  if isinstance(d_ff, bool) or not isinstance(d_ff, int) or d_ff < 1:
+    raise ValueError(f"experts: d_ff={d_ff!r} must be a whole number of at least 1.")
+
+
+def init_mlp(
+  key: Array,
+  *,
+  d_model: int,
+  num_experts: int,
+  dtype: Any,
+  d_ff: int,
+  bias: bool = False,
+  initializer: Use = use(initializers.fan_in),
+) -> dict[str, Array]:
+  """`up_EDF`, `down_EFD`, and their biases if asked for."""
+  up, down = jax.random.split(key)
+  params = {
+    "up_EDF": initializer(up, (num_experts, d_model, d_ff), dtype),
+    "down_EFD": initializer(down, (num_experts, d_ff, d_model), dtype),
+  }
+  if bias:
+    params["up_bias_EF"] = jnp.zeros((num_experts, d_ff), dtype)
+    params["down_bias_ED"] = jnp.zeros((num_experts, d_model), dtype)
+  return params

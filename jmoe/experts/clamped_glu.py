@@ -1,0 +1,74 @@
+"""gpt-oss's gated unit: interleaved, clamped, with biases."""
+# SPDX-License-Identifier: Apache-2.0
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe import initializers
+from jmoe.experts._common import check_width
+from jmoe.kernels import grouped_ffn
+from jmoe.types import Params, Rows
+from jmoe.use import Use, marked, use
+
+
+def _init(
+  key: Array,
+  *,
+  d_model: int,
+  num_experts: int,
+  dtype: Any,
+  d_ff: int,
+  initializer: Use = use(initializers.fan_in),
+) -> dict[str, Array]:
+  up, down = jax.random.split(key)
+  return {
+    "gate_up_EDF": initializer(up, (num_experts, d_model, 2 * d_ff), dtype),
+    "gate_up_bias_EF": jnp.zeros((num_experts, 2 * d_ff), dtype),
+    "down_EFD": initializer(down, (num_experts, d_ff, d_model), dtype),
+    "down_bias_ED": jnp.zeros((num_experts, d_model), dtype),
+  }
+
+
+@marked(init=_init, check=check_width, matrices=3)
+def clamped_glu(
+  params: Params,
+  rows: Rows,
+  *,
+  limit: float = 7.0,
+  alpha: float = 1.702,
+  matmul: Callable[..., Array] | None = None,
+) -> Array:
+  """`((up + 1) * gate * sigmoid(alpha * gate)) down`, gate and up clamped.
+
+  gpt-oss (arXiv 2508.10925): gate is every even column of the fused projection, up
+  every odd one; gate is clamped above at `limit`, up to `[-limit, limit]`.
+
+  Args:
+    params: `gate_up_EDF` (2*d_ff wide), `gate_up_bias_EF`, `down_EFD`, `down_bias_ED`.
+    rows: R rows, grouped by expert.
+    limit: of the clamp.
+    alpha: slope inside the sigmoid.
+    matmul: a grouped matmul; None takes the best form for the device.
+
+  Keywords of `use`: also `d_ff`, `initializer=use(initializers.fan_in)`.
+
+  Returns:
+    `[R,D]` in the rows' dtype.
+  """
+  x_RD = rows.gathered()
+  weights = {name: w.astype(x_RD.dtype) for name, w in params.items()}
+  up = weights["gate_up_EDF"], weights["gate_up_bias_EF"]
+  down = weights["down_EFD"], weights["down_bias_ED"]
+  hidden = use(_interleaved, limit=limit, alpha=alpha)
+  return grouped_ffn(x_RD, (up,), down, rows.groups, hidden, matmul)
+
+
+def _interleaved(both: Array, *, limit: float, alpha: float) -> Array:
+  both_RF2 = both.reshape(both.shape[0], -1, 2)
+  gate = jnp.minimum(both_RF2[..., 0], limit)
+  up = jnp.clip(both_RF2[..., 1], -limit, limit)
+  return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)

@@ -1,0 +1,78 @@
+"""Three matrices: a gated linear unit (SwiGLU, GEGLU, ReGLU)."""
+# SPDX-License-Identifier: Apache-2.0
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe import initializers
+from jmoe.experts._common import check_width, init_mlp
+from jmoe.kernels import grouped_ffn
+from jmoe.types import Params, Rows
+from jmoe.use import Use, marked, use
+
+
+def _init(
+  key: Array,
+  *,
+  d_model: int,
+  num_experts: int,
+  dtype: Any,
+  d_ff: int,
+  bias: bool = False,
+  initializer: Use = use(initializers.fan_in),
+) -> dict[str, Array]:
+  both, gate = jax.random.split(key)
+  params = init_mlp(
+    both,
+    d_model=d_model,
+    num_experts=num_experts,
+    dtype=dtype,
+    d_ff=d_ff,
+    bias=bias,
+    initializer=initializer,
+  )
+  params["gate_EDF"] = initializer(gate, (num_experts, d_model, d_ff), dtype)
+  if bias:
+    params["gate_bias_EF"] = jnp.zeros((num_experts, d_ff), dtype)
+  return params
+
+
+@marked(init=_init, check=check_width, matrices=3)
+def glu(
+  params: Params,
+  rows: Rows,
+  *,
+  activation: Callable[[Array], Array] = jax.nn.silu,
+  matmul: Callable[..., Array] | None = None,
+) -> Array:
+  """`(activation(x gate) * (x up)) down` with the matrices of each row's expert.
+
+  Shazeer 2020 (arXiv 2002.05202), equation 6: SwiGLU with silu, GEGLU with gelu.
+
+  Args:
+    params: `gate_EDF`, `up_EDF`, `down_EFD`, optionally a bias for each.
+    rows: R rows, grouped by expert.
+    activation: of the gate branch.
+    matmul: a grouped matmul, as `use(kernels.grouped_matmul, implementation=...)`;
+      None takes the best form for the device, fused where there is one.
+
+  Keywords of `use`: also `d_ff`, `bias=False`, `initializer=use(initializers.fan_in)`.
+
+  Returns:
+    `[R,D]` in the rows' dtype.
+  """
+  x_RD = rows.gathered()
+  weights = {name: w.astype(x_RD.dtype) for name, w in params.items()}
+  gate = weights["gate_EDF"], weights.get("gate_bias_EF")
+  up = weights["up_EDF"], weights.get("up_bias_EF")
+  down = weights["down_EFD"], weights.get("down_bias_ED")
+  hidden = use(_gated, activation=activation)
+  return grouped_ffn(x_RD, (gate, up), down, rows.groups, hidden, matmul)
+
+
+def _gated(gate: Array, up: Array, *, activation: Callable[[Array], Array]) -> Array:
+  return activation(gate) * up

@@ -1,0 +1,42 @@
+"""The fused form where there is one, its parts otherwise."""
+# SPDX-License-Identifier: Apache-2.0
+
+from collections.abc import Callable
+
+from jax import Array
+
+from jmoe.kernels.grouped_ffn.blocks import ffn
+from jmoe.kernels.grouped_ffn.reference import Matrix, reference
+from jmoe.kernels.grouped_matmul import grouped_matmul
+from jmoe.kernels.grouped_matmul.api import current_device, first, report_choice
+from jmoe.types import Groups
+
+
+def grouped_ffn(
+  x_RD: Array,
+  ups: tuple[Matrix, ...],
+  down: Matrix,
+  groups: Groups,
+  hidden: Callable[..., Array],
+  matmul: Callable[..., Array] | None = None,
+) -> Array:
+  """`hidden(x up_0 + b_0, x up_1 + b_1, ...) down + c` with each row's own expert.
+
+  Args:
+    x_RD: rows grouped by expert, padding rows zero.
+    ups: matrices [E,D,F] into the hidden layer, each with a bias [E,F] or None.
+    down: matrix [E,F,D] out of it, with a bias [E,D] or None.
+    groups: where each expert's rows are.
+    hidden: elementwise, from as many [.,F] arrays as there are `ups` to one whose width
+      `down` takes; compared by value as a static argument.
+    matmul: a grouped matmul to compose instead of fusing; None chooses by device.
+
+  Returns:
+    `[R,D]` in x's dtype; rows of no expert hold no meaning.  Their gradient must be
+    zero, as `carry.home` makes it.
+  """
+  E = down[0].shape[0]
+  groups = first(groups, E)
+  if matmul is None and report_choice(current_device(), groups, E) == "blocks":
+    return ffn(hidden, x_RD, ups, down, groups)
+  return reference(x_RD, ups, down, groups, hidden, matmul or grouped_matmul)

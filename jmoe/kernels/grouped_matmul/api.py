@@ -1,0 +1,122 @@
+"""Which implementation serves which device; said once, and never a silent dense one."""
+# SPDX-License-Identifier: Apache-2.0
+
+import logging
+
+import jax
+from jax import Array
+
+from jmoe.kernels.grouped_matmul.blocks import blocks
+from jmoe.kernels.grouped_matmul.xla import batched, ragged_dot
+from jmoe.types import Groups
+from jmoe.use import nearest
+
+_log = logging.getLogger("jmoe")
+_said: set[str] = set()
+_IMPLEMENTATIONS = {"blocks": blocks, "batched": batched, "ragged_dot": ragged_dot}
+
+# (device, equal groups) -> implementation, why, whether users should hear a warning
+_TABLE = {
+  ("cpu", False): ("blocks", "only rows that exist are multiplied", False),
+  ("cpu", True): ("blocks", "only slots that are taken are multiplied", False),
+  ("gpu", False): ("blocks", "portable; a chip's own kernel is far faster", True),
+  ("gpu", True): ("batched", "one batched cuBLAS product", False),
+  ("tpu", False): ("ragged_dot", "XLA groups it on TPU", False),
+  ("tpu", True): ("batched", "one batched product", False),
+}
+
+
+def choose(device: str, groups: Groups, num_experts: int) -> tuple[str, str, bool]:
+  """The implementation for a device, the reason, and whether it is a slow one.
+
+  Args:
+    device: "cpu", "gpu" or "tpu".
+    groups: only its static fields are read.
+    num_experts: matrices.
+
+  Returns:
+    Name, reason, and True if the choice deserves a warning.
+  """
+  equal = groups.capacity is not None
+  if equal and num_experts == 1:
+    return "batched", "one expert is a plain product", False
+  if equal and groups.block == 1:  # every slot is computed anyway (einsum, mix)
+    return "batched", "one batched product", False
+  name, why, slow = _TABLE.get((device, equal), _TABLE["gpu", equal])
+  # Before 0.12 the gradient of ragged_dot's matrices is dense on TPU: E times the work.
+  if name == "ragged_dot" and jax.__version_info__ < (0, 12):
+    return "blocks", f"jax {jax.__version__} has a dense weight gradient on TPU", True
+  return name, why, slow
+
+
+def current_device() -> str:
+  """ "cpu", "gpu" or "tpu": what jax runs on by default."""
+  device = jax.default_backend()
+  return "gpu" if device in ("cuda", "rocm") else device
+
+
+def first(groups: Groups, num_experts: int) -> Groups:
+  """The groups of the first experts only."""
+  if groups.start.shape[0] <= num_experts:
+    return groups
+  start, rows = groups.start[:num_experts], groups.rows[:num_experts]
+  return Groups(start, rows, groups.block, groups.capacity)
+
+
+def grouped_matmul(
+  x_RD: Array,
+  w_EDF: Array,
+  groups: Groups,
+  bias_EF: Array | None = None,
+  *,
+  implementation: str | None = None,
+  allow_dense: bool = False,
+) -> Array:
+  """Rows of expert e times matrix e, plus bias e.
+
+  Args:
+    x_RD: rows grouped by expert, padding rows zero.
+    w_EDF: a matrix per expert; may be of the first experts of `groups` only.
+    groups: where each expert's rows are.
+    bias_EF: a bias per expert.
+    implementation: "blocks", "batched" (equal groups) or "ragged_dot"; None chooses by
+      device, and says so once in the log "jmoe".
+    allow_dense: accept an implementation known to multiply every row by every matrix.
+
+  Returns:
+    `[R,F]` in x's dtype, sums in at least float32; rows of no expert hold no meaning.
+
+  Raises:
+    ValueError: an unknown implementation, one that does not fit, or a dense one that
+      was not asked for.
+  """
+  device, E = current_device(), w_EDF.shape[0]
+  groups = first(groups, E)
+  if implementation is None:
+    implementation = report_choice(device, groups, E)
+  if implementation not in _IMPLEMENTATIONS:
+    raise ValueError(
+      f"grouped_matmul: implementation={implementation!r}; "
+      f"{nearest(implementation, _IMPLEMENTATIONS)}"
+    )
+  if implementation == "batched" and groups.capacity is None:
+    raise ValueError(
+      "grouped_matmul: implementation='batched' needs equal groups (a capacity); "
+      "use 'blocks'."
+    )
+  if implementation == "ragged_dot" and device != "tpu" and not allow_dense:
+    raise ValueError(
+      f"grouped_matmul: implementation='ragged_dot' on {device} multiplies every row "
+      f"by all {E} matrices; use 'blocks', or pass allow_dense=True."
+    )
+  return _IMPLEMENTATIONS[implementation](x_RD, w_EDF, groups, bias_EF)
+
+
+def report_choice(device: str, groups: Groups, num_experts: int) -> str:
+  """`choose`, said once per device and reason in the log "jmoe"."""
+  name, why, slow = choose(device, groups, num_experts)
+  message = f"grouped matmul on {device}: {name} ({why})"
+  if message not in _said:
+    _said.add(message)
+    _log.log(logging.WARNING if slow else logging.INFO, message)
+  return name

@@ -1,0 +1,237 @@
+"""The whole flow of a sparse layer, on a screen: `moe`.
+
+x_TD --gate--> logits_TE --restrict--> mask_TE --router--> Routing --assign--> Plan
+ y_TD <--(aggregate)<-- home <-- [dispatch: carry -> experts(Rows) -> carry home]
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe import checks
+from jmoe.assign import assign
+from jmoe.combine import weighted_sum
+from jmoe.config import MoEConfig
+from jmoe.contexts import choose_layer, tokens, with_rows
+from jmoe.parameters import (
+  has_state as has_state,
+  init_section as init_section,
+  init_state as init_state,
+  moe_init as moe_init,
+  param_shapes as param_shapes,
+)
+from jmoe.report import report, report_mixing
+from jmoe.types import Context, Groups, Home, Info, Params, Plan, Rows, State
+
+_STAGES = ("input_noise", "logit_noise", "select_noise", "restrict", "router", "assign")
+
+
+def moe(
+  params: Params,
+  x_TD: Array,
+  config: MoEConfig,
+  *,
+  context: Context = Context(),
+  state: State = State(),
+  key: Array | None = None,
+  train: bool = False,
+  residual: Array | None = None,
+  previous_logits: Array | None = None,
+  forced: Array | None = None,
+  axes: tuple[str, ...] | None = None,
+  with_plan: bool = False,
+) -> tuple[Array, Info]:
+  """A sparse layer: every stage that `config` names, in order.
+
+  Args:
+    params: from `moe_init`.
+    x_TD: activations of a float dtype; routing runs in float32 or wider.
+    config: hashable; calls with an equal one are traced once.
+    context: what stages need beside activations; `valid` marks padding.
+    state: from `init_state`; what is not learned by gradient.
+    key: for noise and random choices; required where the configuration draws.
+    train: training's noise, capacity factors and state updates.
+    residual: `[T,D]` for aggregations that own the block's skip connection.
+    previous_logits: f32[T,E] for gates with a residual between layers.
+    forced: recorded choices to replay with today's weights: i32[T,K], or i32[L,T,K]
+      with `context.layer` (i32[G,E,C] of tokens for expert choice).
+    axes: mesh axes over which losses with mesh scope, load and drops are summed.
+    with_plan: return the plan in `Info.plan`.
+
+  Returns:
+    `[T,D]` in x's dtype (another shape if the aggregation says so), and `Info`.
+
+  Raises:
+    ValueError: before any compilation, naming the argument, its value and the remedy.
+  """
+  checks.activations(x_TD, config, rank=2)
+  arrays = (residual, previous_logits, forced)
+  return _call(
+    params, x_TD, config, context, state, key, train, arrays, axes, with_plan
+  )
+
+
+def apply(
+  params: Params,
+  x: Array,
+  config: MoEConfig,
+  *,
+  context: Context | None = None,
+  state: State = State(),
+  key: Array | None = None,
+  train: bool = False,
+  residual: Array | None = None,
+  previous_logits: Array | None = None,
+  forced: Array | None = None,
+  axes: tuple[str, ...] | None = None,
+  with_plan: bool = False,
+) -> tuple[Array, Info]:
+  """`moe` for activations `[..., D]`: what both shells call.
+
+  Args:
+    x: the last leading dimension is the sequence, the others make rows.
+    context: fields shaped `[...]` or flat; see `jmoe.contexts.flatten`.
+    residual: shaped like x.
+
+  Other arguments and errors are those of `moe`; the output is shaped like x.
+  """
+  checks.activations(x, config)
+  arrays = (residual, previous_logits, forced)
+  context = with_rows(context, x.shape[:-1])
+  return _call(params, x, config, context, state, key, train, arrays, axes, with_plan)
+
+
+def _call(params, x, config, context, state, key, train, arrays, axes, with_plan):
+  residual, logits, forced = arrays
+  context = checks.call(
+    params, x, config, context, state, key, train, residual, logits, forced, axes
+  )
+  static = dict(config=config, train=bool(train), axes=axes, with_plan=with_plan)
+  return _moe(dict(params), x, context, state, key, arrays, **static)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "train", "axes", "with_plan"))
+def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_plan):
+  residual, previous_logits, forced = arrays
+  lead = x.shape[:-1]
+  context = tokens(context, lead)
+  x_TD = x.reshape(-1, config.d_model)
+  if context.valid is not None:
+    # Padding may hold anything: zeros keep its NaN out of sums and gradients.
+    x_TD = jnp.where(context.valid[:, None], x_TD, 0)
+  if forced is not None and forced.ndim == 3 and config.k is not None:
+    forced = choose_layer(forced, context)
+  keys = _keys(key, context)
+  gate_params = {**params.get("gate", {}), **state.gate}
+  experts = functools.partial(config.experts, params.get("experts", {}))
+
+  # What the gate thinks.
+  seen_TD = _noisy(config.input_noise, x_TD, context, keys["input_noise"], train)
+  logits = config.gate(
+    gate_params,
+    seen_TD,
+    context,
+    previous_logits=previous_logits,
+    num_experts=config.num_experts,
+  )
+  if getattr(config.router.function, "dense", False):
+    mixing = config.router(logits, context=context)
+    y_TD = config.dispatch(x_TD, mixing, experts, None)
+    y_TD = _with_shared(config, params, y_TD, x_TD)
+    return y_TD.reshape(x.shape), report_mixing(mixing, state, with_plan)
+
+  # Which experts a token may use, and how much it likes each.
+  scored_TE = _noisy(config.logit_noise, logits, context, keys["logit_noise"], train)
+  scores_TE = config.score(scored_TE)
+  select_TE = scores_TE
+  if config.select_noise is not None:
+    draw = keys["select_noise"]
+    select_TE = _noisy(config.select_noise, scored_TE, context, draw, train)
+  if state.bias is not None:
+    select_TE = jax.lax.stop_gradient(select_TE) + state.bias
+  mask_TE = None
+  for i, restrict in enumerate(config.restrict):
+    draw = None if key is None else jax.random.fold_in(keys["restrict"], i)
+    one_TE = restrict(select_TE, context, key=draw, train=train, axes=axes)
+    mask_TE = one_TE if mask_TE is None else mask_TE & one_TE
+  if config.rescore and mask_TE is not None:
+    # A finite floor: a row without experts stays a number.
+    logits = jnp.where(mask_TE, logits, -1e30)
+    scored_TE = jnp.where(mask_TE, scored_TE, -1e30)
+    scores_TE = config.score(scored_TE)
+
+  # Which it chooses, who finds a slot, what it weighs.
+  routing = config.router(
+    logits,
+    scores_TE,
+    select_TE,
+    mask=mask_TE,
+    context=context,
+    key=keys["router"],
+    train=train,
+    forced=forced,
+  )
+  if train and config.logit_noise is not None and routing.noisy_logits is None:
+    routing = dataclasses.replace(routing, noisy_logits=scored_TE)
+  N = routing.expert.shape[0]
+  max_rows = None if config.max_rows is None else max(1, int(config.max_rows * N))
+  plan = assign(
+    routing,
+    context,
+    capacity=config.capacity,
+    priority=config.priority,
+    train=train,
+    key=keys["assign"],
+    max_rows=max_rows,
+  )
+  plan = config.renormalise(plan)
+
+  # There, through the experts, and home.
+  home = _scaled(config, plan)
+  y = config.dispatch(x_TD, plan, experts, home)
+  if config.aggregate is not None:
+    residual_TD = None if residual is None else residual.reshape(x_TD.shape)
+    y = config.aggregate(params.get("aggregate", {}), y, plan, x_TD, residual_TD)
+  y = _with_shared(config, params, y, x_TD)
+  info = report(config, plan, context, state, train, axes, with_plan)
+  return y.reshape(*lead, *y.shape[1:]), info
+
+
+def _keys(key: Array | None, context: Context) -> dict[str, Any]:
+  """A key per stage and layer, so that stages draw independently of each other."""
+  if key is None:
+    return dict.fromkeys(_STAGES)
+  if context.layer is not None:
+    key = jax.random.fold_in(key, context.layer)
+  return {stage: jax.random.fold_in(key, i) for i, stage in enumerate(_STAGES)}
+
+
+def _noisy(noise, array: Array, context: Context, key: Array | None, train: bool):
+  if noise is None or not train:
+    return array
+  return noise(array, context=context, key=key)
+
+
+def _scaled(config: MoEConfig, plan: Plan) -> Home:
+  """The way home; with `scale="input"` the weights go in rather than out."""
+  home = config.combine(plan)
+  if config.scale == "output":
+    return home
+  kept = plan.kept.astype(home.weight.dtype)
+  return Home(kept, input_scale=weighted_sum(plan).weight, sums=home.sums)
+
+
+def _with_shared(config: MoEConfig, params: Params, y: Array, x_TD: Array) -> Array:
+  """The expert that every token takes: one group of all rows."""
+  if config.shared is None:
+    return y
+  T = x_TD.shape[0]
+  one = jnp.zeros(1, jnp.int32)
+  rows = Rows(x_TD, Groups(one, one + T, block=1, capacity=T))
+  shared_TD = config.shared(params["shared"], rows)
+  return config.join(params.get("join", {}), y, shared_TD, x_TD)

@@ -1,0 +1,87 @@
+"""The load loss of V-MoE: keeps the chances of the experts to be chosen alike."""
+# SPDX-License-Identifier: Apache-2.0
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.scipy.special import ndtr
+
+from jmoe.losses import _scope
+from jmoe.types import Context, Plan, valid_or_all
+from jmoe.use import Use, marked
+
+
+def _check(config, *, noise_std: float = 1.0, over: str = "group") -> None:
+  del config
+  _scope.check_scope(over)
+  if not noise_std > 0:
+    raise ValueError(f"load: noise_std={noise_std}; give that of the noise, over 0.")
+
+
+def _fits(config, *, noise_std: float = 1.0, over: str = "group") -> str | None:
+  del over
+  for stage, keyword in ((config.router, "noise_std"), (config.logit_noise, "std")):
+    drawn = _keyword(stage, keyword)
+    if drawn and drawn != noise_std:
+      return f"noise_std={noise_std}, but {stage!r} draws {drawn}; give both the same."
+  return None
+
+
+def _keyword(stage: Use | None, keyword: str) -> float | None:
+  try:
+    return None if stage is None else stage.get(keyword)
+  except KeyError:  # another kind of router, or of noise
+    return None
+
+
+@marked(check=_check, fits=_fits)
+def load(
+  plan: Plan,
+  context: Context,
+  *,
+  noise_std: float = 1.0,
+  over: str = "group",
+  axes: _scope.Axes = None,
+) -> Array:
+  """f32[]: squared coefficient of variation of experts' expected load; 0 at balance.
+
+  The load that a token expects to give an expert is the probability that, were the
+  expert's noise alone drawn anew, it would be among the token's k best:
+  1 - Phi((threshold - clean logit) / sigma), with the k-th largest noisy logit as
+  threshold and sigma = noise_std / E.  Without noise (evaluation) the threshold is the
+  k-th largest clean logit.
+
+  Source: Riquelme et al. 2021 (V-MoE), arXiv 2106.05974, appendix A.2; after Shazeer et
+  al. 2017, arXiv 1701.06538, appendix A.  The gradient goes through the threshold too,
+  as in V-MoE's code.
+
+  Args:
+    plan: of a token-choice router.
+    context: `valid`; `row` and `num_rows` for `over="sequence"`.
+    noise_std: what the noise stage was given, before its division by E.
+    over: "sequence", "group", "batch" or "mesh": tokens whose chances are summed.  The
+      mean is taken over scopes that hold a valid token.
+    axes: mesh axes of `over="mesh"`.
+
+  Raises:
+    ValueError: a router without a fixed number of choices, or no positive `noise_std`.
+  """
+  _check(None, noise_std=noise_std, over=over)
+  routing = _scope.token_choice(plan, "load")
+  assert routing.k is not None
+  valid_T = valid_or_all(context, routing.num_tokens)
+  clean_TE = _scope.masked(routing.logits, valid_T)
+  noisy_TE = clean_TE
+  if routing.noisy_logits is not None:
+    noisy_TE = _scope.masked(routing.noisy_logits, valid_T)
+
+  # The value is read through a mask: the gradient of a sort or a gather would scatter.
+  last_T = lax.top_k(lax.stop_gradient(noisy_TE), routing.k)[1][:, -1]
+  is_last_TE = last_T[:, None] == jnp.arange(routing.num_experts, dtype=last_T.dtype)
+  threshold_T = jnp.where(is_last_TE, noisy_TE, 0).sum(1)
+
+  sigma = noise_std / routing.num_experts
+  chance_TE = ndtr((clean_TE - threshold_T[:, None]) / sigma)  # 1 - Phi(z) = Phi(-z)
+  chance_TE = _scope.masked(chance_TE, valid_T)
+  sums = _scope.sums(over, routing, context, axes)
+  variation_Z = _scope.squared_variation(sums(chance_TE))
+  return _scope.mean_over_scopes(variation_Z, sums(valid_T.astype(chance_TE.dtype)))

@@ -1,0 +1,167 @@
+"""A decoder-only language model: embedding, segments of blocks, norm, logits.
+
+Layers of a segment are stacked and scanned over, so tracing and compiling do not grow
+with depth.  `nnx.split` makes it a pure function for a train step.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.models import blocks
+from jmoe.types import Context, Info
+
+# flax before 0.12 has no such type and holds modules in plain lists.
+_List = getattr(nnx, "List", list)
+
+
+class Decoder(nnx.Module):
+  """Logits of the next token, from tokens.
+
+  Args:
+    config: the model.
+    rngs: for the initial parameters.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    dtype = jnp.dtype(config.dtype)
+    init = nnx.initializers.normal(config.d_model**-0.5)
+    self.embed = nnx.Embed(
+      config.vocab_size, config.d_model, embedding_init=init, rngs=rngs
+    )
+    depth_scale = (2 * config.num_layers) ** -0.5
+
+    def stack(block, repeat):
+      @nnx.split_rngs(splits=repeat)
+      @nnx.vmap(in_axes=0, out_axes=0)
+      def make(rngs):
+        return blocks.Block(
+          block, config.d_model, dtype=dtype, depth_scale=depth_scale, rngs=rngs
+        )
+
+      return make(rngs)
+
+    # segments[n][m] is block m of segment n, each parameter with a leading [repeat].
+    self.segments = _List(
+      [
+        _List([stack(block, repeat) for block in blocks_])
+        for blocks_, repeat in config.segments
+      ]
+    )
+    self.norm = blocks.norm(config.norm, config.d_model, rngs)
+    if not config.tied:
+      self.unembed = nnx.Linear(
+        config.d_model, config.vocab_size, use_bias=False, rngs=rngs
+      )
+
+  def __call__(
+    self,
+    tokens_BS: Array,
+    segment_BS: Array | None = None,
+    position_BS: Array | None = None,
+    *,
+    key: Array | None = None,
+    train: bool = False,
+    forced: Array | None = None,
+  ) -> tuple[Array, tuple[Info, ...]]:
+    """Logits and what each sparse layer reports.
+
+    Args:
+      tokens_BS: i32[B,S].
+      segment_BS: i32[B,S] document of each token, counted within its row; 0 is
+        padding.  None: each row is one document without padding.
+      position_BS: i32[B,S] index within the row or document; None: within the row.
+      key: for routing noise; layers fold their index, tokens their position.
+      train: draws noise, uses training capacities.
+      forced: i32[L,B*S,K] recorded expert ids to replay, L sparse layers in order.
+
+    Returns:
+      (f32[B,S,V], Infos): one Info for each sparse block of each segment, in order,
+      its arrays stacked over the segment's repeats.
+    """
+    config = self.config
+    if position_BS is None:
+      position_BS = jnp.broadcast_to(
+        jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape
+      )
+    context = _context(tokens_BS, segment_BS)
+    x_BSD = self.embed(tokens_BS).astype(config.dtype)
+    infos: list[Info] = []
+    layer = sparse_layer = 0
+    for (configs, repeat), stacked in zip(config.segments, self.segments, strict=True):
+      is_sparse = [isinstance(b.ff, MoEConfig) for b in configs]
+      replay = None
+      if forced is not None and any(is_sparse):
+        end = sparse_layer + repeat * sum(is_sparse)
+        replay = forced[sparse_layer:end].reshape(
+          repeat, sum(is_sparse), *forced.shape[1:]
+        )
+        sparse_layer = end
+      graphs, parameters = zip(*(nnx.split(block) for block in stacked), strict=True)
+
+      def body(x_BSD, scanned, graphs=graphs, is_sparse=is_sparse):
+        parameters, first_layer, replay = scanned
+        found: list[Info] = []
+        for n, (graph, parameter) in enumerate(zip(graphs, parameters, strict=True)):
+          block = nnx.merge(graph, parameter)
+          index = first_layer + n
+          ids = replay[len(found)] if is_sparse[n] and replay is not None else None
+          x_BSD, info = block(
+            x_BSD,
+            position_BS,
+            segment_BS,
+            dataclasses.replace(context, layer=index),
+            key=key,  # the layer folds its index
+            train=train,
+            forced=ids,
+          )
+          found += [info] if is_sparse[n] else []
+        return x_BSD, tuple(found)
+
+      first_layers = layer + len(configs) * jnp.arange(repeat, dtype=jnp.int32)
+      x_BSD, found = jax.lax.scan(
+        jax.checkpoint(body) if config.remat else body,
+        x_BSD,
+        (parameters, first_layers, replay),
+      )
+      infos += found
+      layer += len(configs) * repeat
+    return self._logits(blocks.normed(self.norm, x_BSD)), tuple(infos)
+
+  def update(self, infos: Sequence[Info]) -> None:
+    """Writes the balance state that a call reported; after the optimizer step."""
+    sparse = [
+      stacked[n]
+      for (configs, _), stacked in zip(self.config.segments, self.segments, strict=True)
+      for n, block in enumerate(configs)
+      if isinstance(block.ff, MoEConfig)
+    ]
+    for block, info in zip(sparse, infos, strict=True):
+      block.moe.update(info)
+
+  def _logits(self, x_BSD: Array) -> Array:
+    # In float32 whatever the activations are: jax 0.7 on a CPU cannot multiply bfloat16
+    # into float32, and accelerators take no more passes than for bfloat16 by default.
+    x_BSD = x_BSD.astype(jnp.float32)
+    if self.config.tied:
+      return jnp.einsum("bsd,vd->bsv", x_BSD, self.embed.embedding[...])
+    return self.unembed(x_BSD)
+
+
+def _context(tokens_BS: Array, segment_BS: Array | None) -> Context:
+  """What routers may ask about each token; the layer makes segments unique."""
+  batch, seq = tokens_BS.shape
+  return Context(
+    valid=None if segment_BS is None else segment_BS > 0,
+    segment=jnp.ones_like(tokens_BS) if segment_BS is None else segment_BS,
+    position=jnp.arange(batch * seq, dtype=jnp.int32).reshape(batch, seq),
+    token_id=tokens_BS,
+    num_rows=batch,  # equal blocks, so routing groups may be rows
+  )

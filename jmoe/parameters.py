@@ -1,0 +1,90 @@
+"""What a layer starts with: its parameters, part by part, and its state."""
+# SPDX-License-Identifier: Apache-2.0
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe.config import MoEConfig
+from jmoe.types import Params, State
+
+
+def sections(config: MoEConfig) -> dict[str, Any]:
+  """`init(key) -> dict` of every part that may have parameters, jitted."""
+  sizes: dict[str, Any] = dict(
+    d_model=config.d_model,
+    num_experts=config.num_experts,
+    dtype=jnp.dtype(config.param_dtype),
+  )
+  parts = {"gate": config.gate, "experts": config.experts}
+  if config.aggregate is not None:
+    parts["aggregate"] = config.aggregate
+  inits = {name: functools.partial(u.init, **sizes) for name, u in parts.items()}
+  if config.shared is not None:
+    one = {**sizes, "num_experts": 1}
+    inits["shared"] = functools.partial(config.shared.init, **one)
+    inits["join"] = functools.partial(config.join.init, **sizes)
+  return inits
+
+
+@functools.partial(jax.jit, static_argnames=("config", "name"))
+def init_section(key: Array, config: MoEConfig, name: str) -> dict[str, Any]:
+  """The parameters of one part: "gate", "experts", "shared", "join", "aggregate"."""
+  return sections(config)[name](key)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def moe_init(key: Array, config: MoEConfig) -> dict[str, Any]:
+  """Parameters of a layer: a dict per part that has any.
+
+  Args:
+    key: of the draw.
+    config: the layer.
+
+  Returns:
+    `{"gate": {...}, "experts": {...}, ...}` with the same names under either shell.
+  """
+  made = {
+    name: init(jax.random.fold_in(key, i))
+    for i, (name, init) in enumerate(sections(config).items())
+  }
+  return {name: part for name, part in made.items() if part}
+
+
+@functools.lru_cache(maxsize=64)
+def param_shapes(config: MoEConfig) -> dict[str, Any]:
+  """Shapes and dtypes of the parameters, part by part; nothing is computed."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(lambda key: moe_init(key, config), key)
+
+
+def has_state(config: MoEConfig) -> bool:
+  """Whether a layer carries anything beside its parameters."""
+  marks = (config.gate.function, "buffers"), (config.router.function, "table")
+  return config.balance is not None or any(hasattr(f, name) for f, name in marks)
+
+
+def init_state(config: MoEConfig, params: Params, key: Array | None = None) -> State:
+  """What a layer carries beside parameters; empty for most.
+
+  Args:
+    config: the layer.
+    params: its parameters (a parameter-free gate reads the experts).
+    key: for hashed routing's table.
+
+  Raises:
+    ValueError: a table is needed and there is no key.
+  """
+  bias = jnp.zeros(config.num_experts) if config.balance is not None else None
+  buffers = getattr(config.gate.function, "buffers", None)
+  make_table = getattr(config.router.function, "table", None)
+  table = None
+  if make_table is not None:
+    if key is None:
+      raise ValueError(f"init_state: {config.router.name} draws a table; pass key=...")
+    table = make_table(key, config.num_experts, **config.router.kwargs)
+  gate = {} if buffers is None else buffers(params["experts"])
+  return State(bias=bias, gate=gate, table=table)

@@ -1,0 +1,29 @@
+"""Mixtral 8x7B and 8x22B: two SwiGLU experts, a softmax over their logits."""
+# SPDX-License-Identifier: Apache-2.0
+
+from jmoe import dispatch, experts, losses, routers
+from jmoe.assign import renormalise
+from jmoe.config import MoEConfig
+from jmoe.use import use
+
+# The paper has no training losses.  The released 8x7B configuration's coefficient;
+# there it multiplies a loss pooled over layers that is k, not 1, at balance.
+LOSS_WEIGHTS = {"load_balance": 0.02}
+
+
+def layer(*, d_model: int, d_ff: int, num_experts: int = 8, k: int = 2) -> MoEConfig:
+  """A Mixtral layer.
+
+  Jiang et al. 2024, arXiv 2401.04088, section 2.1: G(x) = softmax(top-k(x W)), SwiGLU
+  experts, no biases, nothing dropped.  Table 1: 8x7B d_model 4096, d_ff 14336; 8x22B
+  (configuration) 6144, 16384; every block.
+  """
+  return MoEConfig(
+    d_model,
+    num_experts,
+    router=use(routers.top_k, k=k),
+    renormalise=use(renormalise.over_chosen),
+    dispatch=use(dispatch.sort),
+    experts=use(experts.glu, d_ff=d_ff),
+    losses=(use(losses.load_balance),),
+  )

@@ -1,0 +1,27 @@
+"""OLMoE: eight of sixty-four small experts."""
+# SPDX-License-Identifier: Apache-2.0
+
+from jmoe import dispatch, experts, gates, initializers, losses, routers
+from jmoe.config import MoEConfig
+from jmoe.use import use
+
+LOSS_WEIGHTS = {"load_balance": 0.01, "router_z": 0.001}
+
+
+def layer(*, d_model: int, d_ff: int, num_experts: int = 64, k: int = 8) -> MoEConfig:
+  """An OLMoE layer.
+
+  Muennighoff et al. 2024, arXiv 2409.02060, section 2: d_model 2048, d_ff
+  1024, every block; dropless SwiGLU experts, losses 0.01 and 0.001, truncated normal of
+  0.02.  Weights are softmax values, not divided by their sum (released configuration).
+  """
+  start = use(initializers.truncated_normal, stddev=0.02)
+  return MoEConfig(
+    d_model,
+    num_experts,
+    gate=use(gates.linear, initializer=start),
+    router=use(routers.top_k, k=k),
+    dispatch=use(dispatch.sort),
+    experts=use(experts.glu, d_ff=d_ff, initializer=start),
+    losses=(use(losses.load_balance), use(losses.router_z)),
+  )

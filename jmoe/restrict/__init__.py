@@ -1,0 +1,9 @@
+"""Restrictions: `(select_TE, context, *, key, train, axes) -> bool[T,E]`.
+
+Which experts a token may use, apart from which it chooses; several are intersected.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from jmoe.restrict.domain import domain as domain
+from jmoe.restrict.expert_groups import expert_groups as expert_groups
+from jmoe.restrict.subset import subset as subset

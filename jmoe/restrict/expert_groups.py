@@ -1,0 +1,63 @@
+"""Best expert groups first: node-limited routing of DeepSeek-V2 and V3."""
+# SPDX-License-Identifier: Apache-2.0
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe.types import Context
+from jmoe.use import marked
+
+
+def _check(config, *, num_groups: int, keep: int, best: int = 2) -> None:
+  size, rest = divmod(config.num_experts, max(num_groups, 1))
+  if num_groups < 1 or rest:
+    raise ValueError(
+      f"expert_groups: num_groups={num_groups} does not divide "
+      f"num_experts={config.num_experts}; use a divisor of it."
+    )
+  if not 1 <= keep <= num_groups:
+    raise ValueError(
+      f"expert_groups: keep={keep} of num_groups={num_groups}; use 1 to {num_groups}."
+    )
+  if not 1 <= best <= size:
+    raise ValueError(
+      f"expert_groups: best={best}, but a group has {size} experts; use 1 to {size}."
+    )
+  if config.k is not None and keep * size < config.k:
+    raise ValueError(
+      f"expert_groups: keep={keep} groups of {size} hold fewer than k={config.k} "
+      f"experts; use keep={-(-config.k // size)} or more."
+    )
+
+
+@marked(check=_check)
+def expert_groups(
+  select_TE: Array, context: Context, *, num_groups: int, keep: int, best: int = 2
+) -> Array:
+  """A token may use the experts of its `keep` best expert groups.
+
+  A group is worth the sum of its `best` highest selection scores: 1 gives DeepSeek-V2's
+  maximum (arXiv 2405.04434, section 2.2.2), 2 gives V3's rule (arXiv 2412.19437,
+  section 2.1.2).  Groups are equal blocks of consecutive experts.
+
+  Args:
+    select_TE: f32[T,E] selection scores, bias included.
+    context: not read.
+    num_groups: how many expert groups.
+    keep: how many of them a token may use.
+    best: how many scores of a group count.
+
+  Returns:
+    bool[T,E].
+  """
+  del context
+  T, E = select_TE.shape
+  grouped = select_TE.reshape(T, num_groups, E // num_groups)
+  worth = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)  # [T, groups]
+  _, chosen = jax.lax.top_k(worth, keep)  # ties to the lower index
+  # [T, keep, groups] compared and reduced in one fusion
+  allowed = jnp.any(
+    chosen[:, :, None] == jnp.arange(num_groups, dtype=jnp.int32), axis=1
+  )
+  return jnp.repeat(allowed, E // num_groups, axis=1)
