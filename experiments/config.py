@@ -1,0 +1,171 @@
+"""What a run is, as frozen data, and how a command line changes it."""
+# SPDX-License-Identifier: Apache-2.0
+
+import ast
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.vocabulary import VOCAB_SIZE
+from jmoe.config import ModelConfig, MoEConfig
+from jmoe.losses import loss_name
+from jmoe.use import Use, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Which text, and how it becomes batches."""
+
+  max_bytes: int  # of a domain
+  seq: int  # tokens of a row
+  batch: int  # rows
+  eval_context: int  # tokens before those that an evaluation window scores
+  seed: int = 0
+  num_workers: int = 0
+
+  def __post_init__(self):
+    _at_least("data", self, max_bytes=1, seq=2, batch=1, eval_context=0, num_workers=0)
+    if self.eval_context >= self.seq:
+      raise ValueError(
+        f"data.eval_context={self.eval_context} leaves nothing of data.seq={self.seq} "
+        "to score; make it smaller."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """AdamW; `role_factors` multiply the learning rate of a role (`optim.ROLES`)."""
+
+  learning_rate: float
+  warmup_steps: int
+  end_fraction: float = 0.1
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  clip: float = 1.0
+  role_factors: tuple[tuple[str, float], ...] = ()
+
+  def __post_init__(self):
+    _at_least("optim", self, warmup_steps=0)
+    _number("optim", self, "learning_rate end_fraction weight_decay b1 b2 clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A whole run; equal values give equal parameters, bit by bit, on one machine."""
+
+  name: str
+  model: ModelConfig
+  data: Data
+  optim: Optim
+  loss_weights: tuple[tuple[str, float], ...]
+  steps: int
+  save_every: int
+  seed: int = 0
+  prompt: str = ""
+  sample_bytes: int = 160
+
+  def __post_init__(self):
+    _at_least("run", self, steps=1, save_every=1, seed=0, sample_bytes=0)
+    if self.optim.warmup_steps >= self.steps:
+      raise ValueError(
+        f"optim.warmup_steps={self.optim.warmup_steps} is not less than "
+        f"steps={self.steps}; make it smaller."
+      )
+    known = {loss_name(loss) for ff in sparse_layers(self.model) for loss in ff.losses}
+    for name, _ in self.loss_weights:
+      if name not in known:
+        raise ValueError(
+          f"loss_weights names {name!r}, which no layer reports; "
+          + (nearest(name, known) if known else "the layers have losses=().")
+        )
+    if self.model.vocab_size < VOCAB_SIZE:
+      raise ValueError(
+        f"model.vocab_size={self.model.vocab_size} is less than {VOCAB_SIZE}: the "
+        "bytes, and a begin and an end of document."
+      )
+
+
+def sparse_layers(model: ModelConfig) -> list[MoEConfig]:
+  """The sparse layers of a model, one of each place in its segments."""
+  layers = [block.ff for blocks, _ in model.segments for block in blocks]
+  return [ff for ff in layers if isinstance(ff, MoEConfig)]
+
+
+def with_settings(run: Run, settings: Sequence[str]) -> Run:
+  """A run with some values replaced.
+
+  Args:
+    run: where to start.
+    settings: "dotted.path=value" each; a path goes through fields, keywords of
+      `use(...)` and indices of tuples; a value is a Python literal, or else text.
+
+  Raises:
+    ValueError: no such path (with the nearest), or a value of another type.
+  """
+  for setting in settings:
+    path, equals, text = setting.partition("=")
+    if not equals:
+      raise ValueError(f"--set {setting}: write path=value, e.g. --set steps=100.")
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      value = text
+    run = _replaced(run, path.split("."), value, setting)
+  return run
+
+
+def _replaced(node: Any, path: list[str], value: Any, setting: str) -> Any:
+  if not path:
+    return _fitting(node, value, setting)
+  name, rest = path[0], path[1:]
+  children = _children(node)
+  if name not in children and isinstance(node, Use):  # a keyword at its default
+    return node.replace(**{name: value})
+  if name not in children:
+    what = nearest(name, children) if children else "it has no parts."
+    raise ValueError(f"--set {setting}: unknown key {name!r}; {what}")
+  child = _replaced(children[name], rest, value, setting)
+  if isinstance(node, tuple):
+    place = int(name)
+    return (*node[:place], child, *node[place + 1 :])
+  if isinstance(node, Use):
+    return node.replace(**{name: child})
+  return dataclasses.replace(node, **{name: child})
+
+
+def _children(node: Any) -> dict[str, Any]:
+  if isinstance(node, tuple):
+    return {str(n): child for n, child in enumerate(node)}
+  if isinstance(node, Use):
+    return node.kwargs
+  if dataclasses.is_dataclass(node):
+    return {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+  return {}
+
+
+def _fitting(old: Any, new: Any, setting: str) -> Any:
+  """The new value, if it is of the old one's type; an integer may be a float."""
+  if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+    return float(new)
+  if old is None or new is None or type(old) is type(new):
+    return new
+  raise ValueError(
+    f"--set {setting}: {new!r} is a {type(new).__name__}, but the value is a "
+    f"{type(old).__name__}, now {old!r}."
+  )
+
+
+def _at_least(where: str, config: Any, **least: int) -> None:
+  for name, bound in least.items():
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+      raise ValueError(f"{where}.{name}={value!r}; give an integer >= {bound}.")
+
+
+def _number(where: str, config: Any, names: str) -> None:
+  for name in names.split():
+    value = getattr(config, name)
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+      raise ValueError(f"{where}.{name}={value!r}; give a number >= 0.")
