@@ -1,0 +1,33 @@
+"""What holds in every test: CPU, eight host devices, strict dtypes, fixed examples.
+
+Set before jax makes a backend.  The device count is jax configuration rather than an
+environment variable, so that a subprocess started by a test has one device.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator run sets it
+
+import hypothesis
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+try:  # grain's worker processes read absl flags, which pytest never parses
+  from absl import flags
+except ImportError:
+  pass
+else:
+  flags.FLAGS.mark_as_parsed()
+
+# `fixed` draws the same few examples everywhere; `--hypothesis-profile=explore` looks
+# for new ones.  No deadline: the first example of a shape pays for its compilation.
+hypothesis.settings.register_profile(
+  "fixed", derandomize=True, deadline=None, max_examples=12, database=None
+)
+hypothesis.settings.register_profile(
+  "explore", derandomize=False, deadline=None, max_examples=300, print_blob=True
+)
+hypothesis.settings.load_profile("fixed")
