@@ -7,20 +7,24 @@ another name, which Orbax ignores.
 # SPDX-License-Identifier: Apache-2.0
 
 import hashlib
+import itertools
 import json
-from pathlib import Path
-from typing import Any
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from experiments.errors import BadCheckpoint
 from experiments.state import TrainState, path_part
-from experiments.workdir import differences, listed
+from experiments.workdir import differences, is_local, listed
 
 
 class Checkpoints:
@@ -31,20 +35,15 @@ class Checkpoints:
     facts: what must be equal for a run to go on, as JSON: its configuration, its data.
   """
 
-  def __init__(self, folder: Path, facts: dict[str, Any]):
+  def __init__(self, folder: epath.Path, facts: dict[str, Any]):
     self._folder = folder
     # Through JSON, so that what was read back compares equal.
     self._facts = json.loads(json.dumps(facts))
-    if folder.exists() and not folder.is_dir():
-      raise BadCheckpoint(f"{folder} is a file; give another --workdir.")
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    self._manager = ocp.CheckpointManager(
-      folder.absolute(), options=options, item_names=("state", "data", "meta")
-    )
+    self._manager = _manager(folder)
 
   @property
   def latest(self) -> int | None:
-    """The step of the last whole checkpoint; None if there is none."""
+    """The step of the last checkpoint, whole or not; None if there is none."""
     return self._manager.latest_step()
 
   def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
@@ -55,7 +54,7 @@ class Checkpoints:
     body = {
       "facts": self._facts,
       "digests": digests(host),
-      "data": _digest(json.dumps(batches.get_state(), sort_keys=True).encode()),
+      "data": _position(batches),
     }
     self._manager.save(
       int(host.step),
@@ -64,47 +63,36 @@ class Checkpoints:
         data=CheckpointSave(batches),
         meta=ocp.args.JsonSave({"body": body, "sha256": _of_json(body)}),
       ),
+      force=True,  # also when it is not later than one that was found broken
     )
 
   def restore(self, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
-    """The last state; `batches` is set to where it was.
+    """The newest whole state; `batches` is set to where it was.
+
+    Later ones, which are not whole, are named on stderr and moved to `broken/` beside
+    the checkpoints' folder, as soon as an earlier one is found to be whole.
 
     Args:
       like: a state of the same shapes (`jax.eval_shape` gives one).
       batches: an iterator made as that of the saved run was.
 
     Raises:
-      BadCheckpoint: with the folder, what is wrong and the remedy.
+      BadCheckpoint: none is whole, or they are of another run; nothing was changed.
     """
-    step = self.latest
-    assert step is not None
-    body = self._meta(step)
-    remedy = self._remedy(step)
-    try:
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(named(like)), data=CheckpointRestore(batches)
-        ),
-      )
-    except Exception as error:  # Orbax raises many kinds, down to bare Exception
-      raise BadCheckpoint(
-        f"{self._folder}, step {step} cannot be read ({_line(error)}); {remedy}"
-      ) from error
-    # Through the host, so that they are placed as those of a new run are.
-    arrays = {name: np.asarray(x) for name, x in restored["state"].items()}
-    found = digests(arrays)
-    wrong = [name for name, value in body["digests"].items() if found[name] != value]
-    position = json.dumps(batches.get_state(), sort_keys=True).encode()
-    if _digest(position) != body["data"]:
-      wrong.append("the data position")
-    if wrong:
-      raise BadCheckpoint(
-        f"{self._folder}, step {step} is corrupt: {wrong[0]} "
-        + (f"and {len(wrong) - 1} more differ" if len(wrong) > 1 else "differs")
-        + f" from the digest saved with it; {remedy}"
-      )
-    leaves = [jnp.array(arrays[name]) for name in named(like)]
+    target = ocp.args.StandardRestore(named(like))
+    step, state, broken = _newest_whole(
+      self._manager,
+      self._folder,
+      facts=self._facts,
+      args={"state": target, "data": CheckpointRestore(batches)},
+      position=lambda: _position(batches),
+    )
+    for each in broken:
+      place = _set_aside(self._folder, each)
+      print(f"moved to {place}; going on from step {step}.", file=sys.stderr)
+    if broken:
+      self._manager.reload()
+    leaves = [jnp.array(state[name]) for name in named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
   def close(self) -> None:
@@ -112,33 +100,138 @@ class Checkpoints:
     self._manager.wait_until_finished()
     self._manager.close()
 
-  def _meta(self, step: int) -> dict[str, Any]:
-    """What was saved beside the arrays; its own digest and its facts are compared."""
-    try:
-      args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-      meta = self._manager.restore(step, args=args)["meta"]
-      body = meta["body"]
-      whole = meta["sha256"] == _of_json(body)
-    except Exception as error:
-      raise BadCheckpoint(
-        f"{self._folder}, step {step} is no checkpoint of this program "
-        f"({_line(error)}); give another --workdir."
-      ) from error
-    if not whole:
-      raise BadCheckpoint(
-        f"{self._folder}, step {step}: its metadata is corrupt; {self._remedy(step)}"
-      )
-    if different := differences(body["facts"], self._facts):
-      raise BadCheckpoint(
-        f"{self._folder} is of another run: {listed(different)}; "
-        "give another --workdir."
-      )
-    return body
 
-  def _remedy(self, step: int) -> str:
-    earlier = [s for s in self._manager.all_steps() if s < step]
-    then = f"resume from step {max(earlier)}" if earlier else "start anew"
-    return f"delete {self._folder / str(step)} to {then}."
+class Saved(NamedTuple):
+  """What a checkpoint holds, by name; see `read`."""
+
+  step: int
+  params: dict[str, np.ndarray]
+  balance: dict[str, np.ndarray]
+
+
+def read(folder: epath.Path, step: int | None = None) -> Saved:
+  """Parameters and balance state of a run's newest whole checkpoint; writes nothing.
+
+  Args:
+    folder: the checkpoints of a run.
+    step: this one, and no other.
+
+  Raises:
+    BadCheckpoint: there is none, or none is whole; those found broken are named on
+      stderr.
+  """
+  if not folder.is_dir():
+    raise BadCheckpoint(f"{folder} holds no checkpoint; give the folder of a run.")
+  manager = _manager(folder)
+  try:
+    if not manager.all_steps() or step not in (None, *manager.all_steps()):
+      which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+      found = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
+      raise BadCheckpoint(f"{folder} holds {which}; steps there: {found}.")
+    found, arrays, _ = _newest_whole(
+      manager, folder, args={"state": ocp.args.StandardRestore()}, only=step
+    )
+  finally:
+    manager.close()
+  params, balance = (
+    {n.removeprefix(kind): x for n, x in arrays.items() if n.startswith(kind)}
+    for kind in ("params/", "balance/")
+  )
+  return Saved(found, params, balance)
+
+
+def _manager(folder: epath.Path) -> ocp.CheckpointManager:
+  if folder.exists() and not folder.is_dir():
+    raise BadCheckpoint(f"{folder} is a file; give another --workdir.")
+  options = ocp.CheckpointManagerOptions(max_to_keep=2)
+  place = epath.Path(os.path.abspath(folder)) if is_local(folder) else folder
+  return ocp.CheckpointManager(
+    place, options=options, item_names=("state", "data", "meta")
+  )
+
+
+class _Broken(Exception):
+  """Why a checkpoint is not whole."""
+
+
+def _newest_whole(
+  manager: ocp.CheckpointManager,
+  folder: epath.Path,
+  *,
+  args: dict[str, Any],
+  facts: dict[str, Any] | None = None,
+  position: Callable[[], str] | None = None,
+  only: int | None = None,
+) -> tuple[int, dict[str, np.ndarray], list[int]]:
+  """(step, arrays by name, later steps that are broken); the latter named on stderr.
+
+  Args:
+    manager: of the folder.
+    folder: for messages.
+    args: what to restore beside the metadata.
+    facts: that must be those saved; None: whatever they are.
+    position: digest of the data position, after restoring.
+    only: the one step to look at.
+  """
+  steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
+  broken: list[int] = []
+  for step in steps:
+    try:
+      return step, _whole(manager, folder, step, args, facts, position), broken
+    except _Broken as error:
+      print(f"checkpoint {folder / str(step)} is broken: {error}", file=sys.stderr)
+      broken.append(step)
+  raise BadCheckpoint(
+    f"{folder} holds no whole checkpoint (steps {', '.join(map(str, steps))} are "
+    "broken); delete the folder to start anew, or restore it from a copy."
+  )
+
+
+def _whole(manager, folder, step, args, facts, position) -> dict[str, np.ndarray]:
+  """The arrays of one checkpoint, all of them compared with their digests."""
+  try:
+    meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    saved = manager.restore(step, args=meta)["meta"]
+    body, digest = saved["body"], saved["sha256"]
+  except Exception as error:  # Orbax raises many kinds, down to bare Exception
+    raise _Broken(f"its metadata cannot be read ({_line(error)})") from error
+  if digest != _of_json(body):
+    raise _Broken("its metadata differs from the digest saved with it")
+  if facts is not None and (different := differences(body["facts"], facts)):
+    raise BadCheckpoint(
+      f"{folder} is of another run: {listed(different)}; give another --workdir."
+    )
+  try:
+    restored = manager.restore(step, args=ocp.args.Composite(**args))["state"]
+    # Through the host, so that they are placed as those of a new run are.
+    arrays = {name: np.asarray(x) for name, x in restored.items()}
+  except Exception as error:
+    raise _Broken(f"it cannot be read ({_line(error)})") from error
+  found = digests(arrays)
+  wrong = [name for name, value in body["digests"].items() if found.get(name) != value]
+  if position is not None and position() != body["data"]:
+    wrong.append("the data position")
+  if wrong:
+    raise _Broken(
+      f"{wrong[0]} "
+      + (f"and {len(wrong) - 1} more differ" if len(wrong) > 1 else "differs")
+      + " from the digest saved with it"
+    )
+  return arrays
+
+
+def _set_aside(folder: epath.Path, step: int) -> epath.Path:
+  """Moves a checkpoint to broken/STEP, or STEP-2 and so on; returns where it is."""
+  shelf = folder.parent / "broken"
+  shelf.mkdir(parents=True, exist_ok=True)
+  names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+  place = next(shelf / name for name in names if not (shelf / name).exists())
+  (folder / str(step)).rename(place)
+  return place
+
+
+def _position(batches: grain.DatasetIterator) -> str:
+  return _digest(json.dumps(batches.get_state(), sort_keys=True).encode())
 
 
 def named(tree: Any) -> dict[str, Any]:

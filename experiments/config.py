@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.vocabulary import VOCAB_SIZE
+from experiments import corpora, vocabulary
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.losses import loss_name
 from jmoe.use import Use, nearest
@@ -19,36 +19,60 @@ class Data:
 
   max_bytes: int  # of a domain
   seq: int  # tokens of a row
-  batch: int  # rows
+  batch: int  # rows, of all hosts together
   eval_context: int  # tokens before those that an evaluation window scores
+  corpus: str = "embedded"  # see `experiments.corpora`
+  tokenizer: str = "bytes"  # or "bpe:SIZE", trained on the training documents
+  temperature: float = 1.0  # domains are drawn in proportion to size ** (1/temperature)
+  near_duplicates: float = 0.0  # drop documents so similar (Jaccard); 0 keeps all
   seed: int = 0
   num_workers: int = 0
 
   def __post_init__(self):
     _at_least("data", self, max_bytes=1, seq=2, batch=1, eval_context=0, num_workers=0)
+    _number("data", self, "temperature near_duplicates")
     if self.eval_context >= self.seq:
       raise ValueError(
         f"data.eval_context={self.eval_context} leaves nothing of data.seq={self.seq} "
         "to score; make it smaller."
       )
+    corpora.parse(self.corpus)
+    vocabulary.size_of(self.tokenizer)
+    if self.temperature <= 0:
+      raise ValueError(f"data.temperature={self.temperature}; give a number over 0.")
+    if self.near_duplicates > 1:
+      raise ValueError(
+        f"data.near_duplicates={self.near_duplicates} is a similarity; give one of "
+        "0 to 1."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-  """AdamW; `role_factors` multiply the learning rate of a role (`optim.ROLES`)."""
+  """An optax chain; `role_factors` multiply the learning rate of a role (see `optim`).
+
+  `freeze` names what stays as it is: roles ("gate", "shared"), and experts by number
+  ("experts:0,3").
+  """
 
   learning_rate: float
   warmup_steps: int
+  kind: str = "adamw"  # "adafactor", "muon"
+  schedule: str = "cosine"  # "linear", "constant"
   end_fraction: float = 0.1
   weight_decay: float = 0.1
   b1: float = 0.9
   b2: float = 0.95
-  clip: float = 1.0
+  clip: float = 1.0  # of the gradient's norm; 0 does not clip
+  accumulate: int = 1  # batches of one update
   role_factors: tuple[tuple[str, float], ...] = ()
+  freeze: tuple[str, ...] = ()
 
   def __post_init__(self):
-    _at_least("optim", self, warmup_steps=0)
+    _at_least("optim", self, warmup_steps=0, accumulate=1)
     _number("optim", self, "learning_rate end_fraction weight_decay b1 b2 clip")
+    _one_of("optim", self, kind=("adamw", "adafactor", "muon"))
+    _one_of("optim", self, schedule=("cosine", "linear", "constant"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +84,22 @@ class Run:
   data: Data
   optim: Optim
   loss_weights: tuple[tuple[str, float], ...]
-  steps: int
+  steps: int  # batches
   save_every: int
   seed: int = 0
+  param_dtype: str = "float32"  # or "bfloat16"; moments are float32 in any case
+  logits_z_loss: float = 0.0  # weight of the squared log of the softmax's denominator
+  start_from: str = ""  # folder of another run, whose parameters this one starts with
+  watch_every: int = 10  # steps between two lines of routing.jsonl
+  max_skipped: int = 10  # steps in a row whose loss is not finite, before giving up
   prompt: str = ""
   sample_bytes: int = 160
 
   def __post_init__(self):
     _at_least("run", self, steps=1, save_every=1, seed=0, sample_bytes=0)
+    _at_least("run", self, watch_every=1, max_skipped=0)
+    _number("run", self, "logits_z_loss")
+    _one_of("run", self, param_dtype=("float32", "bfloat16"))
     if self.optim.warmup_steps >= self.steps:
       raise ValueError(
         f"optim.warmup_steps={self.optim.warmup_steps} is not less than "
@@ -80,10 +112,11 @@ class Run:
           f"loss_weights names {name!r}, which no layer reports; "
           + (nearest(name, known) if known else "the layers have losses=().")
         )
-    if self.model.vocab_size < VOCAB_SIZE:
+    if self.model.vocab_size < (size := vocabulary.size_of(self.data.tokenizer)):
       raise ValueError(
-        f"model.vocab_size={self.model.vocab_size} is less than {VOCAB_SIZE}: the "
-        "bytes, and a begin and an end of document."
+        f"model.vocab_size={self.model.vocab_size} is less than the {size} tokens of "
+        f"data.tokenizer={self.data.tokenizer!r}, a begin and an end of document among "
+        f"them; give {size} or more."
       )
 
 
@@ -162,6 +195,12 @@ def _at_least(where: str, config: Any, **least: int) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < bound:
       raise ValueError(f"{where}.{name}={value!r}; give an integer >= {bound}.")
+
+
+def _one_of(where: str, config: Any, **allowed: tuple[str, ...]) -> None:
+  for name, names in allowed.items():
+    if (value := getattr(config, name)) not in names:
+      raise ValueError(f"{where}.{name}={value!r}; {nearest(str(value), names)}")
 
 
 def _number(where: str, config: Any, names: str) -> None:

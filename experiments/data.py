@@ -1,20 +1,18 @@
 """Batches of packed documents: deterministic iterators whose state can be saved.
 
 Documents are cut into windows, shuffled, packed into rows by first fit (Grain) and
-batched.  Bytes are the vocabulary; every byte, and the end of its document, is
-predicted exactly once a pass, from the token before it.
+batched.  Every token, and the end of its document, is predicted exactly once a pass,
+from the token before it.
 """
 # SPDX-License-Identifier: Apache-2.0
 
-import bisect
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from experiments.vocabulary import encode
+from experiments.tokens import Tokens
 
 Batch = dict[str, np.ndarray]  # i32[B,S] each: see `batches`
 _FEATURES = ("inputs", "targets", "scored", "domain")
@@ -24,47 +22,87 @@ class Windows:
   """Random access to all windows of all documents, in order.
 
   Window n of a document holds the targets [n*stride, (n+1)*stride) and up to
-  `context` tokens before them, which are inputs but not scored.
+  `context` tokens before them, which are inputs but not scored; a prompt is not either.
 
   Args:
-    documents: records with `text` (UTF-8 bytes) and `domain`.
+    documents: as tokens.
     seq: tokens of a window at most.
     context: tokens of it that are not scored; 0 in training.
   """
 
-  def __init__(self, documents: Sequence[Any], *, seq: int, context: int = 0):
+  def __init__(self, documents: Tokens, *, seq: int, context: int = 0):
     self._documents = documents
     self._context = context
     self._stride = seq - context
-    # Targets of a document: its bytes and EOS.
-    lengths = [len(d["text"]) + 1 for d in documents]
-    self.num_bytes = sum(lengths) - len(lengths)
-    counts = [-(-length // self._stride) for length in lengths]
-    self._ends = np.cumsum(counts).tolist()
+    # Targets of a document: all but its begin.
+    lengths = np.diff(documents.ends, prepend=0) - 1
+    self._lengths = lengths
+    self._counts = -(-lengths // self._stride)
+    self._ends = np.cumsum(self._counts)
+
+  @property
+  def tokens_by_domain(self) -> np.ndarray:
+    """i64[domains] targets, those of prompts included."""
+    return _sums(self._documents.domain, self._lengths)
+
+  @property
+  def windows_by_domain(self) -> np.ndarray:
+    """i64[domains] windows."""
+    return _sums(self._documents.domain, self._counts)
+
+  def of(self, domain: int) -> "OfDomain":
+    """The windows of one domain, in order."""
+    (chosen,) = np.nonzero(np.repeat(self._documents.domain, self._counts) == domain)
+    return OfDomain(self, chosen)
 
   def __len__(self) -> int:
-    return self._ends[-1] if self._ends else 0
+    return int(self._ends[-1]) if len(self._ends) else 0
 
   def __getitem__(self, index: int) -> Batch:
     """i32[n] features of one window, n <= seq."""
-    number = bisect.bisect_right(self._ends, index)
-    window = index - (self._ends[number - 1] if number else 0)
-    document = self._documents[number]
-    tokens = encode(document["text"])
+    number = int(np.searchsorted(self._ends, index, side="right"))
+    window = int(index - (self._ends[number - 1] if number else 0))
+    documents = self._documents
+    begin = int(documents.ends[number - 1]) if number else 0
+    last = int(documents.ends[number]) - begin - 1
     first = window * self._stride
     start = max(0, first - self._context)
-    end = min(first + self._stride, len(tokens) - 1)
-    targets = tokens[start + 1 : end + 1]
+    end = min(first + self._stride, last)
+    tokens = documents.tokens[begin + start : begin + end + 1].astype(np.int32)
+    scored = np.zeros(end - start, np.int32)
+    scored[max(first, int(documents.unscored[number])) - start :] = 1
     return {
-      "inputs": tokens[start:end],
-      "targets": targets,
-      "scored": (np.arange(start, end) >= first).astype(np.int32),
-      "domain": np.full_like(targets, document["domain"]),
+      "inputs": tokens[:-1],
+      "targets": tokens[1:],
+      "scored": scored,
+      "domain": np.full(end - start, documents.domain[number], np.int32),
     }
 
 
+class OfDomain:
+  """Some of the windows."""
+
+  def __init__(self, windows: Windows, chosen: np.ndarray):
+    self._windows, self._chosen = windows, chosen
+
+  def __len__(self) -> int:
+    return len(self._chosen)
+
+  def __getitem__(self, index: int) -> Batch:
+    """As of `Windows`."""
+    return self._windows[int(self._chosen[index])]
+
+
 def batches(
-  windows: Windows, *, batch: int, seq: int, seed: int, num_workers: int = 0
+  windows: Windows,
+  *,
+  batch: int,
+  seq: int,
+  seed: int,
+  num_workers: int = 0,
+  temperature: float = 1.0,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> grain.DatasetIterator:
   """Endless training batches.
 
@@ -72,18 +110,32 @@ def batches(
   (from 1 within a row; 0 is padding) and `position` (within the window).
 
   Args:
-    windows: what to draw from, each once an epoch.
-    batch: rows.
+    windows: what to draw from.
+    batch: rows, of all processes together.
     seq: tokens of a row.
     seed: of the order; every epoch has its own.
     num_workers: processes that pack; the order depends on it, 0 packs in this one.
+    temperature: 1 draws each window once an epoch; otherwise tokens of a domain are
+      drawn in proportion to their number ** (1/temperature), each window of it once an
+      epoch of the domain.
+    process_index: which part of the windows and rows to give.
+    process_count: parts; no window is in two of them.
 
   Returns:
     An iterator with `get_state()` and `set_state(state)`.
+
+  Raises:
+    ValueError: the rows cannot be divided among the processes.
   """
-  order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-  dataset = _packed(order, batch=batch, seq=seq)
-  dataset = dataset.batch(batch, drop_remainder=True).map(_renamed)
+  if batch % process_count:
+    raise ValueError(
+      f"data.batch={batch} is not divisible by the {process_count} processes; give a "
+      f"multiple of {process_count}."
+    )
+  rows = batch // process_count
+  order = _order(windows, temperature, seed, slice(process_index, None, process_count))
+  dataset = _packed(order, batch=rows, seq=seq)
+  dataset = dataset.batch(rows, drop_remainder=True).map(_renamed)
   if num_workers:
     from absl import flags
 
@@ -91,6 +143,31 @@ def batches(
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers))
   return iter(dataset)
+
+
+def shares(windows: Windows, temperature: float) -> np.ndarray:
+  """f64[domains] part of the training tokens that is of each domain."""
+  sizes = windows.tokens_by_domain.astype(np.float64)
+  powers = np.where(sizes > 0, sizes ** (1 / temperature), 0.0)
+  return powers / powers.sum()
+
+
+def _order(
+  windows: Windows, temperature: float, seed: int, part: slice
+) -> grain.MapDataset:
+  """Windows without end, those of one process."""
+  if temperature == 1:
+    return grain.MapDataset.source(windows).seed(seed).shuffle().repeat()[part]
+  counts = windows.windows_by_domain
+  (present,) = np.nonzero(counts)
+  # Windows are what is drawn, and tokens what is promised.
+  lengths = windows.tokens_by_domain[present] / counts[present]
+  weights = shares(windows, temperature)[present] / lengths
+  domains = [
+    grain.MapDataset.source(windows.of(domain)).seed(seed).shuffle().repeat()[part]
+    for domain in present
+  ]
+  return grain.MapDataset.mix(domains, weights.tolist())
 
 
 def one_pass(windows: Windows, *, batch: int, seq: int) -> Iterator[Batch]:
@@ -115,3 +192,9 @@ def _renamed(packed: Batch) -> Batch:
     "segment": packed["inputs_segment_ids"],
     "position": packed["inputs_positions"],
   }
+
+
+def _sums(domain: np.ndarray, of: np.ndarray) -> np.ndarray:
+  found = np.zeros(int(domain.max(initial=-1)) + 1, np.int64)
+  np.add.at(found, domain, of)
+  return found

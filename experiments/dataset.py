@@ -1,4 +1,4 @@
-"""The corpus as a tensorflow-datasets data set in array_record files; no TensorFlow.
+"""A corpus as a tensorflow-datasets data set in array_record files; no TensorFlow.
 
 Written once into a cache folder and read by random access.  A folder appears only when
 it is whole, and is read back and compared before it is used.
@@ -10,49 +10,54 @@ import hashlib
 import io
 import os
 import shutil
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments import corpus
+from experiments import corpora
+from experiments.config import Data
+from experiments.corpora import Document
+from experiments.corpora.manifest import manifest
 from experiments.errors import BadData
+from experiments.extras import MissingExtra
 
 SPLITS = ("train", "held_out")
 
 
-class EmbeddedText(tfds.core.GeneratorBasedBuilder):
-  """Documents of `corpus`: their text, domain and id; splits train and held_out."""
+class TextDomains(tfds.core.GeneratorBasedBuilder):
+  """Documents of a corpus: their text, domain and id; splits train and held_out."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("2.0.0")
   # Nothing is downloaded, so there are no checksums beside this file; tfds looks for
   # them with a package (importlib_resources) that it does not install.
   code_path = None
 
-  def __init__(self, *, documents: Sequence[corpus.Document] = (), **kwargs):
-    self.documents = documents  # to write; reading needs none
+  def __init__(
+    self, *, documents: Sequence[Document], about: dict[str, Any], **kwargs: Any
+  ):
+    self.documents, self.about = documents, about
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
+    domains = sorted({doc.domain for doc in self.documents})
     features = tfds.features.FeaturesDict(
       {
         "id": tfds.features.Text(),
-        "domain": tfds.features.ClassLabel(names=list(corpus.DOMAINS)),
+        "domain": tfds.features.ClassLabel(names=domains),
         "text": tfds.features.Text(),
+        "unscored": tfds.features.Scalar(dtype=np.int32),
       }
     )
     return tfds.core.DatasetInfo(
-      builder=self, features=features, metadata=tfds.core.MetadataDict()
+      builder=self, features=features, metadata=tfds.core.MetadataDict(self.about)
     )
 
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing is downloaded
-    assert self.info.metadata is not None
-    self.info.metadata["digest"] = corpus.digest(self.documents)
     return {
       "train": self._generate_examples(held_out=False),
       "held_out": self._generate_examples(held_out=True),
@@ -61,43 +66,53 @@ class EmbeddedText(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, *, held_out: bool):
     for doc in self.documents:
       if doc.held_out == held_out:
-        yield doc.id, {"id": doc.id, "domain": doc.domain, "text": doc.text}
+        some = {"id": doc.id, "domain": doc.domain, "text": doc.text}
+        yield doc.id, some | {"unscored": doc.unscored}
 
 
 class Texts(NamedTuple):
-  """Random access to records of `text` (bytes), `domain` (int) and `id` (bytes)."""
+  """Random access to records of `id`, `text` (bytes), `domain` and `unscored` (int)."""
 
   train: Sequence[Any]
   held_out: Sequence[Any]
+  domains: tuple[str, ...]  # names of the numbers in `domain`
   digest: str  # of all texts
+  manifest: dict[str, Any]  # where they come from, counts, what was left out
 
 
-def load(cache: Path, max_bytes: int) -> Texts:
+def load(cache: Path, config: Data) -> Texts:
   """The data set, built first if the cache does not hold it.
 
   Args:
     cache: folder that may hold many data sets; made if missing.
-    max_bytes: UTF-8 bytes of a domain at most.
+    config: its corpus, max_bytes and near_duplicates are read.
 
   Raises:
-    BadData: the built or cached data set is not whole, or the cache not writable.
+    BadData: the corpus cannot be read, the built or cached data set is not whole, or
+      the cache not writable.
   """
-  # Two installations of one Python version may differ, so their place is in the name.
-  place = hashlib.sha256(sysconfig.get_path("stdlib").encode()).hexdigest()[:8]
-  version = ".".join(map(str, sys.version_info[:3]))
-  folder = cache / f"embedded_text-{version}-{place}-{max_bytes}"
+  choice = corpora.Choice(config.corpus, config.max_bytes, config.near_duplicates)
+  key = f"{TextDomains.VERSION} {choice.state()}"
+  name = hashlib.sha256(key.encode()).hexdigest()[:16]
+  folder = cache / f"{corpora.parse(config.corpus).kind}-{name}"
   try:
     if not folder.exists():
-      _build(folder, max_bytes)
+      _build(folder, choice)
   except OSError as error:
     raise BadData(
       f"data set {folder} cannot be written ({error.strerror}); give another --cache."
     ) from error
   try:
-    builder: Any = _builder(folder)
-    about = builder.info.metadata
-    texts = Texts(*map(builder.as_data_source, SPLITS), digest=about["digest"])
-    whole = corpus.digest(_documents(texts)) == texts.digest
+    builder: Any = tfds.builder_from_directory(_inner(folder))
+    about = builder.info.metadata["manifest"]
+    domains = tuple(builder.info.features["domain"].names)
+    splits = map(builder.as_data_source, SPLITS)
+    texts = Texts(*splits, domains, about["digest"], about)
+    whole = corpora.digest(_documents(texts)) == texts.digest
+  except ImportError as error:  # tfds imports some of what it needs when it reads
+    raise MissingExtra(
+      f"reading data sets needs {error.name}; run: pip install 'jmoe[data]'"
+    ) from error
   except Exception as error:  # tfds raises many kinds
     raise BadData(
       f"data set {folder} cannot be read ({type(error).__name__}); delete this folder, "
@@ -111,33 +126,46 @@ def load(cache: Path, max_bytes: int) -> Texts:
   return texts
 
 
-def _documents(texts: Texts) -> list[corpus.Document]:
+def _documents(texts: Texts) -> list[Document]:
   """All records, in the order of the corpus: their number on disk is not to be trusted.
 
   (tfds reports the number that it meant to write.)
   """
-  records = [*texts.train, *texts.held_out]
-  pairs = [(record["id"].decode(), record["text"].decode()) for record in records]
-  return sorted(corpus.Document(id, id.partition("/")[0], text) for id, text in pairs)
+  found = []
+  for split in SPLITS:
+    for record in getattr(texts, split):
+      domain, _, source = record["id"].decode().partition("/")
+      text, unscored = record["text"].decode(), int(record["unscored"])
+      held_out = split == "held_out"
+      found.append(Document(domain, source, text, unscored, held_out))
+  return sorted(found, key=lambda doc: doc.id)
 
 
-def _builder(folder: Path, **kwargs: Any) -> EmbeddedText:
-  return EmbeddedText(data_dir=str(folder), file_format="array_record", **kwargs)
+def _inner(folder: Path) -> Path:
+  """Where tfds puts a data set in the folder that it is given."""
+  return folder / "text_domains" / str(TextDomains.VERSION)
 
 
-def _build(folder: Path, max_bytes: int) -> None:
-  documents = corpus.documents(max_bytes)
+def _build(folder: Path, choice: corpora.Choice) -> None:
+  found, facts = corpora.chosen(choice)
+  documents = corpora.split(found)
   if len({doc.held_out for doc in documents}) < 2:
     raise BadData(
-      f"data.max_bytes={max_bytes} leaves {len(documents)} documents, too few to hold "
-      "one out; make it larger."
+      f"data.max_bytes={choice.max_bytes} leaves {len(documents)} documents of corpus "
+      f"{choice.corpus}, too few to hold one out; make it larger, or add documents."
     )
+  about = {"manifest": manifest(documents, facts, choice)}
   folder.parent.mkdir(parents=True, exist_ok=True)
   unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
   try:
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # tfds announces each step
-      _builder(unfinished, documents=documents).download_and_prepare()
+      TextDomains(
+        documents=documents,
+        about=about,
+        data_dir=str(unfinished),
+        file_format="array_record",
+      ).download_and_prepare()
     try:
       os.rename(unfinished, folder)
     except OSError:

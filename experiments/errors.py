@@ -3,12 +3,25 @@
 
 
 class BadData(ValueError):
-  """A data set on disk that is not whole, or cannot be written."""
+  """A corpus or data set that cannot be read, is not whole, or cannot be written."""
 
 
 class BadCheckpoint(ValueError):
-  """A checkpoint that is corrupt, or of another run; nothing was changed."""
+  """No whole checkpoint, or one of another run; nothing was changed."""
 
 
 class Diverged(ValueError):
-  """The loss is not a number any more."""
+  """The loss was not a number for too many steps in a row."""
+
+
+class Stopped(Exception):
+  """A signal asked for it; the state was saved before.
+
+  Args:
+    signal: its number.
+    step: that was saved.
+  """
+
+  def __init__(self, signal: int, step: int):
+    super().__init__(f"stopped after step {step}; the same command goes on from there.")
+    self.exit_code = 128 + signal

@@ -2,28 +2,44 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+from etils import epath
 
 from experiments import (
-  corpus,
+  checkpoint,
   data,
   dataset,
   evaluate,
-  optim,
+  loop,
+  routing,
   sample,
   state as states,
-  step,
+  tokens,
+  vocabulary,
 )
-from experiments.checkpoint import Checkpoints, digests
 from experiments.config import Run
-from experiments.loop import Report, train
+from experiments.errors import BadCheckpoint
+from experiments.program import Program, program
+from experiments.signals import Stop
+from experiments.summary import summary
 from experiments.workdir import claim, write_json
 from jmoe.analysis import cost
 from jmoe.use import to_jsonable
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a command line wants its runs done."""
+
+  cache: Path
+  command: Sequence[str] = ()
+  profile: tuple[int, int] | None = None  # first and last step to trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,97 +51,195 @@ class Trained:
   bits: evaluate.Bits
 
 
-def execute(runs: Sequence[tuple[Run, Path]], cache: Path) -> None:
+def loaded(run: Run, cache: Path) -> tuple[dataset.Texts, tokens.Encoded]:
+  """The data of a run, built first if the cache does not hold it.
+
+  Raises:
+    BadData: see `experiments.dataset`.
+  """
+  texts = dataset.load(cache, run.data)
+  words = vocabulary.of(run.data.tokenizer, cache, texts)
+  return texts, tokens.load(cache, texts, words)
+
+
+def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   """Trains each run in its folder, or goes on with it, and prints how well it did.
 
   Raises:
-    BadData, BadCheckpoint, Diverged: see there.
+    BadData, BadCheckpoint, Diverged, Stopped: see there.
   """
-  texts = dataset.load(cache, runs[0][0].data.max_bytes)
-  finished = [_finished(run, folder, texts) for run, folder in runs]
+  texts, encoded = loaded(runs[0][0], options.cache)
   held_out = list(texts.held_out)
-  columns = {trained.run.name: trained.bits for trained in finished}
-  columns["gzip -9"] = evaluate.gzip_bits(held_out, alone=False)
-  columns["gzip -9, each alone"] = evaluate.gzip_bits(held_out, alone=True)
-  sizes = evaluate.domain_sizes(held_out)
+  baselines = {
+    "gzip -9": evaluate.gzip_bits(held_out, texts.domains, alone=False),
+    "gzip -9, each alone": evaluate.gzip_bits(held_out, texts.domains, alone=True),
+  }
+  with Stop() as stop:
+    finished = [
+      _Sitting(run, folder, texts, encoded, baselines, options, stop).finished()
+      for run, folder in runs
+    ]
+  columns = {trained.run.name: trained.bits for trained in finished} | baselines
+  sizes = evaluate.domain_sizes(held_out, texts.domains)
+  width = max(12, *(len(domain) + 1 for domain in sizes))
   print(f"\nbits per byte on {len(held_out)} held-out documents")
-  print(f"{'':<12}{'bytes':>8}" + "".join(f"{name:>22}" for name in columns))
+  print(f"{'':<{width}}{'bytes':>9}" + "".join(f"{name:>22}" for name in columns))
   for domain, size in sizes.items():
     bits = "".join(f"{column[domain]:>22.3f}" for column in columns.values())
-    print(f"{domain:<12}{size:>8}{bits}")
+    print(f"{domain:<{width}}{size:>9}{bits}")
   print("gzip -9 has one file for each domain, or one for each document alone.")
   trained = finished[0]
   if trained.run.sample_bytes:
-    print(f"\nsample of {trained.run.name}:\n{_sample(trained)}")
+    print(f"\nsample of {trained.run.name}:\n{_sample(trained, encoded.vocabulary)}")
 
 
-def _finished(run: Run, folder: Path, texts: dataset.Texts) -> Trained:
-  """Trains what is missing, evaluates, and writes result.json."""
-  claim(run, folder)
-  shape = {"batch": run.data.batch, "seq": run.data.seq}
-  batches = data.batches(
-    data.Windows(texts.train, seq=run.data.seq),
-    seed=run.data.seed,
-    num_workers=run.data.num_workers,
-    **shape,
-  )
-  blueprint, names = states.blueprint(run.model)
-  optimizer = optim.optimizer(run.optim, steps=run.steps, names=names)
-  key = jax.random.key_data(jax.random.key(run.seed))
-  init = functools.partial(
-    states.init_state, key, config=run.model, optimizer=optimizer
-  )
-  facts = {"config": to_jsonable(run), "text": texts.digest}
-  checkpoints = Checkpoints(folder / "checkpoints", facts)
-  if checkpoints.latest is None:
-    state = init()
-  else:
-    state = checkpoints.restore(jax.eval_shape(init), batches)
-  print(_headline(run))
-  report = Report(
-    folder / "metrics.jsonl",
-    name=run.name,
-    step=int(state.step),
-    steps=run.steps,
-    tokens=run.data.batch * run.data.seq,
-  )
-  train_step = jax.jit(
-    functools.partial(
-      step.train_step,
-      blueprint=blueprint,
-      optimizer=optimizer,
-      loss_weights=run.loss_weights,
-    ),
-    donate_argnums=0,
-  )
+class _Sitting:
+  """One run, from where its folder says it is to its end, or to a wish to stop."""
+
+  def __init__(
+    self,
+    run: Run,
+    folder: epath.Path,
+    texts: dataset.Texts,
+    encoded: tokens.Encoded,
+    baselines: Mapping[str, evaluate.Bits],
+    options: Options,
+    stop: Stop,
+  ):
+    self.run, self.folder, self.texts, self.encoded = run, folder, texts, encoded
+    self.baselines, self.options, self.stop = baselines, options, stop
+    self.program = program(
+      run,
+      byte_lengths=encoded.vocabulary.byte_lengths,
+      num_domains=len(texts.domains),
+    )
+
+  def finished(self) -> Trained:
+    """Trains what is missing, evaluates, and writes the folder's files."""
+    run, folder = self.run, self.folder
+    batches = self._batches()
+    facts = {
+      "config": to_jsonable(run),
+      "text": self.texts.digest,
+      "vocabulary": self.encoded.vocabulary.digest,
+      "processes": jax.process_count(),  # the order of batches depends on their number
+    }
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", facts)
+    if checkpoints.latest is not None:
+      like = jax.eval_shape(self.program.init)
+      state = checkpoints.restore(like, batches)
+    else:
+      state = _started(run, self.program)
+    claim(run, folder)
+    write_json(folder / "manifest.json", self.texts.manifest)
+    self.encoded.vocabulary.save(folder / "vocabulary")
+    print(_headline(run))
+    report = loop.Report(run, folder, step=int(state.step))
+    before, begin = _seconds(folder), time.perf_counter()
+
+    def summarised(step: int, **end: Any) -> None:
+      seconds = before + time.perf_counter() - begin
+      found = self._summary(step, seconds, report, **end)
+      write_json(folder / "summary.json", found)
+
+    def save(state: states.TrainState) -> None:
+      checkpoints.save(state, batches)
+      report.flush()
+      summarised(int(state.step))
+
+    profile = None
+    if self.options.profile is not None:
+      profile = loop.Profile(folder / "profile", *self.options.profile)
+    try:
+      state = loop.train(
+        state,
+        batches,
+        train_step=jax.jit(self.program.train_step, donate_argnums=0),
+        steps=run.steps,
+        save_every=run.save_every,
+        save=save,
+        report=report,
+        stop=self.stop,
+        profile=profile,
+      )
+    finally:
+      if profile is not None:
+        profile.close()
+      report.close()
+      checkpoints.close()
+    seconds = before + time.perf_counter() - begin
+    found = self._evaluated(state)
+    end = {"bits": found.bits, "digests": checkpoint.digests(state.params)}
+    write_json(
+      folder / "summary.json",
+      self._summary(run.steps, seconds, report, baselines=self.baselines, **end),
+    )
+    return Trained(run, state, found.bits)
+
+  def _batches(self) -> Any:
+    of = self.run.data
+    return data.batches(
+      data.Windows(self.encoded.train, seq=of.seq),
+      batch=of.batch,
+      seq=of.seq,
+      seed=of.seed,
+      num_workers=of.num_workers,
+      temperature=of.temperature,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def _evaluated(self, state: states.TrainState) -> evaluate.Evaluation:
+    """Also writes evaluation.json."""
+    of, texts = self.run.data, self.texts
+    windows = data.Windows(self.encoded.held_out, seq=of.seq, context=of.eval_context)
+    eval_step = jax.jit(self.program.eval_step)
+    found = evaluate.evaluation(
+      lambda batch: eval_step(state.params, state.balance, batch),
+      data.one_pass(windows, batch=of.batch, seq=of.seq),
+      evaluate.domain_sizes(texts.held_out, texts.domains),
+      texts.domains,
+    )
+    layers = [
+      {"name": name, "load": load.tolist()}
+      for name, load in routing.by_depth(self.run.model, found.loads)
+    ]
+    body = {"bits_per_byte": found.bits, "layers": layers}
+    write_json(self.folder / "evaluation.json", body | {"domains": list(texts.domains)})
+    return found
+
+  def _summary(self, step: int, seconds: float, report: loop.Report, **end: Any):
+    return summary(
+      self.run,
+      step=step,
+      seconds=seconds,
+      speeds=report.speeds,
+      skipped=report.skipped,
+      alarms=report.alarms.counts,
+      data={"corpus": self.run.data.corpus, "digest": self.texts.digest},
+      command=self.options.command,
+      **end,
+    )
+
+
+def _started(run: Run, made: Program) -> states.TrainState:
+  """The state before the first step; with another run's model if it says so."""
+  state = made.init()
+  if not run.start_from:
+    return state
+  saved = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
   try:
-    state = train(
-      state,
-      batches,
-      train_step=train_step,
-      steps=run.steps,
-      save_every=run.save_every,
-      save=lambda state: checkpoints.save(state, batches),
-      report=report,
+    return states.restarted(
+      state, saved.params, saved.balance, optimizer=made.optimizer
     )
-  finally:
-    report.close()
-    checkpoints.close()
-  eval_step = jax.jit(
-    functools.partial(
-      step.eval_step, blueprint=blueprint, num_domains=len(corpus.DOMAINS)
-    )
-  )
-  context = run.data.eval_context
-  windows = data.Windows(texts.held_out, seq=run.data.seq, context=context)
-  bits = evaluate.model_bits(
-    lambda batch: eval_step(state.params, state.balance, batch),
-    data.one_pass(windows, **shape),
-    evaluate.domain_sizes(texts.held_out),
-  )
-  result = {"bits_per_byte": bits, "digests": digests(state.params)}
-  write_json(folder / "result.json", result)
-  return Trained(run, state, bits)
+  except ValueError as error:
+    raise BadCheckpoint(str(error)) from error
+
+
+def _seconds(folder: epath.Path) -> float:
+  """Of earlier sittings."""
+  path = folder / "summary.json"
+  return json.loads(path.read_text())["seconds"] if path.exists() else 0.0
 
 
 def _headline(run: Run) -> str:
@@ -137,13 +251,14 @@ def _headline(run: Run) -> str:
   )
 
 
-def _sample(trained: Trained) -> str:
+def _sample(trained: Trained, words: vocabulary.Vocabulary) -> str:
   blueprint, _ = states.blueprint(trained.run.model)
   return sample.sample(
     trained.state.params,
     trained.state.balance,
     jax.random.key(trained.run.seed),
     blueprint=blueprint,
+    vocabulary=words,
     prompt=trained.run.prompt,
     num_bytes=trained.run.sample_bytes,
   )

@@ -5,31 +5,38 @@ So the device always has a step to do while the host packs, prints and writes.
 # SPDX-License-Identifier: Apache-2.0
 
 import collections
-import json
-import math
+import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
+from experiments import metrics, routing
+from experiments.alarms import Alarms
+from experiments.config import Run, sparse_layers
 from experiments.data import Batch
-from experiments.errors import Diverged
+from experiments.errors import Diverged, Stopped
+from experiments.signals import Stop
 from experiments.state import TrainState
-from experiments.workdir import write_text
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any], Any]]
 
 
 def train(
   state: TrainState,
   batches: Iterator[Batch],
   *,
-  train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]],
+  train_step: Step,
   steps: int,
   save_every: int,
   save: Callable[[TrainState], None],
-  report: Callable[[int, dict[str, Any]], None],
+  report: Callable[[int, Batch, dict[str, Any], Any], None],
+  stop: Stop,
+  profile: "Profile | None" = None,
 ) -> TrainState:
   """The state after `steps` steps.
 
@@ -40,93 +47,160 @@ def train(
     steps: to be done since the beginning of the run.
     save_every: steps between two saves; the last state is saved in any case.
     save: called after all metrics up to its step were reported.
-    report: takes a step, counted from one, and its metrics.
+    report: takes a step, counted from one, its batch, metrics and routing.
+    stop: asked after each step.
+    profile: which steps to trace.
 
   Raises:
-    Diverged: the loss of a step is not finite; the state is not saved.
+    Diverged: too many steps in a row were skipped; their state is that before them.
+    Stopped: a signal came; the state was saved.
   """
-  waiting: tuple[int, dict[str, Any]] | None = None
+  waiting: tuple[int, Batch, dict[str, Any], Any] | None = None
   for step in range(int(state.step) + 1, steps + 1):
-    state, metrics = train_step(state, next(batches))
+    if profile is not None:
+      profile.before(step)
+    batch = next(batches)
+    state, values, found = train_step(state, batch)
+    if profile is not None:
+      profile.after(step, state)
     if waiting is not None:
       report(*waiting)
-    waiting = (step, metrics)
-    if step % save_every == 0 or step == steps:
+    waiting = (step, batch, values, found)
+    if step % save_every == 0 or step == steps or stop.requested:
       report(*waiting)
       waiting = None
       save(state)
+    if stop.signal is not None and step < steps:
+      raise Stopped(stop.signal, step)
   return state
 
 
-class Report:
-  """Metrics as JSON lines in a file, and one line on the terminal that follows them.
+class Profile:
+  """An xprof trace of the steps first to last, both included.
 
   Args:
-    path: of the file; lines of steps after `step` are dropped, so that a resumed run
-      lists no step twice.
-    name: shown before the bar.
-    step: where the run starts.
-    steps: where it will end.
-    tokens: trained on in a step.
+    folder: where TensorBoard's profile plugin, or xprof, looks for it.
+    first: step, counted from one.
+    last: at least `first`.
   """
 
-  def __init__(self, path: Path, *, name: str, step: int, steps: int, tokens: int):
-    _rewind(path, step)
-    self._file = path.open("a", encoding="utf-8")
+  def __init__(self, folder: epath.Path, first: int, last: int):
+    self._folder, self._first, self._last = folder, first, last
+    self._running = False
+
+  def before(self, step: int) -> None:
+    if step == self._first:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after(self, step: int, state: TrainState) -> None:
+    if self._running and step >= self._last:
+      jax.block_until_ready(state)
+      self.close()
+
+  def close(self) -> None:
+    """Writes what was traced so far."""
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+
+
+class Report:
+  """What a step did: to files, to alarms, and as one line on the terminal.
+
+  Args:
+    run: what is trained.
+    folder: of the run.
+    step: where the run starts; what the files hold of later steps is dropped.
+  """
+
+  def __init__(self, run: Run, folder: epath.Path, *, step: int):
+    self._run, self._folder = run, folder
+    self.alarms = Alarms()
+    self.skipped = self._skipped_in_a_row = 0
+    self.speeds: list[float] = []  # tokens a second, of each step
+    lines = metrics.kept(folder / "metrics.jsonl", step)
+    for record in lines:
+      self._counted(record["step"], record)
+    self._lines = metrics.Lines(folder / "metrics.jsonl", lines)
+    self._routing = None
+    if sparse_layers(run.model):
+      watched = metrics.kept(folder / "routing.jsonl", step)
+      for record in watched:
+        self.alarms.routing(record["step"], record["layers"])
+      self._routing = metrics.Lines(folder / "routing.jsonl", watched)
+    self._board = metrics.Board(folder / "tensorboard", step)
     # Seldom if the line cannot rewrite itself, as in a log.
     self._bar = tqdm(
-      total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True
+      total=run.steps, initial=step, desc=run.name, unit="step", dynamic_ncols=True
     )
     if not self._bar.fp.isatty():
       self._bar.mininterval = self._bar.maxinterval = 10.0
-    self._tokens = tokens
     self._times: collections.deque[float] = collections.deque(maxlen=20)
 
-  def __call__(self, step: int, metrics: dict[str, Any]) -> None:
+  def __call__(
+    self, step: int, batch: Batch, metrics_: Mapping[str, Any], found: Any
+  ) -> None:
     """Waits for the metrics of a step and shows them.
 
     Raises:
-      Diverged: the loss is not finite.
+      Diverged: too many steps in a row were skipped.
     """
-    values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    values = {name: float(np.asarray(value)) for name, value in metrics_.items()}
     self._times.append(time.perf_counter())
     if len(self._times) > 1:
       seconds = self._times[-1] - self._times[0]
-      values["tokens_per_second"] = self._tokens * (len(self._times) - 1) / seconds
-    self._file.write(json.dumps({"step": step} | values) + "\n")
-    self._file.flush()
-    if not math.isfinite(values["loss"]):
-      raise Diverged(
-        f"step {step}: the loss is {values['loss']}; lower optim.learning_rate."
-      )
+      tokens = self._run.data.batch * self._run.data.seq
+      values["tokens_per_second"] = tokens * (len(self._times) - 1) / seconds
+    self._lines.add({"step": step} | values)
+    self._board.add(step, values)
+    said = self._counted(step, values)
+    watched = step % self._run.watch_every == 0 or step == 1
+    if self._routing is not None and watched:
+      layers = routing.layers(self._run.model, found)
+      self._routing.add({"step": step, "layers": layers})
+      said += self.alarms.routing(step, layers)
+    for message in said:
+      self._bar.write(f"alarm: {message}", file=sys.stderr)
     self._bar.set_postfix_str(_shown(values), refresh=False)
     self._bar.update()
+    if values["skipped"]:
+      metrics.keep_batch(self._folder / "skipped", step, batch)
+    if self._skipped_in_a_row > self._run.max_skipped:
+      raise Diverged(
+        f"step {step}: loss or gradient not finite for {self._skipped_in_a_row} steps "
+        "in a row; lower optim.learning_rate, or look at the batches in "
+        f"{self._folder / 'skipped'}."
+      )
+
+  def flush(self) -> None:
+    """Brings the files up to the last step."""
+    self._lines.flush()
+    if self._routing is not None:
+      self._routing.flush()
 
   def close(self) -> None:
-    """Leaves the bar as it is and closes the file."""
+    """Leaves the bar as it is and closes the files."""
     self._bar.close()
-    self._file.close()
+    self._lines.close()
+    if self._routing is not None:
+      self._routing.close()
+    self._board.close()
+
+  def _counted(self, step: int, values: Mapping[str, float]) -> list[str]:
+    """Takes a line into account; returns new alarms."""
+    skipped = bool(values.get("skipped"))
+    self.skipped += skipped
+    self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+    if "tokens_per_second" in values:
+      self.speeds.append(values["tokens_per_second"])
+    return self.alarms.metrics(step, values)
 
 
-def _shown(values: dict[str, float]) -> str:
+def _shown(values: Mapping[str, float]) -> str:
   shown = [f"{values['bits_per_byte']:.3f} bits/byte"]
   if "tokens_per_second" in values:
     shown.append(f"{values['tokens_per_second'] / 1000:.1f}k tokens/s")
   if "skew" in values:
     shown += [f"drops {values['dropped']:.1%}", f"skew {values['skew']:.2f}"]
   return ", ".join(shown)
-
-
-def _rewind(path: Path, step: int) -> None:
-  """Keeps whole lines of steps up to `step`; a kill may have cut the last one."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-    try:
-      known = json.loads(line)["step"] <= step
-    except (json.JSONDecodeError, KeyError, TypeError):
-      known = False
-    if known and line.endswith("\n"):
-      kept.append(line)
-  write_text(path, "".join(kept))

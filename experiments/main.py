@@ -1,8 +1,11 @@
 """Trains a run, or goes on with it: `python -m experiments.main --config tiny ...`.
 
-The same command resumes.  Bad input ends with one line and exit code 2, before
-anything is compiled or written; what is slow to import waits until the cheap questions
-are answered.
+The same command resumes.  Ctrl-C and SIGTERM leave a complete checkpoint at the end of
+the step under way.  Bad input ends with one line, before anything is compiled or
+written; what is slow to import waits until the cheap questions are answered.
+
+Exit codes: 0 done; 1 the loss was not a number for too long; 2 bad input; 130 stopped
+by Ctrl-C, 143 by SIGTERM.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -18,6 +21,7 @@ _NEEDED = {
   "optax": "train",
   "orbax.checkpoint": "train",
   "tqdm": "train",
+  "tensorboardX": "train",
   "grain": "data",
   "tensorflow_datasets": "data",
   "array_record": "data",
@@ -32,16 +36,25 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code: 2 for bad input, 1 if it diverged."""
-  parser = _Parser(prog="python -m experiments.main", description=__doc__)
+  parser = _Parser(
+    prog="python -m experiments.main",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   add = parser.add_argument
   add("--config", required=True, metavar="NAME", help=", ".join(configs.names()))
-  add("--workdir", required=True, type=Path, help="of this run alone; made if missing")
+  add(
+    "--workdir",
+    required=True,
+    metavar="DIR",
+    help="of this run alone; made if missing; local, gs:// or s3://",
+  )
   add(
     "--set",
     action="append",
     default=[],
     metavar="PATH=VALUE",
-    help="e.g. steps=100, or optim.clip=2",
+    help="a field and a Python literal: steps=100, optim.clip=2; may be repeated",
   )
   add(
     "--compare-dense",
@@ -49,7 +62,21 @@ def main(argv: list[str] | None = None) -> int:
     help="also train the dense model of equal active FLOPs, on the same batches",
   )
   add(
-    "--cache", type=Path, default=Path.home() / ".cache" / "jmoe", help="of data sets"
+    "--dry-run",
+    action="store_true",
+    help="print configuration, parameters, FLOPs, memory and data, and stop",
+  )
+  add(
+    "--profile",
+    type=_steps,
+    metavar="START:STOP",
+    help="write an xprof trace of these steps, both included, to DIR/profile",
+  )
+  add(
+    "--cache",
+    type=Path,
+    default=Path.home() / ".cache" / "jmoe",
+    help="of data sets and compiled code",
   )
   arguments = parser.parse_args(argv)
   if arguments.config not in (known := configs.names()):
@@ -66,25 +93,49 @@ def main(argv: list[str] | None = None) -> int:
   try:
     runs = workdir.prepared(
       configs.load(arguments.config),
-      arguments.workdir,
+      workdir.opened(arguments.workdir),
       settings=arguments.set,
       compare_dense=arguments.compare_dense,
     )
-  except (ValueError, TypeError, OSError) as error:
+  except (ValueError, TypeError, OSError, extras.MissingExtra) as error:
     return _refused(error)
-  from experiments import job
+  import jax
 
+  from experiments import dry_run, job
+
+  # Compiled once, used by every later start of the same run on this machine.
+  jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
+  command = ["python", "-m", "experiments.main", *(argv or sys.argv[1:])]
+  options = job.Options(arguments.cache, command, arguments.profile)
   try:
-    job.execute(runs, arguments.cache)
-  except (errors.BadCheckpoint, errors.BadData) as error:
+    if arguments.dry_run:
+      for run, _ in runs:
+        dry_run.show(run, *job.loaded(run, arguments.cache))
+    else:
+      job.execute(runs, options)
+  except (errors.BadCheckpoint, errors.BadData, extras.MissingExtra) as error:
     return _refused(error)
   except errors.Diverged as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except errors.Stopped as stopped:
+    print(f"\n{stopped}", file=sys.stderr)
+    return stopped.exit_code
   except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from the last checkpoint.")
+    print(
+      "\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr
+    )
     return 130
   return 0
+
+
+def _steps(text: str) -> tuple[int, int]:
+  first, _, last = text.partition(":")
+  if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is not START:STOP with 1 <= START <= STOP, as in 5:8"
+    )
+  return int(first), int(last)
 
 
 def _refused(error: Exception) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from experiments.state import Blueprint
-from experiments.vocabulary import BOS, decode
+from experiments.vocabulary import Vocabulary
 
 
 def sample(
@@ -18,6 +18,7 @@ def sample(
   key: Array,
   *,
   blueprint: Blueprint,
+  vocabulary: Vocabulary,
   prompt: str,
   num_bytes: int,
   temperature: float = 0.7,
@@ -26,7 +27,7 @@ def sample(
 
   Every byte costs a pass over the whole text: enough for a look at a small model.
   """
-  start = [BOS, *prompt.encode()]
+  start = vocabulary.encode(prompt.encode())[:-1].tolist()
   tokens = np.zeros((1, len(start) + num_bytes), np.int32)
   tokens[0, : len(start)] = start
   tokens = _continue(
@@ -38,7 +39,7 @@ def sample(
     blueprint=blueprint,
     temperature=temperature,
   )
-  return prompt + decode(np.asarray(tokens)[0, len(start) :].tolist())
+  return prompt + vocabulary.decode(np.asarray(tokens)[0, len(start) :].tolist())
 
 
 @functools.partial(jax.jit, static_argnames=("blueprint", "temperature"))

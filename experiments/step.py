@@ -1,14 +1,17 @@
 """One step of training and of evaluation: pure functions, jitted by their callers."""
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
-from experiments.state import Blueprint, TrainState, take_apart
+from experiments import routing
+from experiments.optim import Optimizer
+from experiments.state import Blueprint, TrainState
 from jmoe.losses import total_loss
 from jmoe.types import Info
 
@@ -20,17 +23,28 @@ def train_step(
   batch: dict[str, Array],
   *,
   blueprint: Blueprint,
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   loss_weights: tuple[tuple[str, float], ...],
-) -> tuple[TrainState, Metrics]:
-  """The state one step later, and f32[] metrics of the step.
+  logits_z_loss: float = 0.0,
+  byte_lengths: ArrayLike | None = None,
+) -> tuple[TrainState, Metrics, tuple[routing.Stack, ...]]:
+  """The state one step later, f32[] metrics of the step, what the routers did.
+
+  A step whose loss or gradient is not finite changes nothing but the counts of steps
+  and of skipped steps: `metrics["skipped"]` is then one.
 
   Args:
-    state: parameters and all else; donate it.
-    batch: i32[B,S] arrays of `experiments.data.batches`.
+    state: parameters and all else; donate it.  Stacked under `jax.vmap`: see
+      `experiments.seeds`.
+    batch: i32[B,S] arrays of `experiments.data.batches`.  Only `scored` tokens have a
+      loss; routing losses and loads are of all.
     blueprint: structure of the model.
     optimizer: made for the same parameters.
     loss_weights: of the routing losses that are added to the cross-entropy, by name.
+    logits_z_loss: weight of the mean squared log of the softmax's denominator, over
+      scored tokens (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+    byte_lengths: i32[V] bytes that a token stands for, for `bits_per_byte`; None: each
+      token is a byte.
   """
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
@@ -40,45 +54,89 @@ def train_step(
       batch["inputs"], batch["segment"], batch["position"], key=key, train=True
     )
     nats_BS, counts_BS = cross_entropy(logits_BSV, batch)
-    nats = jnp.sum(nats_BS) / jnp.maximum(jnp.sum(counts_BS), 1)
+    count = jnp.maximum(jnp.sum(counts_BS), 1)
+    loss = jnp.sum(nats_BS) / count
     # A dense model, trained for comparison, reports no losses to weigh.
-    routing = total_loss(infos, dict(loss_weights)) if infos else jnp.float32(0)
-    return nats + routing, (nats, infos)
+    if infos:
+      loss += total_loss(infos, dict(loss_weights))
+    if logits_z_loss:
+      z_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
+      loss += logits_z_loss * jnp.sum(jnp.square(z_BS) * counts_BS) / count
+    return loss, (jnp.sum(nats_BS), counts_BS, infos)
 
-  (loss, (nats, infos)), grads = jax.value_and_grad(objective, has_aux=True)(
+  (loss, (nats, counts_BS, infos)), grads = jax.value_and_grad(objective, has_aux=True)(
     state.params
   )
+  grads = optimizer.trained(grads)
+  norm = optax.tree.norm(grads)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, moments = optimizer.update(grads, state.optimizer, state.params)
-  params: Any = optax.apply_updates(state.params, updates)
-  model = blueprint.model(params, state.balance)
-  model.update(infos)
-  _, params, balance = take_apart(model)
-  new = TrainState(state.step + 1, state.key, params, balance, moments)
-  return new, {
+  with jax.numpy_dtype_promotion("standard"):  # float32 updates of narrower parameters
+    params = optax.apply_updates(state.params, updates)
+  balance = blueprint.balanced(state.params, state.balance, infos)
+  params, balance, moments = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old),
+    (params, balance, moments),
+    (state.params, state.balance, state.optimizer),
+  )
+  skipped = state.skipped + (~finite).astype(jnp.int32)
+  new = TrainState(state.step + 1, skipped, state.key, params, balance, moments)
+  size_BS = counts_BS
+  if byte_lengths is not None:
+    size_BS *= jnp.asarray(byte_lengths, jnp.float32)[batch["targets"]]
+  metrics = {
     "loss": loss,
-    "bits_per_byte": nats / jnp.log(2.0),
-    "gradient_norm": optax.global_norm(grads),
+    "bits_per_byte": nats / jnp.log(2.0) / jnp.maximum(jnp.sum(size_BS), 1),
+    "gradient_norm": norm,
+    "skipped": (~finite).astype(jnp.float32),
     **routing_metrics(infos),
   }
+  return new, metrics, routing.stacks(infos)
 
 
 def eval_step(
   params: dict[str, Array],
   balance: dict[str, Array],
   batch: dict[str, Array],
+  byte_lengths: ArrayLike,
   *,
   blueprint: Blueprint,
   num_domains: int,
-) -> tuple[Array, Array]:
-  """Sums by domain: (f32[domains] nats, i32[domains] scored bytes, without EOS)."""
+) -> tuple[Array, Array, tuple[Array, ...]]:
+  """Sums by domain of scored tokens: nats, bytes, and choices of experts.
+
+  Args:
+    params: of the model.
+    balance: of the model.
+    batch: i32[B,S] arrays of `experiments.data.one_pass`.
+    byte_lengths: i32[V] bytes that a token stands for; 0 for the end of a document,
+      which so is paid for but not counted.
+    blueprint: structure of the model.
+    num_domains: of the data set.
+
+  Returns:
+    f32[domains], i32[domains], and i32[R,domains,E] for each stack of R sparse layers:
+    each scored token counts once in every layer for each expert that it asks for.
+    `routing.by_depth` unpacks them.
+  """
+  scored_T = ((batch["segment"] > 0) & (batch["scored"] > 0)).reshape(-1)
+
+  def look(plan):
+    domain_T = batch["domain"].reshape(-1)
+    return routing.load_by_domain(plan, domain_T, scored_T, num_domains=num_domains)
+
   model = blueprint.model(params, balance)
-  logits_BSV, _ = model(batch["inputs"], batch["segment"], batch["position"])
+  logits_BSV, infos = model(
+    batch["inputs"], batch["segment"], batch["position"], look=look
+  )
   nats_BS, counts_BS = cross_entropy(logits_BSV, batch)
-  bytes_BS = counts_BS.astype(bool) & (batch["targets"] < 256)
+  lengths_BS = jnp.asarray(byte_lengths, jnp.int32)[batch["targets"]]
+  bytes_BS = jnp.where(counts_BS > 0, lengths_BS, 0)
   in_domain = batch["domain"] == jnp.arange(num_domains)[:, None, None]
   return (
     jnp.sum(jnp.where(in_domain, nats_BS, 0.0), axis=(1, 2)),
-    jnp.sum(in_domain & bytes_BS, axis=(1, 2), dtype=jnp.int32),
+    jnp.sum(jnp.where(in_domain, bytes_BS, 0), axis=(1, 2), dtype=jnp.int32),
+    tuple(info.plan for info in infos),
   )
 
 
@@ -91,7 +149,7 @@ def cross_entropy(logits_BSV: Array, batch: dict[str, Array]) -> tuple[Array, Ar
   return nats_BS * counts_BS, counts_BS
 
 
-def routing_metrics(infos: tuple[Info, ...]) -> Metrics:
+def routing_metrics(infos: Sequence[Info]) -> Metrics:
   """Means over layers, and the load of the busiest expert of the worst layer."""
   if not infos:
     return {}

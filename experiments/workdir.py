@@ -1,7 +1,19 @@
 """The folder of a run: whose it is, and files in it that are never half written.
 
-It holds config.json, metrics.jsonl, checkpoints/, at the end result.json, and dense/
-with the same for the dense model that the run is compared with.
+  config.json        the run
+  manifest.json      of its data
+  vocabulary/        if it is not bytes
+  metrics.jsonl      a line a step: scalars
+  routing.jsonl      a line each `watch_every` steps: load, entropy, drops by layer
+  tensorboard/       the scalars again
+  checkpoints/       the last whole ones; broken/ those that were found broken
+  skipped/           batches whose loss was no number
+  profile/           what `--profile` traced
+  evaluation.json    bits per byte by domain, load by domain and expert
+  summary.json       the end, or how far it came
+  dense/             all of this for the dense model it is compared with
+
+Local, or `gs://...` and `s3://...` through etils.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -9,19 +21,26 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from experiments import extras
 from experiments.config import Run, with_settings
 from jmoe.analysis import cost
 from jmoe.use import to_jsonable
 
 _SHOWN = 6  # differing fields of a message
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
 def prepared(
-  run: Run, workdir: Path, *, settings: Sequence[str] = (), compare_dense: bool = False
-) -> list[tuple[Run, Path]]:
+  run: Run,
+  workdir: epath.Path,
+  *,
+  settings: Sequence[str] = (),
+  compare_dense: bool = False,
+) -> list[tuple[Run, epath.Path]]:
   """Runs and their folders, all checked; nothing is written.
 
   Args:
@@ -48,22 +67,46 @@ def prepared(
   return runs
 
 
-def claim(run: Run, folder: Path) -> None:
+def claim(run: Run, folder: epath.Path) -> None:
   """Makes the folder and writes whose it is; it was checked by `prepared`."""
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / "config.json", to_jsonable(run))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
   """A whole file, or the old one."""
   write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: epath.Path, text: str) -> None:
   """A whole file, or the old one."""
-  unfinished = path.with_name(path.name + ".unfinished")
-  unfinished.write_text(text, encoding="utf-8")
+  if not is_local(path):  # an object appears when it is whole
+    path.write_text(text)
+    return
+  unfinished = path.parent / (path.name + ".unfinished")
+  unfinished.write_text(text)
   os.replace(unfinished, path)
+
+
+def is_local(path: epath.Path) -> bool:
+  """Whether it is on this machine's file system."""
+  return "://" not in str(path)
+
+
+def opened(workdir: str) -> epath.Path:
+  """A folder by its name, which may begin with gs:// or s3://.
+
+  Raises:
+    ValueError: another scheme, or a package that this one needs is missing.
+  """
+  scheme, separator, _ = workdir.partition("://")
+  if separator and scheme not in _PACKAGES:
+    raise ValueError(
+      f"--workdir {workdir}: unknown scheme; give a local folder, gs:// or s3://."
+    )
+  if separator:
+    extras.check(_PACKAGES[scheme], scheme, needed_by=f"--workdir {workdir}")
+  return epath.Path(workdir)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -92,7 +135,7 @@ def listed(found: Sequence[str]) -> str:
   return "; ".join(found[:_SHOWN]) + more
 
 
-def _check(run: Run, folder: Path) -> None:
+def _check(run: Run, folder: epath.Path) -> None:
   """Raises if a folder is not this run's, nor empty, nor missing."""
   if not folder.exists():
     return
@@ -108,7 +151,7 @@ def _check(run: Run, folder: Path) -> None:
       )
     return
   try:
-    old = json.loads(written.read_text(encoding="utf-8"))
+    old = json.loads(written.read_text())
   except ValueError:
     raise ValueError(f"{written} is not JSON; give another --workdir.") from None
   if found := differences(old, to_jsonable(run)):

@@ -1,9 +1,10 @@
 """What a model costs and what it does; arrays in, numbers out, never inside jit.
 
-cost   parameters and FLOPs, total and active, without allocating anything
+cost             parameters and FLOPs, total and active, without allocating anything
+specialisation   which experts serve which domains: mutual information, shares, load
 """
 # SPDX-License-Identifier: Apache-2.0
 
-from jmoe.analysis import cost
+from jmoe.analysis import cost, specialisation
 
-__all__ = ["cost"]
+__all__ = ["cost", "specialisation"]

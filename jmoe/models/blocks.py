@@ -101,6 +101,7 @@ class Block(nnx.Module):
     key: Array | None,
     train: bool,
     forced: Array | None,
+    with_plan: bool = False,
   ) -> tuple[Array, Info | None]:
     """(f[B,S,D], Info of the sparse layer or None)."""
     h_BSD = normed(self.attention_norm, x_BSD)
@@ -108,7 +109,9 @@ class Block(nnx.Module):
     h_BSD = normed(self.ff_norm, x_BSD)
     if not self.sparse:
       return x_BSD + self.ff(h_BSD), None
-    y_BSD, info = self.moe(h_BSD, context=context, key=key, train=train, forced=forced)
+    y_BSD, info = self.moe(
+      h_BSD, context=context, key=key, train=train, forced=forced, with_plan=with_plan
+    )
     return x_BSD + y_BSD, info
 
 

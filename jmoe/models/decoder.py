@@ -6,7 +6,8 @@ with depth.  `nnx.split` makes it a pure function for a train step.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,11 @@ class Decoder(nnx.Module):
     self.norm = blocks.norm(config.norm, config.d_model, rngs)
     if not config.tied:
       self.unembed = nnx.Linear(
-        config.d_model, config.vocab_size, use_bias=False, rngs=rngs
+        config.d_model,
+        config.vocab_size,
+        use_bias=False,
+        dtype=jnp.float32,
+        rngs=rngs,
       )
 
   def __call__(
@@ -70,6 +75,7 @@ class Decoder(nnx.Module):
     key: Array | None = None,
     train: bool = False,
     forced: Array | None = None,
+    look: Callable[[Any], Any] | None = None,
   ) -> tuple[Array, tuple[Info, ...]]:
     """Logits and what each sparse layer reports.
 
@@ -81,6 +87,7 @@ class Decoder(nnx.Module):
       key: for routing noise; layers fold their index, tokens their position.
       train: draws noise, uses training capacities.
       forced: i32[L,B*S,K] recorded expert ids to replay, L sparse layers in order.
+      look: what to keep of each sparse layer's `Plan`, in `Info.plan`; None: nothing.
 
     Returns:
       (f32[B,S,V], Infos): one Info for each sparse block of each segment, in order,
@@ -121,8 +128,11 @@ class Decoder(nnx.Module):
             key=key,  # the layer folds its index
             train=train,
             forced=ids,
+            with_plan=look is not None,
           )
-          found += [info] if is_sparse[n] else []
+          if info is not None and look is not None:
+            info = dataclasses.replace(info, plan=look(info.plan))
+          found += [info] if info is not None else []
         return x_BSD, tuple(found)
 
       first_layers = layer + len(configs) * jnp.arange(repeat, dtype=jnp.int32)
@@ -151,7 +161,8 @@ class Decoder(nnx.Module):
     # into float32, and accelerators take no more passes than for bfloat16 by default.
     x_BSD = x_BSD.astype(jnp.float32)
     if self.config.tied:
-      return jnp.einsum("bsd,vd->bsv", x_BSD, self.embed.embedding[...])
+      embedding_VD = self.embed.embedding[...].astype(jnp.float32)
+      return jnp.einsum("bsd,vd->bsv", x_BSD, embedding_VD)
     return self.unembed(x_BSD)
 
 

@@ -97,6 +97,23 @@ def test_what_padding_holds_changes_nothing():
   chex.assert_trees_all_equal(infos[0].load.sum(-1), jnp.full(2, 5 * 2))  # k = 2
 
 
+def test_a_look_at_each_plan_is_kept_with_its_layer():
+  graph, state = built(MIXED)
+  tokens_BS = jnp.arange(2 * S).reshape(2, S)
+
+  @jax.jit
+  def looked(state):
+    model = nnx.merge(graph, state)
+    return model(tokens_BS, look=lambda plan: (plan.load, plan.routing.token[-1]))
+
+  _, (info,) = looked(state)
+  load_LGE, last_L = info.plan
+  chex.assert_trees_all_equal(load_LGE, info.load[:, None])
+  assert last_L.tolist() == [2 * S - 1] * 2
+  _, (info,) = apply(graph, state, tokens_BS)
+  assert info.plan is None
+
+
 def test_a_packed_document_gets_the_logits_it_gets_alone():
   graph, state = built(MIXED)
   tokens_BS = jnp.arange(S)[None]

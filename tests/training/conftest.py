@@ -10,6 +10,12 @@ _NEEDED = ("optax", "orbax", "tqdm", "grain", "tensorflow_datasets", "array_reco
 if not all(map(importlib.util.find_spec, _NEEDED)):
   collect_ignore_glob = ["*_test.py"]
 
+# Compile time is what these tests cost: half of it goes with these two.
+QUICK = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+}
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
@@ -21,11 +27,20 @@ def texts(cache):
   """The corpus of `micro`."""
   from experiments import configs, dataset
 
-  return dataset.load(cache, configs.load("micro").data.max_bytes)
+  return dataset.load(cache, configs.load("micro").data)
 
 
 @pytest.fixture(scope="session")
-def job(texts):
+def encoded(cache, texts):
+  """The same as bytes."""
+  from experiments import tokens
+  from experiments.vocabulary import Bytes
+
+  return tokens.load(cache, texts, Bytes())
+
+
+@pytest.fixture(scope="session")
+def job(encoded):
   """`micro` in parts: its run, fresh batches and states, and one compiled step."""
   import jax
 
@@ -33,8 +48,8 @@ def job(texts):
 
   class Job:
     run = configs.load("micro")
-    blueprint, names = states.blueprint(run.model)
-    optimizer = optim.optimizer(run.optim, steps=run.steps, names=names)
+    blueprint, shapes = states.blueprint(run.model)
+    optimizer = optim.optimizer(run.optim, steps=run.steps, params=shapes)
     init = functools.partial(states.init_state, config=run.model, optimizer=optimizer)
     # Static methods, or they would be bound to the class.
     init = staticmethod(functools.partial(init, jax.random.key_data(jax.random.key(0))))
@@ -45,13 +60,14 @@ def job(texts):
           blueprint=blueprint,
           optimizer=optimizer,
           loss_weights=run.loss_weights,
-        )
+        ),
+        compiler_options=QUICK,
       )
     )
 
     @staticmethod
     def batches(seed: int = 0, num_workers: int = 0):
-      windows = data.Windows(texts.train, seq=32)
+      windows = data.Windows(encoded.train, seq=32)
       return data.batches(windows, batch=4, seq=32, seed=seed, num_workers=num_workers)
 
   return Job

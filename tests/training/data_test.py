@@ -8,41 +8,24 @@ import chex
 import numpy as np
 import pytest
 
-from experiments import corpus, data, dataset
+from experiments import corpora, data, dataset, tokens
+from experiments.config import Data
 from experiments.errors import BadData
-from experiments.vocabulary import BOS, EOS, decode, encode
+from experiments.vocabulary import Bytes
+
+BOS, EOS = Bytes.bos, Bytes.eos
+
+
+def some_data(**values):
+  return Data(
+    **({"max_bytes": 20_000, "seq": 32, "batch": 4, "eval_context": 16} | values)
+  )
 
 
 @pytest.fixture(scope="module")
 def documents(job):
-  return corpus.documents(job.run.data.max_bytes)
-
-
-def test_the_corpus_is_the_same_list_each_time(documents, job):
-  again = corpus.documents(job.run.data.max_bytes)
-  assert again == documents
-  assert corpus.digest(again) == corpus.digest(documents)
-  assert len({doc.id for doc in documents}) == len(documents)
-
-
-def test_every_domain_keeps_to_its_size(documents, job):
-  for domain in corpus.DOMAINS:
-    size = sum(len(d.text.encode()) for d in documents if d.domain == domain)
-    assert size <= job.run.data.max_bytes
-    assert domain == "notices" or size > 0.7 * job.run.data.max_bytes
-
-
-def test_the_two_texts_of_a_module_are_on_one_side(documents):
-  sides = {}
-  for doc in documents:
-    source = doc.id.partition("/")[2]
-    assert sides.setdefault(source, doc.held_out) == doc.held_out
-
-
-def test_code_has_lost_its_docstrings():
-  docstrings, code = corpus._parsed(dict(corpus._modules())["bisect.py"])
-  assert docstrings[0] == "Bisection algorithms."
-  assert "Bisection" not in code and "def insort_right" in code
+  found, _ = corpora.chosen(corpora.Choice("embedded", job.run.data.max_bytes))
+  return corpora.split(found)
 
 
 def test_the_data_set_holds_every_document_once(texts, documents):
@@ -51,31 +34,35 @@ def test_the_data_set_holds_every_document_once(texts, documents):
     for record in getattr(texts, split):
       held[record["id"].decode()] = (record["text"].decode(), split == "held_out")
   assert held == {d.id: (d.text, d.held_out) for d in documents}
+  names = {
+    record["id"].decode(): texts.domains[record["domain"]] for record in texts.train
+  }
+  assert all(name == id.partition("/")[0] for id, name in names.items())
   assert len(texts.train) + len(texts.held_out) == len(documents)
   assert len(texts.held_out) > 0
-  assert texts.digest == corpus.digest(documents)
+  assert texts.digest == corpora.digest(documents)
 
 
 def test_a_data_set_that_lost_records_is_refused(tmp_path):
-  dataset.load(tmp_path, 20_000)
+  dataset.load(tmp_path, some_data())
   (split,) = tmp_path.rglob("*train.array_record*")
   split.write_bytes(split.read_bytes()[:100])
   with pytest.raises(BadData, match="delete this folder"):
-    dataset.load(tmp_path, 20_000)
+    dataset.load(tmp_path, some_data())
 
 
 def test_too_little_text_to_hold_out_any_is_refused(tmp_path):
-  with pytest.raises(BadData, match="data.max_bytes=300 .*make it larger"):
-    dataset.load(tmp_path, 300)
+  with pytest.raises(BadData, match="data.max_bytes=2 .*make it larger"):
+    dataset.load(tmp_path, some_data(max_bytes=2))
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
-  def fail(limit):
+  def fail(choice):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(corpus, "documents", fail)
+  monkeypatch.setattr(corpora, "chosen", fail)
   with pytest.raises(BadData, match="No space left.*--cache"):
-    dataset.load(tmp_path, 3_000)
+    dataset.load(tmp_path, some_data())
   assert list(tmp_path.iterdir()) == []
 
 
@@ -108,15 +95,13 @@ def test_a_saved_position_gives_the_batches_that_would_have_followed(job, done):
 
 
 def test_an_epoch_holds_every_window_once(texts, job):
-  windows = data.Windows(texts.train, seq=32)
+  text = b"".join(record["text"] for record in texts.train)
   found = np.zeros(256, np.int64)
   for batch in job.batches():
     targets = batch["targets"][batch["segment"] > 0]
     found += np.bincount(targets[targets < 256], minlength=256)
-    if found.sum() > 0.95 * windows.num_bytes:  # the next epoch begins in the last rows
+    if found.sum() > 0.95 * len(text):  # the next epoch begins in the last rows
       break
-  text = b"".join(record["text"] for record in texts.train)
-  assert len(text) == windows.num_bytes
   assert np.all(found <= np.bincount(np.frombuffer(text, np.uint8), minlength=256))
 
 
@@ -125,7 +110,7 @@ def test_a_segment_is_a_piece_of_one_document():
   lengths = random.integers(0, 70, 60)
   documents = [{"text": random.bytes(n), "domain": n % 3} for n in lengths]
   rows = 0
-  windows = data.Windows(documents, seq=32)
+  windows = data.Windows(tokens.encoded(documents, Bytes()), seq=32)
   for batch in itertools.islice(data.batches(windows, batch=4, seq=32, seed=0), 40):
     for row in range(4):
       segment_S = batch["segment"][row]
@@ -147,19 +132,22 @@ def test_a_segment_is_a_piece_of_one_document():
 
 
 @pytest.mark.parametrize("context", [0, 16])
-def test_a_pass_scores_every_byte_exactly_once(texts, context):
-  windows = data.Windows(texts.held_out, seq=32, context=context)
-  found = np.zeros((len(corpus.DOMAINS), 258), np.int64)
+def test_a_pass_scores_every_byte_exactly_once(texts, encoded, context):
+  windows = data.Windows(encoded.held_out, seq=32, context=context)
+  found = np.zeros((len(texts.domains), 258), np.int64)
   for batch in data.one_pass(windows, batch=4, seq=32):
     chex.assert_shape(list(batch.values()), (4, 32))
     counts = (batch["scored"] > 0) & (batch["segment"] > 0)
     np.add.at(found, (batch["domain"][counts], batch["targets"][counts]), 1)
   expected = np.zeros_like(found)
   for record in texts.held_out:
-    expected[record["domain"]] += np.bincount(encode(record["text"])[1:], minlength=258)
+    expected[record["domain"]] += np.bincount(
+      Bytes().encode(record["text"])[1:], minlength=258
+    )
   np.testing.assert_array_equal(found, expected)
 
 
 def test_bytes_come_back_from_tokens():
-  assert decode(encode("é ok".encode())[1:].tolist()) == "é ok"
-  assert decode([104, 105, EOS, 104]) == "hi"
+  words = Bytes()
+  assert words.decode(words.encode("é ok".encode())[1:].tolist()) == "é ok"
+  assert words.decode([104, 105, EOS, 104]) == "hi"

@@ -4,93 +4,51 @@ Four domains: `prose` (the language reference behind `help()`), `docstrings` (of
 standard library, by module), `code` (the same modules without their docstrings) and
 `notices` (licence and news texts; Debian ships a Python without them, so it is
 optional).  The text differs a little between Python versions: a run records its digest.
-
-First stage of the data path: corpus -> `dataset` -> `data` -> step.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import ast
 import functools
-import hashlib
+import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
-_T = TypeVar("_T")
+from experiments.corpora.types import Document, Found, by_hash
 
-DOMAINS = ("prose", "docstrings", "code", "notices")
-_HELD_OUT = 20  # one document of so many
+ARGUMENT, OPTIONS = "", ()
+
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _SKIPPED = ("test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3")
 
 
-class Document(NamedTuple):
-  """A text, the source it comes from and the kind of text it is."""
-
-  id: str  # "domain/source"
-  domain: str
-  text: str
-
-  @property
-  def held_out(self) -> bool:
-    """Whether it is for evaluation: by a hash of its source, never by a draw.
-
-    The source alone is hashed, so that a module's code and its docstrings are on the
-    same side.
-    """
-    source = self.id.partition("/")[2]
-    return int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) % _HELD_OUT == 0
+def state(argument: str) -> str:
+  """Version and place of this Python: two of one version may differ."""
+  del argument
+  return f"{sys.version} {sysconfig.get_path('stdlib')}"
 
 
-def documents(max_bytes: int) -> list[Document]:
-  """The corpus, the same list on every call of one Python installation.
-
-  Args:
-    max_bytes: UTF-8 bytes of a domain at most; whole documents, in the order of a hash,
-      until nearly as many.
-
-  Returns:
-    Documents sorted by id, none empty.
-  """
+def found(argument: str, *, max_bytes: int) -> Found:
+  """Documents whose sources are topics, paths of modules and parts of files."""
+  del argument, max_bytes
   parsed = functools.cache(_parsed)  # two domains read the same modules
-  modules = _by_hash(_modules())
-  found = {
+  files = by_hash(modules())
+  texts = {
     "prose": _prose(),
-    "docstrings": _once((name, parsed(path)[0]) for name, path in modules),
-    "code": ((name, parsed(path)[1]) for name, path in modules),
-    "notices": _by_hash(_notices()),
+    "docstrings": _once((name, parsed(path)[0]) for name, path in files),
+    "code": ((name, parsed(path)[1]) for name, path in files),
+    "notices": by_hash(_notices()),
   }
-  return sorted(
-    doc for domain in DOMAINS for doc in _some(domain, found[domain], max_bytes)
+  version = ".".join(map(str, sys.version_info[:3]))
+  return Found(
+    {domain: _documents(domain, pairs) for domain, pairs in texts.items()},
+    {"versions": {"python": version}},
   )
 
 
-def digest(docs: Sequence[Document]) -> str:
-  """Hexadecimal sha256 of all ids and texts."""
-  total = hashlib.sha256()
-  for doc in docs:
-    total.update(f"{doc.id}\0{doc.text}\0".encode())
-  return total.hexdigest()
-
-
-def _some(
-  domain: str, texts: Iterable[tuple[str, str]], max_bytes: int
-) -> Iterator[Document]:
-  """Those of a domain that fit; no more are read once nine tenths are full."""
-  used = 0
-  for source, text in texts:
-    size = len(text.encode())
-    if text.strip() and used + size <= max_bytes:
-      used += size
-      yield Document(f"{domain}/{source}", domain, text)
-    if used > 0.9 * max_bytes:
-      return
-
-
-def _by_hash(pairs: Iterable[tuple[str, _T]]) -> list[tuple[str, _T]]:
-  """Ordered by a hash of the first of each pair."""
-  return sorted(pairs, key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+def _documents(domain: str, pairs: Iterable[tuple[str, str]]) -> Iterator[Document]:
+  for source, text in pairs:
+    yield Document(domain, source, text)
 
 
 def _once(texts: Iterable[tuple[str, list[str]]]) -> Iterator[tuple[str, str]]:
@@ -109,12 +67,10 @@ def _once(texts: Iterable[tuple[str, list[str]]]) -> Iterator[tuple[str, str]]:
 def _prose() -> Iterator[tuple[str, str]]:
   from pydoc_data.topics import topics
 
-  yield from _once(
-    (name, text.split("\n\n")) for name, text in _by_hash(topics.items())
-  )
+  yield from _once((name, text.split("\n\n")) for name, text in by_hash(topics.items()))
 
 
-def _modules() -> Iterator[tuple[str, Path]]:
+def modules() -> Iterator[tuple[str, Path]]:
   """(path inside the standard library, path) of its modules."""
   root = Path(sysconfig.get_path("stdlib"))
   for path in root.rglob("*.py"):

@@ -1,0 +1,111 @@
+"""What is compared: functions from a run to the same run with one thing changed.
+
+An arm is a name, or `name=value`:
+
+  sparse        the run as it is
+  dense         the dense model of equal active FLOPs
+  experts=N     N experts of the same active FLOPs; one expert is a dense layer
+  balance=none  no balancing at all
+  balance=loss  by the load-balance loss that the run has
+  balance=bias  by DeepSeek-V3's bias instead of the loss
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+from collections.abc import Callable
+
+from experiments.config import Run
+from jmoe import balance
+from jmoe.analysis import cost
+from jmoe.config import BlockConfig, Dense, ModelConfig, MoEConfig
+from jmoe.use import nearest, use
+
+_LOSS = "load_balance"
+
+
+def arm(run: Run, text: str) -> Run:
+  """The run of an arm; its name becomes that of the arm.
+
+  Raises:
+    ValueError: no such arm (with the nearest), or a value that it does not take.
+  """
+  name, equals, value = text.partition("=")
+  if name not in _ARMS:
+    raise ValueError(f"--arms {text}: unknown arm {name!r}; {nearest(name, _ARMS)}")
+  changed = _ARMS[name](run, value if equals else None)
+  return dataclasses.replace(changed, name=text)
+
+
+def _sparse(run: Run, value: str | None) -> Run:
+  _no_value("sparse", value)
+  return run
+
+
+def _dense(run: Run, value: str | None) -> Run:
+  _no_value("dense", value)
+  model = cost.equal_active_flops(run.model)
+  return dataclasses.replace(run, model=model, loss_weights=())
+
+
+def _experts(run: Run, value: str | None) -> Run:
+  if value is None or not value.isdecimal() or not int(value):
+    raise ValueError(f"--arms experts={value}: give the number of experts, >= 1.")
+  number = int(value)
+
+  def change(ff: MoEConfig) -> MoEConfig:
+    k = min(ff.k or 1, number)
+    wide = ff.experts.get("d_ff") * (ff.k or 1) // k
+    return dataclasses.replace(
+      ff,
+      num_experts=number,
+      router=ff.router.replace(k=k),
+      experts=ff.experts.replace(d_ff=wide),
+    )
+
+  return dataclasses.replace(run, model=_layers(run.model, change))
+
+
+def _balance(run: Run, value: str | None) -> Run:
+  without = tuple(pair for pair in run.loss_weights if pair[0] != _LOSS)
+  if value == "none":
+    return dataclasses.replace(run, loss_weights=without)
+  if value == "loss":
+    if without == run.loss_weights:
+      raise ValueError(f"--arms balance=loss: the run weighs no loss named {_LOSS!r}.")
+    return run
+  if value == "bias":
+    model = _layers(
+      run.model,
+      lambda ff: dataclasses.replace(ff, balance=use(balance.update, rate=1e-3)),
+    )
+    return dataclasses.replace(run, model=model, loss_weights=without)
+  raise ValueError(f"--arms balance={value}: give none, loss or bias.")
+
+
+def _layers(
+  model: ModelConfig, change: Callable[[MoEConfig], MoEConfig]
+) -> ModelConfig:
+  """A model with each sparse layer changed."""
+
+  def block(block: BlockConfig) -> BlockConfig:
+    if isinstance(block.ff, Dense):
+      return block
+    return dataclasses.replace(block, ff=change(block.ff))
+
+  segments = tuple(
+    (tuple(block(b) for b in blocks), repeat) for blocks, repeat in model.segments
+  )
+  return dataclasses.replace(model, segments=segments)
+
+
+def _no_value(name: str, value: str | None) -> None:
+  if value is not None:
+    raise ValueError(f"--arms {name}={value}: {name} takes no value.")
+
+
+_ARMS: dict[str, Callable[[Run, str | None], Run]] = {
+  "sparse": _sparse,
+  "dense": _dense,
+  "experts": _experts,
+  "balance": _balance,
+}

@@ -1,0 +1,74 @@
+"""Packs a corpus into one file: `python -m experiments.corpora handbook --out FILE`.
+
+The file is read by the corpus `packed:FILE`, on machines that lack what it was made
+of.  Any corpus can be packed.  Exit codes: 0 written, 2 bad input or nothing to pack.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from experiments import corpora
+from experiments.corpora import packed
+from experiments.corpora.manifest import manifest
+from experiments.errors import BadData
+from experiments.extras import MissingExtra
+
+_ALL = 1 << 62  # bytes of a domain
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.corpora",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("corpus", help=f"KIND or KIND:ARGUMENT; kinds: {', '.join(corpora.KINDS)}")
+  add("--out", required=True, type=Path, help="FILE.jsonl.xz or FILE.jsonl.gz")
+  add("--max-bytes", type=int, default=_ALL, metavar="N", help="of a domain at most")
+  add(
+    "--near-duplicates",
+    type=float,
+    default=0.0,
+    metavar="SIMILARITY",
+    help="leave out documents so similar to one kept, for instance 0.8",
+  )
+  add("--encoding", help="of the files of a folder, if it is not UTF-8")
+  arguments = parser.parse_args(argv)
+  out, name = arguments.out, arguments.corpus
+  try:
+    if out.suffix not in packed.SUFFIXES:
+      raise BadData(f"--out {out}: the suffix says how to pack; end it in .xz or .gz.")
+    if not out.parent.is_dir():
+      raise BadData(f"--out {out}: there is no folder {out.parent}; make it.")
+    if arguments.encoding:
+      name += f"{'&' if '?' in name else '?'}encoding={arguments.encoding}"
+    start = time.perf_counter()
+    chosen = corpora.Choice(name, arguments.max_bytes, arguments.near_duplicates)
+    documents, facts = corpora.chosen(chosen)
+    if not documents:
+      raise BadData(f"corpus {name} has no documents; nothing was written.")
+    about = manifest(corpora.split(documents), facts, chosen)
+    packed.write(out, documents, about)
+  except (ValueError, MissingExtra, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  print(f"{'domain':<16}{'documents':>10}{'MB':>9}{'held out':>10}")
+  for domain, sides in about["domains"].items():
+    size = sum(side["bytes"] for side in sides.values()) / 1e6
+    held_out = sides["held_out"]["documents"]
+    count = sides["train"]["documents"] + held_out
+    print(f"{domain:<16}{count:>10}{size:>9.2f}{held_out:>10}")
+  print(
+    f"{out}: {out.stat().st_size / 1e6:.1f} MB, digest {about['digest'][:16]}, "
+    f"{time.perf_counter() - start:.0f} s"
+  )
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

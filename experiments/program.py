@@ -1,0 +1,66 @@
+"""A run as functions of arrays, from its configuration; callers jit them."""
+# SPDX-License-Identifier: Apache-2.0
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import optim, state as states, step
+from experiments.config import Run
+
+
+class Program(NamedTuple):
+  """What trains and evaluates a run."""
+
+  blueprint: states.Blueprint
+  optimizer: optim.Optimizer
+  init: Callable[[], states.TrainState]  # the state before the first step
+  train_step: Callable[[Any, Any], Any]  # (state, batch); donate the state
+  eval_step: Callable[[Any, Any, Any], Any]  # (params, balance, batch)
+
+
+def program(run: Run, *, byte_lengths: np.ndarray, num_domains: int) -> Program:
+  """The functions of a run.
+
+  Args:
+    run: what to train.
+    byte_lengths: i32[V] of the vocabulary.
+    num_domains: of the data set.
+
+  Raises:
+    ValueError: roles, experts or steps of the optimizer do not fit the model.
+  """
+  blueprint, shapes = states.blueprint(run.model, run.param_dtype)
+  optimizer = optim.optimizer(run.optim, steps=run.steps, params=shapes)
+  lengths = np.zeros(run.model.vocab_size, np.int32)  # a model may have room to spare
+  lengths[: len(byte_lengths)] = byte_lengths
+  lengths = jnp.asarray(lengths)
+  return Program(
+    blueprint,
+    optimizer,
+    init=functools.partial(
+      states.init_state,
+      jax.random.key_data(jax.random.key(run.seed)),
+      config=run.model,
+      optimizer=optimizer,
+      param_dtype=run.param_dtype,
+    ),
+    train_step=functools.partial(
+      step.train_step,
+      blueprint=blueprint,
+      optimizer=optimizer,
+      loss_weights=run.loss_weights,
+      logits_z_loss=run.logits_z_loss,
+      byte_lengths=lengths,
+    ),
+    eval_step=functools.partial(
+      step.eval_step,
+      byte_lengths=lengths,
+      blueprint=blueprint,
+      num_domains=num_domains,
+    ),
+  )

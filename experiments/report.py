@@ -1,0 +1,59 @@
+"""One page about runs: a file that needs no network, to be kept or sent to somebody.
+
+  python -m experiments.report runs/tiny --out report.html
+  python -m experiments.report runs/small runs/other --out both.html
+
+Curves, load of every expert in every layer, drops by cause, entropy, dead experts,
+which text each expert takes, alarms, costs; several runs beside each other.  A run may
+still go on, or be dense; a dense one inside a run (`--compare-dense`) is shown too.
+
+Exit codes: 0 done, 2 bad input.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+import sys
+from typing import NoReturn
+
+from experiments import extras
+from experiments.errors import BadData
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    print(f"error: {message}; see --help.", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  parser = _Parser(
+    prog="python -m experiments.report",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("workdirs", nargs="+", metavar="DIR", help="of runs")
+  parser.add_argument("--out", required=True, metavar="FILE", help="the page; replaced")
+  arguments = parser.parse_args(argv)
+  try:
+    for module in ("matplotlib", "jinja2"):
+      extras.check(module, "viz", needed_by="experiments.report")
+    extras.check("etils", "train", needed_by="experiments.report")
+    from etils import epath
+
+    from experiments.reporting import page, read
+
+    runs = read.read_all(arguments.workdirs)
+    out = epath.Path(arguments.out)
+    if not out.parent.exists():
+      raise BadData(f"--out {out}: there is no folder {out.parent}; make it first.")
+    out.write_text(page.page(runs), encoding="utf-8")
+  except (BadData, extras.MissingExtra, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  print(f"{arguments.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,322 @@
+"""The page of `experiments.report`: sections as data, filled into a template."""
+# SPDX-License-Identifier: Apache-2.0
+
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from experiments.reporting import charts, grouping, maps
+from experiments.reporting.read import Recorded, Routing
+from experiments.reporting.table import short
+from experiments.workdir import listed
+from jmoe.analysis import specialisation
+
+_NONE = "–"
+_LAST = 10  # watched steps that count as the end of training
+
+_CELLS = 1_000_000  # of all maps over training together: the page stays under 3 MB
+_STEPS = (24, 120)  # least and most columns of such a map
+
+_T = TypeVar("_T")
+Panels = list[tuple[str, list[Markup]]]  # label of a run, and its pictures
+
+
+def page(runs: Sequence[Recorded]) -> str:
+  """HTML that needs nothing but itself."""
+  labels = grouping.labels(runs)
+  named = list(zip(labels, runs, strict=True))
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+  )
+  sparse = [(label, run.routing) for label, run in named if run.routing is not None]
+  return environment.get_template("page.html.jinja").render(
+    title=", ".join(dict.fromkeys(run.name for run in runs)),
+    legend=[
+      (label, colour, dash != "-", _progress(run))
+      for (label, run), (colour, dash) in zip(named, charts.colours(runs), strict=True)
+    ],
+    labels=labels,
+    scale=maps.scale(),
+    summary=_summary(runs),
+    bits=_bits(named),
+    alarms=_alarms(runs),
+    differences=[
+      (label, listed(found))
+      for label, run in named[1:]
+      if (found := grouping.config_differences(runs[0], run))
+    ],
+    curves=Markup(charts.curves(runs)) if _any_metrics(runs) else None,
+    has_dense=any(run.routing is None and run.metrics for run in runs),
+    final=[(label, [_final_load(routing)]) for label, routing in sparse],
+    training=_load_over_training(sparse),
+    drops=_drops(sparse),
+    entropy=_entropy(sparse),
+    dead=_dead(sparse),
+    dead_table=_by_layer(sparse, _dead_at_the_end),
+    domains=_domain_maps(named),
+    information=_information(named),
+  )
+
+
+def _top(arrays: Iterable[np.ndarray]) -> float:
+  """The largest finite number."""
+  return max((float(x[np.isfinite(x)].max(initial=0)) for x in arrays), default=0.0)
+
+
+def _until(sparse: Sequence[tuple[str, Routing]]) -> int:
+  return max((int(routing.step[-1]) for _, routing in sparse), default=1)
+
+
+def _any_metrics(runs: Sequence[Recorded]) -> bool:
+  return any("bits_per_byte" in run.metrics for run in runs)
+
+
+def _progress(run: Recorded) -> str:
+  if run.finished:
+    return f"{run.step} steps"
+  steps = run.config.get("steps")
+  return f"at step {run.step}" + (f" of {steps}" if steps else "") + ", not finished"
+
+
+def _panels(
+  sparse: Sequence[tuple[str, Routing]], draw: Callable[[Routing], str]
+) -> Panels:
+  return [(label, [Markup(draw(routing))]) for label, routing in sparse]
+
+
+def _final_load(routing: Routing) -> Markup:
+  most = max(layer.load.shape[1] for layer in routing.layers)
+  load = np.full((len(routing.layers), most), np.nan)
+  for n, layer in enumerate(routing.layers):
+    load[n, : layer.load.shape[1]] = layer.load[-_LAST:].mean(0)
+  names = [layer.name for layer in routing.layers]
+  return maps.load_map(
+    load, title="", x="expert", rows=names, numbers=most <= 16, width=432
+  )
+
+
+def _load_over_training(sparse: Sequence[tuple[str, Routing]]) -> Panels:
+  experts = sum(layer.load.shape[1] for _, r in sparse for layer in r.layers)
+  most = min(max(_CELLS // max(experts, 1), _STEPS[0]), _STEPS[1])
+  return [
+    (
+      label,
+      [
+        maps.load_map(
+          charts.binned(layer.load.astype(np.float64), most).T,
+          title=layer.name,
+          x="step",
+          y="expert",
+          columns=(int(routing.step[0]), int(routing.step[-1])),
+          even=charts.binned(layer.load.mean(1, keepdims=True), most).T,
+        )
+        for layer in routing.layers
+      ],
+    )
+    for label, routing in sparse
+  ]
+
+
+def _drops(sparse: Sequence[tuple[str, Routing]]) -> Panels:
+  until = _until(sparse)
+  top = _top(s for _, r in sparse for x in r.layers for s in x.dropped.values())
+  return _panels(sparse, lambda routing: charts.drops(routing, top=top, until=until))
+
+
+def _entropy(sparse: Sequence[tuple[str, Routing]]) -> Panels:
+  until = _until(sparse)
+  top = _top(x.entropy for _, r in sparse for x in r.layers)
+  return _panels(
+    sparse,
+    lambda routing: charts.by_layer(
+      routing,
+      lambda n: routing.layers[n].entropy,
+      title="entropy of a token's scores, nats",
+      top=top,
+      until=until,
+    ),
+  )
+
+
+def _dead(sparse: Sequence[tuple[str, Routing]]) -> Panels:
+  counts = {
+    label: [specialisation.dead_experts(x.load).sum(-1) for x in routing.layers]
+    for label, routing in sparse
+  }
+  until = _until(sparse)
+  top = _top(count for found in counts.values() for count in found)
+  return [
+    (
+      label,
+      [
+        Markup(
+          charts.by_layer(
+            routing,
+            lambda n, found=counts[label]: found[n],
+            title="experts under 1 % of an even share in a watched step",
+            top=max(top, 1),
+            until=until,
+            whole=True,
+          )
+        )
+      ],
+    )
+    for label, routing in sparse
+  ]
+
+
+def _dead_at_the_end(routing: Routing) -> list[tuple[str, str]]:
+  found = []
+  for layer in routing.layers:
+    (dead,) = np.nonzero(specialisation.dead_experts(layer.load[-_LAST:].sum(0)))
+    which = f" ({', '.join(map(str, dead[:8]))}{', …' if len(dead) > 8 else ''})"
+    found.append((layer.name, f"{len(dead)}{which if len(dead) else ''}"))
+  return found
+
+
+def _by_layer(
+  found: Sequence[tuple[str, _T]], values: Callable[[_T], list[tuple[str, str]]]
+) -> dict[str, Any] | None:
+  """A table, layers by runs; layers of different runs meet by their place."""
+  if not found:
+    return None
+  columns = [values(value) for _, value in found]
+  rows = []
+  for n in range(max(map(len, columns))):
+    names = dict.fromkeys(column[n][0] for column in columns if n < len(column))
+    cells = [column[n][1] if n < len(column) else _NONE for column in columns]
+    rows.append((" / ".join(names), cells))
+  return {"head": [label for label, _ in found], "rows": rows}
+
+
+def _domain_maps(named: Sequence[tuple[str, Recorded]]) -> Panels:
+  return [
+    (
+      label,
+      [
+        maps.load_map(
+          load.astype(np.float64),
+          title=f"{name}: {specialisation.mutual_information(load):.3f} nats",
+          x="expert",
+          rows=run.evaluation.domains,
+        )
+        for name, load in run.evaluation.layers
+      ],
+    )
+    for label, run in named
+    if run.evaluation is not None and run.evaluation.layers
+  ]
+
+
+def _information(named: Sequence[tuple[str, Recorded]]) -> dict[str, Any] | None:
+  """Mutual information by layer; of at most the entropy of the domains themselves."""
+  known = [
+    (label, run.evaluation.layers)
+    for label, run in named
+    if run.evaluation is not None and run.evaluation.layers
+  ]
+
+  def cells(layers: Any) -> list[tuple[str, str]]:
+    found = []
+    for name, load in layers:
+      nats = specialisation.mutual_information(load)
+      most = min(_entropy_of(load.sum(1)), np.log(load.shape[1]))
+      share = f" ({100 * nats / most:.0f} %)" if most > 0 else ""
+      found.append((name, f"{nats:.3f}{share}"))
+    return found
+
+  return _by_layer(known, cells)
+
+
+def _entropy_of(counts: np.ndarray) -> float:
+  p = counts[counts > 0] / max(counts.sum(), 1)
+  return float(-(p * np.log(p)).sum())
+
+
+def _bits(named: Sequence[tuple[str, Recorded]]) -> dict[str, Any] | None:
+  """Bits per byte by domain, of runs and of what needs no training."""
+  columns: dict[str, Mapping[str, float]] = {
+    label: run.bits_per_byte for label, run in named if run.bits_per_byte
+  }
+  trained = len(columns)
+  if not trained:
+    return None
+  for _, run in named:
+    for name, bits in run.summary.get("baselines", {}).items():
+      columns.setdefault(name, bits)
+  domains = dict.fromkeys(d for bits in columns.values() for d in bits if d != "all")
+  rows = []
+  for domain in (*domains, "all"):
+    values = [bits.get(domain) for bits in columns.values()]
+    least = min((v for v in values[:trained] if v is not None), default=None)
+    cells = [
+      (_NONE if v is None else f"{v:.3f}", trained > 1 and v is not None and v == least)
+      for v in values
+    ]
+    rows.append((domain, cells))
+  return {"head": list(columns), "rows": rows}
+
+
+def _alarms(runs: Sequence[Recorded]) -> list[tuple[str, list[str]]]:
+  names = dict.fromkeys(n for run in runs for n in run.summary.get("alarms", {}))
+  rows = [
+    (name, [_count(run, run.summary.get("alarms", {}).get(name, 0)) for run in runs])
+    for name in names
+  ]
+  skipped = [_skipped(run) for run in runs]
+  return [*rows, ("steps skipped, their loss not finite", skipped)]
+
+
+def _count(run: Recorded, number: int) -> str:
+  return str(number) if run.summary else _NONE
+
+
+def _skipped(run: Recorded) -> str:
+  if run.finished:
+    return str(run.summary.get("skipped_steps", _NONE))
+  counts = run.metrics.get("skipped", np.zeros(0))
+  return str(int(np.nansum(counts)))
+
+
+def _summary(runs: Sequence[Recorded]) -> list[tuple[str, list[str]]]:
+  """Rows of the table of summaries; a row that no run has is left out."""
+
+  def of(*path: str, show: Callable[[Any], str] = str) -> list[str]:
+    return [_shown(run.summary, path, show) for run in runs]
+
+  keys = dict.fromkeys(
+    (group, key)
+    for group in ("policy", "versions", "hardware")
+    for run in runs
+    for key in run.summary.get(group, {})
+  )
+  rows = [
+    ("folder", [str(run.path) for run in runs]),
+    ("state", [_progress(run) for run in runs]),
+    ("seed", [str(run.seed) for run in runs]),
+    ("parameters", of("parameters", "total", show=short)),
+    ("parameters active for a token", of("parameters", "active", show=short)),
+    ("FLOPs a trained token", of("flops", "per_token", show=short)),
+    ("FLOPs trained", of("flops", "trained", show=short)),
+    ("seconds", of("seconds", show=lambda x: f"{x:.1f}")),
+    ("tokens a second", of("tokens_per_second", show=short)),
+    ("data", of("data", "corpus")),
+    ("digest of the data", of("data", "digest", show=lambda x: str(x)[:12])),
+    *((f"{group}: {key}", of(group, key)) for group, key in keys),
+    ("command", of("command", show=lambda x: x if isinstance(x, str) else " ".join(x))),
+  ]
+  return [row for row in rows if any(cell != _NONE for cell in row[1])]
+
+
+def _shown(tree: Any, path: Sequence[str], show: Callable[[Any], str]) -> str:
+  for name in path:
+    tree = tree.get(name) if isinstance(tree, Mapping) else None
+  return _NONE if tree is None else show(tree)

@@ -1,0 +1,2 @@
+"""What a sweep is, and two ways to do it: here, or as an array job."""
+# SPDX-License-Identifier: Apache-2.0

@@ -1,0 +1,64 @@
+"""Names of corpora, and which documents of one are taken and held out."""
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+
+from experiments import corpora
+from experiments.corpora.types import Document, number
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("handbok", "did you mean 'handbook'?"),
+    ("folder", "write folder:PATH."),
+    ("embedded:here", "write embedded."),
+    ("folder:here?encodng=latin-1", "'encodng'; did you mean 'encoding'?"),
+    ("jsonl:here?encoding=latin-1", "unknown option 'encoding'; it has none."),
+  ],
+)
+def test_a_name_that_is_none_is_refused_with_the_nearest(name, said):
+  with pytest.raises(ValueError) as error:
+    corpora.parse(name)
+  assert f"data.corpus={name!r}" in str(error.value) and said in str(error.value)
+
+
+def test_options_are_parted_from_a_path_with_colons():
+  spec = corpora.parse("folder:a:b/c?encoding=cp1252")
+  assert (spec.argument, spec.options) == ("a:b/c", (("encoding", "cp1252"),))
+
+
+def documents(count: int, domain: str = "a") -> list[Document]:
+  return [Document(domain, str(n), "text") for n in range(count)]
+
+
+def test_a_twentieth_is_held_out_whatever_else_there_is():
+  docs = corpora.split(documents(2000))
+  out = {doc.source for doc in docs if doc.held_out}
+  assert 60 < len(out) < 140
+  fewer = corpora.split(docs[::2])
+  assert {doc.source for doc in fewer if doc.held_out} == out & {
+    doc.source for doc in docs[::2]
+  }
+
+
+def test_a_small_domain_holds_out_one_and_a_stated_side_stays():
+  few = [doc for doc in documents(60, "b") if number(doc.source) % 20][:5]
+  stated = [doc._replace(domain="c", held_out=False) for doc in few]
+  docs = corpora.split([*few, *stated])
+  assert [doc.domain for doc in docs if doc.held_out] == ["b"]
+
+
+def test_a_domain_stops_at_its_size_and_says_so(tmp_path):
+  (tmp_path / "a").mkdir()
+  for n in range(20):
+    (tmp_path / "a" / f"{n}.txt").write_text("x" * 100)
+  (tmp_path / "a" / "empty.txt").write_text(" \n")
+  name = f"folder:{tmp_path}"
+  whole, _ = corpora.chosen(corpora.Choice(name, 1 << 20))
+  docs, facts = corpora.chosen(corpora.Choice(name, 1050))
+  assert len(whole) == 20 and len(docs) == 10
+  assert set(docs) < set(whole)
+  assert facts["dropped"]["not read further"] == ["a"]
+  _, facts = corpora.chosen(corpora.Choice(name, 1 << 20))
+  assert facts["dropped"] == {"empty": {"a": 1}}

@@ -1,0 +1,145 @@
+"""Which windows come in which order: epochs, temperature, hosts, workers, resumption."""
+# SPDX-License-Identifier: Apache-2.0
+
+import collections
+import itertools
+import json
+import pickle
+
+import chex
+import numpy as np
+import pytest
+
+from experiments import data, tokens
+from experiments.vocabulary import Bytes
+
+SEQ = 8
+
+
+def windows_of(*lengths: list[int]) -> data.Windows:
+  """A domain for each list of lengths; texts that differ, as far as they can."""
+  records = []
+  for domain, some in enumerate(lengths):
+    for length in some:
+      number = len(records)
+      text = (f"{domain}{number:03}" + "x" * length)[:length].encode()
+      records.append({"text": text, "domain": domain})
+  return data.Windows(tokens.encoded(records, Bytes()), seq=SEQ)
+
+
+@pytest.fixture(scope="module")
+def full():
+  """64 windows that fill a row each."""
+  windows = windows_of([SEQ - 1] * 64)
+  assert len(windows) == 64
+  return windows
+
+
+def rows(windows, count: int, **values) -> list[bytes]:
+  """The first rows, as the text that they hold."""
+  batches = data.batches(windows, batch=4, seq=SEQ, seed=0, **values)
+  found = []
+  while len(found) < count:
+    found += [bytes(row[:4].astype(np.uint8)) for row in next(batches)["targets"]]
+  assert len(found) == count
+  return found
+
+
+def test_every_epoch_has_each_window_once_in_an_order_of_its_own(full):
+  found = rows(full, 192)
+  epochs = [found[n : n + 64] for n in range(0, 192, 64)]
+  assert all(len(set(epoch)) == 64 for epoch in epochs)
+  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+  assert rows(full, 192) == found
+
+
+def test_two_hosts_share_an_epoch_without_overlap(full):
+  first, second = (rows(full, 32, process_index=n, process_count=2) for n in (0, 1))
+  assert len({*first}) == len({*second}) == 32
+  assert not {*first} & {*second}
+  assert {*first, *second} == {*rows(full, 64)}
+  batch = next(
+    data.batches(full, batch=4, seq=SEQ, seed=0, process_index=1, process_count=2)
+  )
+  assert batch["inputs"].shape == (2, SEQ)
+
+
+def test_hosts_share_the_windows_of_each_domain_under_a_temperature():
+  windows = windows_of([SEQ - 1] * 32, [SEQ - 1] * 32)
+  parts = [
+    rows(windows, 32, temperature=2.0, process_index=n, process_count=2) for n in (0, 1)
+  ]
+  assert not {*parts[0]} & {*parts[1]} and len({*parts[0], *parts[1]}) == 64
+
+
+def test_rows_that_hosts_cannot_share_are_refused(full):
+  with pytest.raises(ValueError, match="data.batch=4 is not divisible by the 3 proc"):
+    data.batches(full, batch=4, seq=SEQ, seed=0, process_count=3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_tokens_of_domains_come_in_the_shares_of_the_temperature(temperature):
+  # Many short documents, few long ones, and a domain number that no document has.
+  lengths = ([3] * 200, [], [150] * 40, [30] * 30)
+  windows = windows_of(*lengths)
+  sizes = np.array([sum(n + 1 for n in some) for some in lengths], np.float64)
+  powers = np.where(sizes > 0, sizes ** (1 / temperature), 0)
+  expected = powers / powers.sum()
+  np.testing.assert_allclose(data.shares(windows, temperature), expected)
+  batches = data.batches(windows, batch=8, seq=SEQ, seed=0, temperature=temperature)
+  found = np.zeros(4)
+  for batch in itertools.islice(batches, 250):
+    domains = batch["domain"][batch["segment"] > 0]
+    found += np.bincount(domains, minlength=4)
+  np.testing.assert_allclose(found / found.sum(), expected, atol=0.01)
+
+
+def test_a_temperature_of_one_gives_every_window_once_an_epoch():
+  windows = windows_of([SEQ - 1] * 48, [SEQ - 1] * 16)
+  counts = collections.Counter(rows(windows, 128))
+  assert set(counts.values()) == {2} and len(counts) == 64
+
+
+@pytest.mark.parametrize(
+  ("num_workers", "temperature"), [(0, 1.0), (0, 2.0), (1, 2.0)]
+)
+def test_a_position_amid_an_epoch_is_restored(num_workers, temperature):
+  windows = windows_of(list(range(1, 60)), list(range(5, 25)))
+
+  def made():
+    return data.batches(
+      windows,
+      batch=2,
+      seq=SEQ,
+      seed=3,
+      num_workers=num_workers,
+      temperature=temperature,
+    )
+
+  batches = made()
+  for _ in range(17):
+    next(batches)
+  position = json.loads(json.dumps(batches.get_state()))
+  expected = [next(batches) for _ in range(5)]
+  resumed = made()
+  resumed.set_state(position)
+  chex.assert_trees_all_equal([next(resumed) for _ in range(5)], expected)
+
+
+def test_a_prompt_is_read_but_not_scored():
+  text = "Frage ü? Antwort".encode()
+  prompt = len("Frage ü? ".encode())
+  records = [{"text": text, "domain": 0, "unscored": prompt}]
+  windows = data.Windows(tokens.encoded(records, Bytes()), seq=64)
+  (window,) = [windows[n] for n in range(len(windows))]
+  scored = window["targets"][window["scored"] > 0].tolist()
+  assert scored == [*b"Antwort", Bytes.eos]
+  assert window["inputs"].tolist() == [Bytes.bos, *text]
+
+
+def test_tokens_go_to_another_process_as_the_name_of_their_files(encoded):
+  mapped = encoded.train
+  assert isinstance(mapped.tokens, np.memmap) and mapped.tokens.dtype == np.uint16
+  sent = pickle.dumps(mapped)
+  assert len(sent) < 1000
+  chex.assert_trees_all_equal(pickle.loads(sent).tokens, mapped.tokens)
