@@ -165,7 +165,7 @@ def _order(
   weights = shares(windows, temperature)[present] / lengths
   domains = [
     grain.MapDataset.source(windows.of(domain)).seed(seed).shuffle().repeat()[part]
-    for domain in present
+    for domain in present.tolist()
   ]
   return grain.MapDataset.mix(domains, weights.tolist())
 

@@ -90,7 +90,19 @@ def load(cache: Path, config: Data) -> Texts:
   Raises:
     BadData: the corpus cannot be read, the built or cached data set is not whole, or
       the cache not writable.
+    MissingExtra: a package is not installed.
   """
+  try:
+    return _loaded(cache, config)
+  except MissingExtra:
+    raise
+  except ImportError as error:  # tfds imports some of what it needs when it needs it
+    raise MissingExtra(
+      f"data sets need {error.name}; run: pip install 'jmoe[data]'"
+    ) from error
+
+
+def _loaded(cache: Path, config: Data) -> Texts:
   choice = corpora.Choice(config.corpus, config.max_bytes, config.near_duplicates)
   key = f"{TextDomains.VERSION} {choice.state()}"
   name = hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -106,13 +118,11 @@ def load(cache: Path, config: Data) -> Texts:
     builder: Any = tfds.builder_from_directory(_inner(folder))
     about = builder.info.metadata["manifest"]
     domains = tuple(builder.info.features["domain"].names)
-    splits = map(builder.as_data_source, SPLITS)
-    texts = Texts(*splits, domains, about["digest"], about)
+    train, held_out = map(builder.as_data_source, SPLITS)
+    texts = Texts(train, held_out, domains, about["digest"], about)
     whole = corpora.digest(_documents(texts)) == texts.digest
-  except ImportError as error:  # tfds imports some of what it needs when it reads
-    raise MissingExtra(
-      f"reading data sets needs {error.name}; run: pip install 'jmoe[data]'"
-    ) from error
+  except ImportError:
+    raise
   except Exception as error:  # tfds raises many kinds
     raise BadData(
       f"data set {folder} cannot be read ({type(error).__name__}); delete this folder, "
@@ -147,7 +157,10 @@ def _inner(folder: Path) -> Path:
 
 
 def _build(folder: Path, choice: corpora.Choice) -> None:
-  found, facts = corpora.chosen(choice)
+  try:
+    found, facts = corpora.chosen(choice)
+  except OSError as error:
+    raise BadData(f"corpus {choice.corpus} cannot be read ({error}).") from error
   documents = corpora.split(found)
   if len({doc.held_out for doc in documents}) < 2:
     raise BadData(

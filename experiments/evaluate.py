@@ -60,7 +60,7 @@ def domain_sizes(documents: Sequence[Any], domains: Sequence[str]) -> dict[str, 
   """UTF-8 bytes of the documents of each domain, and of all; without prompts."""
   sizes = dict.fromkeys(domains, 0)
   for document in documents:
-    sizes[domains[document["domain"]]] += len(_scored(document))
+    sizes[domains[int(document["domain"])]] += len(_scored(document))
   return {d: n for d, n in sizes.items() if n} | {"all": sum(sizes.values())}
 
 
@@ -75,7 +75,7 @@ def gzip_bits(documents: Sequence[Any], domains: Sequence[str], *, alone: bool) 
   """
   texts: dict[str, list[bytes]] = {d: [] for d in domains}
   for document in documents:
-    texts[domains[document["domain"]]].append(_scored(document))
+    texts[domains[int(document["domain"])]].append(_scored(document))
   packed = {
     d: sum(len(gzip.compress(t, 9)) for t in (ts if alone else [b"".join(ts)]))
     for d, ts in texts.items()

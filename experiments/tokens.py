@@ -121,7 +121,7 @@ def _opened(folder: Path) -> Tokens:
 def _digest(some: Tokens) -> str:
   total = hashlib.sha256()
   for part in _PARTS:
-    total.update(np.ascontiguousarray(getattr(some, part)))
+    total.update(memoryview(getattr(some, part)))
   return total.hexdigest()
 
 

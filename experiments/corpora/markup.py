@@ -16,7 +16,7 @@ _PAIRS = """
   aq ' dq " bu * em -- en - ha ^ ti ~ rs \\ lq " rq " oq ' cq ' co (C) rg (R) tm (TM)
   ga ` -> -> <- <- >= >= <= <= != != +- +- mu x mc µ 12 1/2 or | ss ß Po £ -D Ð de °
   Fo << Fc >> if infinity *p pi""".split()
-_GLYPHS = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
+_GLYPHS: dict[str, str] = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
 _ESCAPE = re.compile(
   r"""\\(?: f(?:\[[^]]*\]|\(..|.)  # a font
       | s[-+]?[0-9]+ | [vhwDoX]'[^']*' | [|^&%:c,/)] | d | u | [zk].

@@ -85,7 +85,7 @@ def write(path: Path, documents: Sequence[Document], manifest: dict[str, Any]) -
 
 
 def _line(doc: Document) -> bytes:
-  value = {"domain": doc.domain, "id": doc.source, "text": doc.text}
+  value: dict[str, Any] = {"domain": doc.domain, "id": doc.source, "text": doc.text}
   if doc.unscored:
     value["unscored"] = doc.unscored
   if doc.held_out is not None:

@@ -51,7 +51,7 @@ def found(argument: str, *, max_bytes: int, text: str = "", domain: str = "") ->
   if "train" not in splits:
     raise BadData(f"{where} has the splits {', '.join(splits)}, but no train.")
   features = builder.info.features
-  strings = [n for n, f in features.items() if isinstance(f, tfds.features.Text)]
+  strings = sorted(n for n, f in features.items() if isinstance(f, tfds.features.Text))
   text = text or _text(strings, where)
   labels = [n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
   for option, name, known in (

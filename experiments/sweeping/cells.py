@@ -135,8 +135,8 @@ def _split(text: str) -> list[str]:
 
 def _folder(config: str, values: Sequence[str], seed: int) -> str:
   """Such as 'tiny,optim.clip=2,seed=0', of letters that every file system takes."""
-  name = ",".join([config, *values, f"seed={seed}"])
-  name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", name)
+  parts = [config, *values, f"seed={seed}"]
+  name = ",".join(re.sub(r"[^A-Za-z0-9._=+-]+", "_", part) for part in parts)
   if len(name) > _LONGEST:
     raise ValueError(
       f"a cell's folder would have a name of {len(name)} letters, {name[:40]}...; "

@@ -42,6 +42,12 @@ def test_a_twentieth_is_held_out_whatever_else_there_is():
   }
 
 
+def test_a_source_is_on_one_side_in_all_domains():
+  docs = corpora.split([*documents(400, "a"), *documents(400, "b")])
+  sides = {doc.id: doc.held_out for doc in docs}
+  assert all(sides[f"a/{n}"] == sides[f"b/{n}"] for n in range(400))
+
+
 def test_a_small_domain_holds_out_one_and_a_stated_side_stays():
   few = [doc for doc in documents(60, "b") if number(doc.source) % 20][:5]
   stated = [doc._replace(domain="c", held_out=False) for doc in few]

@@ -33,7 +33,8 @@ a	\e0
 .TE
 .if t \{\
 .ft CW
-\}
+only in print
+.\}
 .IP \(bu 3
 Last\
  line."""

@@ -16,16 +16,10 @@ from experiments.vocabulary import VOCAB_SIZE, Bytes
 from jmoe import losses
 from jmoe.config import Attention, BlockConfig, ModelConfig, simple
 from jmoe.use import use
+from tests.training.conftest import QUICK
 
 _EXPERTS, _SEQ, _ROWS = 8, 64, 16
-# Compiling costs more than the steps.
-_jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-  },
-)
+_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")

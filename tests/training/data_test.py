@@ -57,10 +57,10 @@ def test_too_little_text_to_hold_out_any_is_refused(tmp_path):
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
-  def fail(choice):
+  def fail(self):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(corpora, "chosen", fail)
+  monkeypatch.setattr(dataset.TextDomains, "download_and_prepare", fail)
   with pytest.raises(BadData, match="No space left.*--cache"):
     dataset.load(tmp_path, some_data())
   assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Which windows come in which order: epochs, temperature, hosts, workers, resumption."""
+"""The order of windows: epochs, temperature, hosts, workers, going on amid an epoch."""
 # SPDX-License-Identifier: Apache-2.0
 
 import collections
@@ -50,6 +50,7 @@ def test_every_epoch_has_each_window_once_in_an_order_of_its_own(full):
   epochs = [found[n : n + 64] for n in range(0, 192, 64)]
   assert all(len(set(epoch)) == 64 for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+  assert {*epochs[0][:16]} != {*epochs[1][:16]}  # not only those that wait for a row
   assert rows(full, 192) == found
 
 
@@ -100,9 +101,7 @@ def test_a_temperature_of_one_gives_every_window_once_an_epoch():
   assert set(counts.values()) == {2} and len(counts) == 64
 
 
-@pytest.mark.parametrize(
-  ("num_workers", "temperature"), [(0, 1.0), (0, 2.0), (1, 2.0)]
-)
+@pytest.mark.parametrize(("num_workers", "temperature"), [(0, 1.0), (0, 2.0), (1, 2.0)])
 def test_a_position_amid_an_epoch_is_restored(num_workers, temperature):
   windows = windows_of(list(range(1, 60)), list(range(5, 25)))
 
