@@ -1,16 +1,14 @@
 """What a run is, as frozen data, and how a command line changes it."""
 # SPDX-License-Identifier: Apache-2.0
 
-import ast
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from experiments import corpora, vocabulary
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.losses import loss_name
-from jmoe.use import Use, nearest
+from jmoe.use import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,13 @@ class Optim:
 
   def __post_init__(self):
     _at_least("optim", self, warmup_steps=0, accumulate=1)
-    _number("optim", self, "learning_rate end_fraction weight_decay b1 b2 clip")
+    _number("optim", self, "learning_rate weight_decay clip")
+    for name in ("b1", "b2", "end_fraction"):
+      if not 0 <= (value := getattr(self, name)) <= 1 or (
+        value == 1 and name[0] == "b"
+      ):
+        raise ValueError(f"optim.{name}={value!r}; give a number of 0 to 1.")
+    _pairs("optim.role_factors", self.role_factors)
     _one_of("optim", self, kind=("adamw", "adafactor", "muon"))
     _one_of("optim", self, schedule=("cosine", "linear", "constant"))
 
@@ -105,6 +109,7 @@ class Run:
         f"optim.warmup_steps={self.optim.warmup_steps} is not less than "
         f"steps={self.steps}; make it smaller."
       )
+    _pairs("loss_weights", self.loss_weights)
     known = {loss_name(loss) for ff in sparse_layers(self.model) for loss in ff.losses}
     for name, _ in self.loss_weights:
       if name not in known:
@@ -126,70 +131,6 @@ def sparse_layers(model: ModelConfig) -> list[MoEConfig]:
   return [ff for ff in layers if isinstance(ff, MoEConfig)]
 
 
-def with_settings(run: Run, settings: Sequence[str]) -> Run:
-  """A run with some values replaced.
-
-  Args:
-    run: where to start.
-    settings: "dotted.path=value" each; a path goes through fields, keywords of
-      `use(...)` and indices of tuples; a value is a Python literal, or else text.
-
-  Raises:
-    ValueError: no such path (with the nearest), or a value of another type.
-  """
-  for setting in settings:
-    path, equals, text = setting.partition("=")
-    if not equals:
-      raise ValueError(f"--set {setting}: write path=value, e.g. --set steps=100.")
-    try:
-      value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      value = text
-    run = _replaced(run, path.split("."), value, setting)
-  return run
-
-
-def _replaced(node: Any, path: list[str], value: Any, setting: str) -> Any:
-  if not path:
-    return _fitting(node, value, setting)
-  name, rest = path[0], path[1:]
-  children = _children(node)
-  if name not in children and isinstance(node, Use):  # a keyword at its default
-    return node.replace(**{name: value})
-  if name not in children:
-    what = nearest(name, children) if children else "it has no parts."
-    raise ValueError(f"--set {setting}: unknown key {name!r}; {what}")
-  child = _replaced(children[name], rest, value, setting)
-  if isinstance(node, tuple):
-    place = int(name)
-    return (*node[:place], child, *node[place + 1 :])
-  if isinstance(node, Use):
-    return node.replace(**{name: child})
-  return dataclasses.replace(node, **{name: child})
-
-
-def _children(node: Any) -> dict[str, Any]:
-  if isinstance(node, tuple):
-    return {str(n): child for n, child in enumerate(node)}
-  if isinstance(node, Use):
-    return node.kwargs
-  if dataclasses.is_dataclass(node):
-    return {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-  return {}
-
-
-def _fitting(old: Any, new: Any, setting: str) -> Any:
-  """The new value, if it is of the old one's type; an integer may be a float."""
-  if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
-    return float(new)
-  if old is None or new is None or type(old) is type(new):
-    return new
-  raise ValueError(
-    f"--set {setting}: {new!r} is a {type(new).__name__}, but the value is a "
-    f"{type(old).__name__}, now {old!r}."
-  )
-
-
 def _at_least(where: str, config: Any, **least: int) -> None:
   for name, bound in least.items():
     value = getattr(config, name)
@@ -201,6 +142,14 @@ def _one_of(where: str, config: Any, **allowed: tuple[str, ...]) -> None:
   for name, names in allowed.items():
     if (value := getattr(config, name)) not in names:
       raise ValueError(f"{where}.{name}={value!r}; {nearest(str(value), names)}")
+
+
+def _pairs(where: str, pairs: Any) -> None:
+  for pair in pairs:
+    match pair:
+      case (str(), int() | float() as weight) if math.isfinite(weight) and weight >= 0:
+        continue
+    raise ValueError(f"{where} holds {pair!r}; give pairs of a name and a number >= 0.")
 
 
 def _number(where: str, config: Any, names: str) -> None:

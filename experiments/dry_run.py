@@ -1,4 +1,4 @@
-"""What a run would be, printed; nothing is trained, and nothing written to its folder."""
+"""What a run would be, printed; nothing is trained or written to its folder."""
 # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Iterator

@@ -2,12 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
+class BadConfig(ValueError):
+  """Parts of a run that do not fit one another."""
+
+
 class BadData(ValueError):
   """A corpus or data set that cannot be read, is not whole, or cannot be written."""
 
 
 class BadCheckpoint(ValueError):
   """No whole checkpoint, or one of another run; nothing was changed."""
+
+
+class Unreachable(ValueError):
+  """An object store that cannot be read or written."""
 
 
 class Diverged(ValueError):

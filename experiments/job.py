@@ -17,6 +17,7 @@ from experiments import (
   dataset,
   evaluate,
   loop,
+  optim,
   routing,
   sample,
   state as states,
@@ -24,7 +25,7 @@ from experiments import (
   vocabulary,
 )
 from experiments.config import Run
-from experiments.errors import BadCheckpoint
+from experiments.errors import BadCheckpoint, BadConfig
 from experiments.program import Program, program
 from experiments.signals import Stop
 from experiments.summary import summary
@@ -62,12 +63,27 @@ def loaded(run: Run, cache: Path) -> tuple[dataset.Texts, tokens.Encoded]:
   return texts, tokens.load(cache, texts, words)
 
 
+def check(runs: Sequence[tuple[Run, epath.Path]]) -> None:
+  """Whether optimizers fit models, before any data is built.
+
+  Raises:
+    BadConfig: they do not.
+  """
+  for run, _ in runs:
+    try:
+      _, shapes = states.blueprint(run.model, run.param_dtype)
+      optim.optimizer(run.optim, steps=run.steps, params=shapes)
+    except ValueError as error:
+      raise BadConfig(str(error)) from error
+
+
 def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   """Trains each run in its folder, or goes on with it, and prints how well it did.
 
   Raises:
-    BadData, BadCheckpoint, Diverged, Stopped: see there.
+    BadConfig, BadData, BadCheckpoint, Diverged, Stopped: see there.
   """
+  check(runs)
   texts, encoded = loaded(runs[0][0], options.cache)
   held_out = list(texts.held_out)
   baselines = {
@@ -117,6 +133,7 @@ class _Sitting:
   def finished(self) -> Trained:
     """Trains what is missing, evaluates, and writes the folder's files."""
     run, folder = self.run, self.folder
+    claim(run, folder)  # first of all: a folder that is killed now is still this run's
     batches = self._batches()
     facts = {
       "config": to_jsonable(run),
@@ -130,7 +147,6 @@ class _Sitting:
       state = checkpoints.restore(like, batches)
     else:
       state = _started(run, self.program)
-    claim(run, folder)
     write_json(folder / "manifest.json", self.texts.manifest)
     self.encoded.vocabulary.save(folder / "vocabulary")
     print(_headline(run))

@@ -109,11 +109,17 @@ def main(argv: list[str] | None = None) -> int:
   options = job.Options(arguments.cache, command, arguments.profile)
   try:
     if arguments.dry_run:
+      job.check(runs)
       for run, _ in runs:
         dry_run.show(run, *job.loaded(run, arguments.cache))
     else:
       job.execute(runs, options)
-  except (errors.BadCheckpoint, errors.BadData, extras.MissingExtra) as error:
+  except (
+    errors.BadCheckpoint,
+    errors.BadConfig,
+    errors.BadData,
+    extras.MissingExtra,
+  ) as error:
     return _refused(error)
   except errors.Diverged as error:
     print(f"error: {error}", file=sys.stderr)

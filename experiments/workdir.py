@@ -26,7 +26,8 @@ from typing import Any
 from etils import epath
 
 from experiments import extras
-from experiments.config import Run, with_settings
+from experiments.config import Run
+from experiments.settings import with_settings
 from jmoe.analysis import cost
 from jmoe.use import to_jsonable
 
@@ -138,6 +139,7 @@ def listed(found: Sequence[str]) -> str:
 def _check(run: Run, folder: epath.Path) -> None:
   """Raises if a folder is not this run's, nor empty, nor missing."""
   if not folder.exists():
+    _check_place(folder)
     return
   if not folder.is_dir():
     raise ValueError(f"--workdir {folder} is a file; give a folder.")
@@ -159,6 +161,16 @@ def _check(run: Run, folder: epath.Path) -> None:
       f"--workdir {folder} is of another config: {listed(found)}; give another "
       "--workdir, or the same config."
     )
+
+
+def _check_place(folder: epath.Path) -> None:
+  """Raises if a local folder cannot be made."""
+  if not is_local(folder):
+    return
+  above = next(p for p in epath.Path(os.path.abspath(folder)).parents if p.exists())
+  if not above.is_dir() or not os.access(above, os.W_OK):
+    what = "is not writable" if above.is_dir() else "is a file"
+    raise ValueError(f"--workdir {folder}: {above} {what}; give another folder.")
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Sparse against dense on one big GPU: the model that the series in `results/` train.
 
-137 million parameters, 27 million of them met by a token: eight layers of sixteen
+109 million parameters, 21 million of them met by a token: eight layers of sixteen
 experts, two a token, in buckets of capacity 1.25, on the `handbook` corpus (fourteen
 kinds of text in eight languages, 85 MB).  66 million bytes of training, less than once
 over the text, so that what is measured is learning and not memory.

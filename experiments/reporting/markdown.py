@@ -32,9 +32,14 @@ def page(folder: pathlib.Path) -> str:
 
 def _section(path: pathlib.Path) -> str:
   found = results.read_json(path)
-  if "what" in found and "rows" in found:
+  if "rows" not in found:
+    return _claim(path, results.read(path))
+  try:
     return _benchmark(path, found)
-  return _claim(path, results.read(path))
+  except (KeyError, TypeError):
+    raise BadData(
+      f"{path} has rows, but not those of experiments.benchmarks.layer."
+    ) from None
 
 
 def _claim(path: pathlib.Path, found: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ def write_run(
   number is d modulo 3.
   """
   from experiments import configs
-  from experiments.config import with_settings
+  from experiments.settings import with_settings
   from jmoe.use import to_jsonable
 
   rng = np.random.default_rng(seed)

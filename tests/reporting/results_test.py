@@ -175,6 +175,7 @@ def test_a_file_that_is_no_result_is_one_line(series, capsys):
     ("{", "bad.json is not JSON"),
     ("[]", "bad.json is not a JSON object"),
     ("{}", "bad.json is not a claim: it has no 'claim'"),
+    ('{"rows": [{}]}', "bad.json has rows, but not those of"),
   ):
     bad.write_text(text)
     code, _, err = outcome(capsys, "--folder", series.parent)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from experiments import configs, sweep
-from experiments.config import with_settings
+from experiments.settings import with_settings
 from experiments.sweeping import cells as sweeping_cells, run as sweeping_run
 from jmoe.use import to_jsonable
 

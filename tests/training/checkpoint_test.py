@@ -170,7 +170,9 @@ def test_a_model_can_be_read_without_its_run(saved, copy, capsys):
   assert checkpoint.read(copy).step == 2
   assert "4 is broken" in capsys.readouterr().err
   assert (copy / "4").exists()  # looked at, not moved
-  with pytest.raises(BadCheckpoint, match=r"no checkpoint of step 3; steps there: 2, 4"):
+  with pytest.raises(
+    BadCheckpoint, match=r"no checkpoint of step 3; steps there: 2, 4"
+  ):
     checkpoint.read(copy, step=3)
   with pytest.raises(BadCheckpoint, match="holds no checkpoint"):
     checkpoint.read(copy / "nowhere")

@@ -7,6 +7,7 @@ import pytest
 from experiments import dataset, tokens, vocabulary
 from experiments.config import Data
 from experiments.errors import BadData
+from experiments.settings import with_settings
 
 TEXT = "Grüße, 日本語 🙂\r\n\tdef f(x):  return  x\x00".encode()
 
@@ -86,6 +87,13 @@ def test_a_model_too_small_for_its_tokenizer_is_refused(job):
   data = dataclasses.replace(job.run.data, tokenizer="bpe:300")
   with pytest.raises(ValueError, match="model.vocab_size=258 is less than the 300 tok"):
     dataclasses.replace(job.run, data=data)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_tokenizer_and_its_model_are_set_in_any_order(job, order):
+  settings = ["data.tokenizer=bpe:300", "model.vocab_size=300"][::order]
+  run = with_settings(job.run, settings)
+  assert (run.data.tokenizer, run.model.vocab_size) == ("bpe:300", 300)
 
 
 def test_a_prompt_is_encoded_by_itself(bpe):

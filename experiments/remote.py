@@ -1,0 +1,187 @@
+"""A run's folder in an object store, worked on in a local copy.
+
+Objects cannot grow or be renamed, several of them never appear at once, and Orbax knows
+s3:// not at all.  So a run in gs:// or s3:// works in a temporary folder, which begins
+with what the store holds; what has changed is sent at every save, in the background.  A
+checkpoint goes last, and counts in the store once STEP.whole lies beside it.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import concurrent.futures
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+from experiments.errors import Unreachable
+from experiments.workdir import is_local
+
+_FETCHED = ("metrics.jsonl", "routing.jsonl", "summary.json", "config.json")
+_CHECKPOINTS = "checkpoints"
+_BROKEN = "broken"
+_WHOLE = ".whole"
+
+_Mark = dict[str, tuple[int, int]]  # relative name -> bytes, nanoseconds of change
+
+
+class Place:
+  """Where a run works: its own folder if that is local, or a copy.
+
+  Args:
+    folder: to work in.
+    store: where it comes from and goes to; None if it is the folder itself.
+
+  Raises:
+    Unreachable: the store cannot be read; also from `send` and `wait`, or written.
+  """
+
+  def __init__(self, folder: epath.Path, store: epath.Path | None = None):
+    self.folder, self._store = folder, store
+    self._files: _Mark = {}  # as they were sent, but those of checkpoints
+    self._steps: dict[str, _Mark] = {}
+    self._sender = concurrent.futures.ThreadPoolExecutor(1)  # no thread before a task
+    self._sending: concurrent.futures.Future[None] | None = None
+    if store is not None:
+      with _reaching(store):
+        self._fetch(store)
+
+  def send(self, ready: Callable[[], None] = lambda: None) -> None:
+    """Begins to bring the store up to the folder, once `ready` has returned."""
+    self.wait()
+    if self._store is not None:
+      self._sending = self._sender.submit(self._send, self._store, ready)
+
+  def wait(self) -> None:
+    """Waits until all that was sent has arrived."""
+    sending, self._sending = self._sending, None
+    if sending is not None:
+      sending.result()
+
+  def close(self) -> None:
+    """Ends what is still being sent; to know that it arrived, `wait` before."""
+    self._sender.shutdown()
+
+  def _fetch(self, store: epath.Path) -> None:
+    for name in _FETCHED:
+      if (store / name).exists():
+        _copy(store / name, self.folder / name)
+    for name in _names(store / _BROKEN):  # no second one shall have its name
+      (self.folder / _BROKEN / name).mkdir(parents=True)
+    there = _names(store / _CHECKPOINTS)
+    for step in sorted(name for name in there if name + _WHOLE in there):
+      for name in _tree(store / _CHECKPOINTS / step):
+        source = store / _CHECKPOINTS / step / name
+        _copy(source, self.folder / _CHECKPOINTS / step / name)
+      self._steps[step] = _mark(self.folder / _CHECKPOINTS / step)
+
+  def _send(self, store: epath.Path, ready: Callable[[], None]) -> None:
+    ready()
+    with _reaching(store):
+      self._send_files(store)
+      self._send_checkpoints(store / _CHECKPOINTS)
+
+  def _send_files(self, store: epath.Path) -> None:
+    for name, mark in _mark(self.folder).items():
+      beside = not name.startswith(_CHECKPOINTS + "/")
+      if beside and not name.endswith(".unfinished") and self._files.get(name) != mark:
+        _copy(self.folder / name, store / name)
+        self._files[name] = mark
+
+  def _send_checkpoints(self, store: epath.Path) -> None:
+    here = self.folder / _CHECKPOINTS
+    steps = {name: _mark(here / name) for name in _names(here) if name.isdigit()}
+    there = _names(store)
+    for step in sorted(steps, key=int):
+      if self._steps.get(step) != steps[step]:
+        _removed(store, step, there)
+        for name in steps[step]:
+          _copy(here / step / name, store / step / name)
+        (store / (step + _WHOLE)).write_text("all of it has arrived\n")
+    for step in {name.removesuffix(_WHOLE) for name in there} - set(steps):
+      _removed(store, step, there)
+    self._steps = steps
+
+
+@contextlib.contextmanager
+def place(folder: epath.Path) -> Iterator[Place]:
+  """Where to work on a folder, local or not; a copy is gone afterwards.
+
+  Raises:
+    Unreachable: the store cannot be read.
+  """
+  if is_local(folder):
+    yield Place(folder)
+    return
+  with tempfile.TemporaryDirectory(prefix="jmoe-") as scratch:
+    # With its name in it, so that messages can be understood.
+    copy = epath.Path(scratch) / str(folder).replace("://", "/")
+    copy.mkdir(parents=True)
+    found = Place(copy, folder)
+    try:
+      yield found
+    finally:
+      found.close()
+
+
+@contextlib.contextmanager
+def fetched(folder: epath.Path) -> Iterator[epath.Path]:
+  """A local folder that holds what a folder of checkpoints does; for reading only.
+
+  Raises:
+    Unreachable: the store cannot be read.
+  """
+  with place(folder.parent) as copy:
+    yield copy.folder / folder.name
+
+
+@contextlib.contextmanager
+def _reaching(store: epath.Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # each file system has its own
+    reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+    raise Unreachable(
+      f"{store} cannot be reached ({reason}); look at its name and your credentials."
+    ) from error
+
+
+def _removed(store: epath.Path, step: str, there: set[str]) -> None:
+  """Takes a checkpoint away; first of all, it no longer counts."""
+  (store / (step + _WHOLE)).unlink(missing_ok=True)
+  if step in there:
+    (store / step).rmtree()
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+  if is_local(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+  source.copy(target, overwrite=True)
+
+
+def _names(folder: epath.Path) -> set[str]:
+  return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _tree(folder: epath.Path) -> list[str]:
+  """Relative names of all files below a folder of the store."""
+  found = []
+  for path in folder.iterdir():
+    if path.is_dir():
+      found += [f"{path.name}/{name}" for name in _tree(path)]
+    else:
+      found.append(path.name)
+  return found
+
+
+def _mark(folder: epath.Path) -> _Mark:
+  """What tells the files of a local folder from what they were."""
+  found = {}
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      path = os.path.join(parent, name)
+      with contextlib.suppress(FileNotFoundError):  # an unfinished one, finished now
+        stat = os.stat(path)
+        found[os.path.relpath(path, folder)] = (stat.st_size, stat.st_mtime_ns)
+  return found
