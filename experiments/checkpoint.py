@@ -22,9 +22,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
+from experiments import remote
 from experiments.errors import BadCheckpoint
 from experiments.state import TrainState, path_part
-from experiments.workdir import differences, is_local, listed
+from experiments.workdir import differences, listed
 
 
 class Checkpoints:
@@ -39,7 +40,7 @@ class Checkpoints:
     self._folder = folder
     # Through JSON, so that what was read back compares equal.
     self._facts = json.loads(json.dumps(facts))
-    self._manager = _manager(folder)
+    self._manager = _manager(folder, ours=True)
 
   @property
   def latest(self) -> int | None:
@@ -48,7 +49,7 @@ class Checkpoints:
 
   def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
     """Saves in the background; waits for a save that is still under way."""
-    self._manager.wait_until_finished()
+    self.wait()
     # A copy: the next step may reuse the buffers that a view would show.
     host = jax.tree.map(lambda x: np.array(x), state)
     body = {
@@ -95,9 +96,13 @@ class Checkpoints:
     leaves = [jnp.array(state[name]) for name in named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
+  def wait(self) -> None:
+    """Until the last save is whole."""
+    self._manager.wait_until_finished()
+
   def close(self) -> None:
     """Waits for the last save."""
-    self._manager.wait_until_finished()
+    self.wait()
     self._manager.close()
 
 
@@ -120,9 +125,14 @@ def read(folder: epath.Path, step: int | None = None) -> Saved:
     BadCheckpoint: there is none, or none is whole; those found broken are named on
       stderr.
   """
-  if not folder.is_dir():
-    raise BadCheckpoint(f"{folder} holds no checkpoint; give the folder of a run.")
-  manager = _manager(folder)
+  with remote.fetched(folder) as here:
+    if not here.is_dir():
+      raise BadCheckpoint(f"{folder} holds no checkpoint; give the folder of a run.")
+    return _read(here, step)
+
+
+def _read(folder: epath.Path, step: int | None) -> Saved:
+  manager = _manager(folder, ours=False)
   try:
     if not manager.all_steps() or step not in (None, *manager.all_steps()):
       which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -140,13 +150,15 @@ def read(folder: epath.Path, step: int | None = None) -> Saved:
   return Saved(found, params, balance)
 
 
-def _manager(folder: epath.Path) -> ocp.CheckpointManager:
+def _manager(folder: epath.Path, *, ours: bool) -> ocp.CheckpointManager:
+  """Only what is ours is made, and tidied of saves that were never finished."""
   if folder.exists() and not folder.is_dir():
     raise BadCheckpoint(f"{folder} is a file; give another --workdir.")
-  options = ocp.CheckpointManagerOptions(max_to_keep=2)
-  place = epath.Path(os.path.abspath(folder)) if is_local(folder) else folder
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=2, create=ours, cleanup_tmp_directories=ours
+  )
   return ocp.CheckpointManager(
-    place, options=options, item_names=("state", "data", "meta")
+    os.path.abspath(folder), options=options, item_names=("state", "data", "meta")
   )
 
 

@@ -25,8 +25,9 @@ from experiments import (
   vocabulary,
 )
 from experiments.config import Run
-from experiments.errors import BadCheckpoint, BadConfig
+from experiments.errors import BadCheckpoint, BadConfig, Diverged
 from experiments.program import Program, program
+from experiments.remote import Place, place
 from experiments.signals import Stop
 from experiments.summary import summary
 from experiments.workdir import claim, write_json
@@ -91,10 +92,11 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
     "gzip -9, each alone": evaluate.gzip_bits(held_out, texts.domains, alone=True),
   }
   with Stop() as stop:
-    finished = [
-      _Sitting(run, folder, texts, encoded, baselines, options, stop).finished()
-      for run, folder in runs
-    ]
+    finished = []
+    for run, folder in runs:
+      with place(folder) as where:
+        sitting = _Sitting(run, where, texts, encoded, baselines, options, stop)
+        finished.append(sitting.finished())
   columns = {trained.run.name: trained.bits for trained in finished} | baselines
   sizes = evaluate.domain_sizes(held_out, texts.domains)
   width = max(12, *(len(domain) + 1 for domain in sizes))
@@ -109,20 +111,56 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
     print(f"\nsample of {trained.run.name}:\n{_sample(trained, encoded.vocabulary)}")
 
 
+def evaluated(
+  run: Run,
+  folder: epath.Path,
+  state: states.TrainState,
+  eval_step: Any,
+  texts: dataset.Texts,
+  encoded: tokens.Encoded,
+) -> evaluate.Evaluation:
+  """One pass over the held-out documents, also written to evaluation.json.
+
+  Args:
+    run: that was trained.
+    folder: of the run.
+    state: at its end.
+    eval_step: of its program, jitted.
+    texts: the data set.
+    encoded: the same as tokens.
+  """
+  of = run.data
+  windows = data.Windows(encoded.held_out, seq=of.seq, context=of.eval_context)
+  found = evaluate.evaluation(
+    lambda batch: eval_step(state.params, state.balance, batch),
+    data.one_pass(windows, batch=of.batch, seq=of.seq),
+    evaluate.domain_sizes(texts.held_out, texts.domains),
+    texts.domains,
+  )
+  layers = [
+    {"name": name, "load": load.tolist()}
+    for name, load in routing.by_depth(run.model, found.loads)
+  ]
+  body = {"bits_per_byte": found.bits, "layers": layers}
+  write_json(folder / "evaluation.json", body | {"domains": list(texts.domains)})
+  return found
+
+
 class _Sitting:
   """One run, from where its folder says it is to its end, or to a wish to stop."""
 
   def __init__(
     self,
     run: Run,
-    folder: epath.Path,
+    where: Place,
     texts: dataset.Texts,
     encoded: tokens.Encoded,
     baselines: Mapping[str, evaluate.Bits],
     options: Options,
     stop: Stop,
   ):
-    self.run, self.folder, self.texts, self.encoded = run, folder, texts, encoded
+    self.run, self.texts, self.encoded = run, texts, encoded
+    self.where, self.folder = where, where.folder
     self.baselines, self.options, self.stop = baselines, options, stop
     self.program = program(
       run,
@@ -133,7 +171,9 @@ class _Sitting:
   def finished(self) -> Trained:
     """Trains what is missing, evaluates, and writes the folder's files."""
     run, folder = self.run, self.folder
-    claim(run, folder)  # first of all: a folder that is killed now is still this run's
+    begun = (folder / "config.json").exists()
+    state = None if begun else _started(run, self.program)  # it may be refused
+    claim(run, folder)  # before all else: a folder that is killed now is this run's
     batches = self._batches()
     facts = {
       "config": to_jsonable(run),
@@ -145,7 +185,7 @@ class _Sitting:
     if checkpoints.latest is not None:
       like = jax.eval_shape(self.program.init)
       state = checkpoints.restore(like, batches)
-    else:
+    elif state is None:
       state = _started(run, self.program)
     write_json(folder / "manifest.json", self.texts.manifest)
     self.encoded.vocabulary.save(folder / "vocabulary")
@@ -159,13 +199,15 @@ class _Sitting:
       write_json(folder / "summary.json", found)
 
     def save(state: states.TrainState) -> None:
+      self.where.wait()
       checkpoints.save(state, batches)
-      report.flush()
       summarised(int(state.step))
+      self.where.send(ready=checkpoints.wait)
 
     profile = None
     if self.options.profile is not None:
-      profile = loop.Profile(folder / "profile", *self.options.profile)
+      done = int(state.step)
+      profile = loop.Profile(folder / "profile", *self.options.profile, done=done)
     try:
       state = loop.train(
         state,
@@ -178,19 +220,31 @@ class _Sitting:
         stop=self.stop,
         profile=profile,
       )
+    except Diverged:
+      summarised(report.step)
+      raise
     finally:
       if profile is not None:
         profile.close()
       report.close()
       checkpoints.close()
-    seconds = before + time.perf_counter() - begin
+      self._sent()
+    trained = time.perf_counter()
     found = self._evaluated(state)
-    end = {"bits": found.bits, "digests": checkpoint.digests(state.params)}
-    write_json(
-      folder / "summary.json",
-      self._summary(run.steps, seconds, report, baselines=self.baselines, **end),
+    begin += time.perf_counter() - trained  # evaluation is no part of the training
+    summarised(
+      run.steps,
+      bits=found.bits,
+      baselines=self.baselines,
+      digests=checkpoint.digests(state.params),
     )
+    self._sent()
     return Trained(run, state, found.bits)
+
+  def _sent(self) -> None:
+    """Brings the store up to the folder, where they are two."""
+    self.where.send()
+    self.where.wait()
 
   def _batches(self) -> Any:
     of = self.run.data
@@ -204,25 +258,6 @@ class _Sitting:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-
-  def _evaluated(self, state: states.TrainState) -> evaluate.Evaluation:
-    """Also writes evaluation.json."""
-    of, texts = self.run.data, self.texts
-    windows = data.Windows(self.encoded.held_out, seq=of.seq, context=of.eval_context)
-    eval_step = jax.jit(self.program.eval_step)
-    found = evaluate.evaluation(
-      lambda batch: eval_step(state.params, state.balance, batch),
-      data.one_pass(windows, batch=of.batch, seq=of.seq),
-      evaluate.domain_sizes(texts.held_out, texts.domains),
-      texts.domains,
-    )
-    layers = [
-      {"name": name, "load": load.tolist()}
-      for name, load in routing.by_depth(self.run.model, found.loads)
-    ]
-    body = {"bits_per_byte": found.bits, "layers": layers}
-    write_json(self.folder / "evaluation.json", body | {"domains": list(texts.domains)})
-    return found
 
   def _summary(self, step: int, seconds: float, report: loop.Report, **end: Any):
     return summary(

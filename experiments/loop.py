@@ -19,7 +19,7 @@ from experiments import metrics, routing
 from experiments.alarms import Alarms
 from experiments.config import Run, sparse_layers
 from experiments.data import Batch
-from experiments.errors import Diverged, Stopped
+from experiments.errors import Diverged
 from experiments.signals import Stop
 from experiments.state import TrainState
 
@@ -66,12 +66,13 @@ def train(
     if waiting is not None:
       report(*waiting)
     waiting = (step, batch, values, found)
-    if step % save_every == 0 or step == steps or stop.requested:
+    stopping = stop.signal is not None  # asked once: a signal may come at any moment
+    if step % save_every == 0 or step == steps or stopping:
       report(*waiting)
       waiting = None
       save(state)
-    if stop.signal is not None and step < steps:
-      raise Stopped(stop.signal, step)
+    if stopping:
+      stop.check(step)
   return state
 
 
@@ -82,11 +83,18 @@ class Profile:
     folder: where TensorBoard's profile plugin, or xprof, looks for it.
     first: step, counted from one.
     last: at least `first`.
+    done: steps done before; what of them was to be traced is not, and said so.
   """
 
-  def __init__(self, folder: epath.Path, first: int, last: int):
-    self._folder, self._first, self._last = folder, first, last
+  def __init__(self, folder: epath.Path, first: int, last: int, *, done: int):
+    self._folder, self._first, self._last = folder, max(first, done + 1), last
     self._running = False
+    if first <= done:
+      traced = f"from {done + 1} on" if done < last else "none"
+      print(
+        f"--profile {first}:{last}: {done} steps were done before; {traced} is traced.",
+        file=sys.stderr,
+      )
 
   def before(self, step: int) -> None:
     if step == self._first:
@@ -112,6 +120,9 @@ class Report:
     run: what is trained.
     folder: of the run.
     step: where the run starts; what the files hold of later steps is dropped.
+
+  `step` is the last that was reported, `skipped` how many changed nothing, `speeds` the
+  tokens a second of each, and `alarms` what was to be said.
   """
 
   def __init__(self, run: Run, folder: epath.Path, *, step: int):
@@ -137,6 +148,7 @@ class Report:
     if not self._bar.fp.isatty():
       self._bar.mininterval = self._bar.maxinterval = 10.0
     self._times: collections.deque[float] = collections.deque(maxlen=20)
+    self.step = step
 
   def __call__(
     self, step: int, batch: Batch, metrics_: Mapping[str, Any], found: Any
@@ -147,6 +159,7 @@ class Report:
       Diverged: too many steps in a row were skipped.
     """
     values = {name: float(np.asarray(value)) for name, value in metrics_.items()}
+    self.step = step
     self._times.append(time.perf_counter())
     if len(self._times) > 1:
       seconds = self._times[-1] - self._times[0]
@@ -165,19 +178,13 @@ class Report:
     self._bar.set_postfix_str(_shown(values), refresh=False)
     self._bar.update()
     if values["skipped"]:
-      metrics.keep_batch(self._folder / "skipped", step, batch)
+      metrics.keep_batch(self._folder / "skipped", step, batch, key=self._key(step))
     if self._skipped_in_a_row > self._run.max_skipped:
       raise Diverged(
         f"step {step}: loss or gradient not finite for {self._skipped_in_a_row} steps "
         "in a row; lower optim.learning_rate, or look at the batches in "
         f"{self._folder / 'skipped'}."
       )
-
-  def flush(self) -> None:
-    """Brings the files up to the last step."""
-    self._lines.flush()
-    if self._routing is not None:
-      self._routing.flush()
 
   def close(self) -> None:
     """Leaves the bar as it is and closes the files."""
@@ -195,6 +202,10 @@ class Report:
     if "tokens_per_second" in values:
       self.speeds.append(values["tokens_per_second"])
     return self.alarms.metrics(step, values)
+
+  def _key(self, step: int) -> jax.Array:
+    """What `train_step` draws from in this step."""
+    return jax.random.fold_in(jax.random.key(self._run.seed), step - 1)
 
 
 def _shown(values: Mapping[str, float]) -> str:

@@ -11,6 +11,7 @@ by Ctrl-C, 143 by SIGTERM.
 
 import argparse
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -74,9 +75,10 @@ def main(argv: list[str] | None = None) -> int:
   )
   add(
     "--cache",
-    type=Path,
+    type=_local,
+    metavar="DIR",
     default=Path.home() / ".cache" / "jmoe",
-    help="of data sets and compiled code",
+    help="of data sets and compiled code; local",
   )
   arguments = parser.parse_args(argv)
   if arguments.config not in (known := configs.names()):
@@ -96,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
       workdir.opened(arguments.workdir),
       settings=arguments.set,
       compare_dense=arguments.compare_dense,
+      profile=arguments.profile,
     )
   except (ValueError, TypeError, OSError, extras.MissingExtra) as error:
     return _refused(error)
@@ -104,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
   from experiments import dry_run, job
 
   # Compiled once, used by every later start of the same run on this machine.
-  jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
   command = ["python", "-m", "experiments.main", *(argv or sys.argv[1:])]
   options = job.Options(arguments.cache, command, arguments.profile)
   try:
@@ -118,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     errors.BadCheckpoint,
     errors.BadConfig,
     errors.BadData,
+    errors.Unreachable,
     extras.MissingExtra,
+    OSError,  # a folder that cannot be written, a disk that is full
   ) as error:
     return _refused(error)
   except errors.Diverged as error:
@@ -133,6 +139,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     return 130
   return 0
+
+
+def _local(text: str) -> Path:
+  if "://" in text:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a local folder")
+  return Path(text)
 
 
 def _steps(text: str) -> tuple[int, int]:

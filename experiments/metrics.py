@@ -1,28 +1,29 @@
 """What a run writes about itself: JSON lines, TensorBoard events, skipped batches.
 
-A resumed run lists no step twice: lines and events after its step are dropped first.
-TensorBoard gets the scalars of metrics.jsonl and nothing else, so the number of its
-tags does not grow with experts or layers; loads of experts are in routing.jsonl.
+A resumed run lists no step twice: lines after its step are dropped, events are purged.
+TensorBoard gets the scalars of metrics.jsonl and nothing else: loss, bits_per_byte,
+gradient_norm, skipped, tokens_per_second, with sparse layers also skew, dropped and
+entropy, and a mean for each routing loss.  So the number of tags does not grow with
+layers or experts; what each of those does is in routing.jsonl.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import io
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
 from experiments import extras
-from experiments.workdir import is_local, write_text
+from experiments.workdir import write_text
 
 
 class Lines:
   """A file of JSON lines, each with a "step".
-
-  A local file is written line by line.  Where files cannot grow (gs://, s3://), the
-  whole text is written at every `flush`, as often as the state is saved.
 
   Args:
     path: of the file.
@@ -30,31 +31,16 @@ class Lines:
   """
 
   def __init__(self, path: epath.Path, kept: Sequence[Mapping[str, Any]]):
-    self._path = path
-    self._text = [_line(record) for record in kept]
-    write_text(path, "".join(self._text))
-    self._file = None
-    if is_local(path):
-      self._text.clear()
-      self._file = path.open("a")
+    write_text(path, "".join(map(_line, kept)))
+    self._file = path.open("a")
 
   def add(self, record: Mapping[str, Any]) -> None:
     """Appends a record."""
-    if self._file is None:
-      self._text.append(_line(record))
-      return
     self._file.write(_line(record))
     self._file.flush()
 
-  def flush(self) -> None:
-    """Makes sure that all records are where they belong."""
-    if self._file is None:
-      write_text(self._path, "".join(self._text))
-
   def close(self) -> None:
-    self.flush()
-    if self._file is not None:
-      self._file.close()
+    self._file.close()
 
 
 def kept(path: epath.Path, step: int) -> list[dict[str, Any]]:
@@ -74,33 +60,54 @@ def kept(path: epath.Path, step: int) -> list[dict[str, Any]]:
 
 
 class Board:
-  """Scalars for TensorBoard; nothing where the folder is not local.
+  """Scalars for TensorBoard.
 
   Args:
     folder: of the event files.
-    step: events of later steps are hidden.
+    step: where the run starts; TensorBoard hides events of later steps from before.
   """
 
   def __init__(self, folder: epath.Path, step: int):
-    self._writer = None
-    if is_local(folder):
-      tensorboardX = extras.require("tensorboardX", "train", needed_by="a run")
-      self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+    for module in ("event_file_writer", "proto.event_pb2", "proto.summary_pb2"):
+      extras.require(f"tensorboardX.{module}", "train", needed_by="a run")
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    # The writer itself: the queue that is usually before it loses what a kill finds
+    # there, and cannot be emptied.
+    self._file = event_file_writer.EventsWriter(str(folder / "events"), f".{step}")
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(step + 1, session_log=start)
 
   def add(self, step: int, values: Mapping[str, float]) -> None:
-    if self._writer is not None:
-      for name, value in values.items():
-        self._writer.add_scalar(name, value, step)
+    value = self._summary.Value
+    found = [value(tag=name, simple_value=x) for name, x in values.items()]
+    self._write(step, summary=self._summary(value=found))
 
   def close(self) -> None:
-    if self._writer is not None:
-      self._writer.close()
+    self._file.close()
+
+  def _write(self, step: int, **what: Any) -> None:
+    self._file.write_event(self._event(wall_time=time.time(), step=step, **what))
+    self._file.flush()
 
 
-def keep_batch(folder: epath.Path, step: int, batch: Mapping[str, Any]) -> None:
-  """Writes skipped/step-N.npz: the arrays of a batch, by name."""
+def keep_batch(
+  folder: epath.Path, step: int, batch: Mapping[str, Any], *, key: Any
+) -> None:
+  """Writes step-N.npz: the arrays of a batch by name, and the step's random key.
+
+  Args:
+    folder: made if missing.
+    step: counted from one.
+    batch: of the step.
+    key: the random key that the step used.
+  """
   body = io.BytesIO()
-  np.savez(body, **{name: np.asarray(value) for name, value in batch.items()})
+  arrays = {name: np.asarray(value) for name, value in batch.items()}
+  np.savez(body, **arrays, key=np.asarray(jax.random.key_data(key)))
   folder.mkdir(parents=True, exist_ok=True)
   (folder / f"step-{step}.npz").write_bytes(body.getvalue())
 

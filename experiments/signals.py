@@ -3,9 +3,13 @@
 
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+from experiments.errors import Stopped
+
+_T = TypeVar("_T")
 _CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -19,10 +23,16 @@ class Stop:
     self.signal: int | None = None
     self._before: dict[int, Any] = {}
 
-  @property
-  def requested(self) -> bool:
-    """Whether a signal came."""
-    return self.signal is not None
+  def check(self, step: int) -> None:
+    """Raises `Stopped` if a signal came; this step was saved."""
+    if self.signal is not None:
+      raise Stopped(self.signal, step)
+
+  def between(self, items: Iterable[_T], step: int) -> Iterator[_T]:
+    """The items, as long as no signal comes; see `check`."""
+    for item in items:
+      self.check(step)
+      yield item
 
   def __enter__(self) -> "Stop":
     if threading.current_thread() is threading.main_thread():

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,7 +92,7 @@ class BPE:
   def save(self, folder: Path) -> None:
     """Writes tokenizer.json; the folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{_FILE}.unfinished"
+    unfinished = folder / f"{_FILE}.unfinished-{os.getpid()}"
     unfinished.write_text(self._tokenizer.to_str(), encoding="utf-8")
     unfinished.replace(folder / _FILE)
 

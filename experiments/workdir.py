@@ -13,7 +13,7 @@
   summary.json       the end, or how far it came
   dense/             all of this for the dense model it is compared with
 
-Local, or `gs://...` and `s3://...` through etils.
+Local, or `gs://...` and `s3://...`, which `experiments.remote` brings here and back.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -41,6 +41,7 @@ def prepared(
   *,
   settings: Sequence[str] = (),
   compare_dense: bool = False,
+  profile: tuple[int, int] | None = None,
 ) -> list[tuple[Run, epath.Path]]:
   """Runs and their folders, all checked; nothing is written.
 
@@ -49,12 +50,23 @@ def prepared(
     workdir: of the run.
     settings: see `with_settings`.
     compare_dense: add the dense model of equal active FLOPs, on the same batches.
+    profile: first and last step to trace.
 
   Raises:
     ValueError, TypeError: a setting does not fit, or a folder is of another run.
   """
   run = with_settings(run, settings)
   runs = [(run, workdir)]
+  if profile is not None and profile[1] > run.steps:
+    raise ValueError(
+      f"--profile {profile[0]}:{profile[1]}: the run has {run.steps} steps; give "
+      "steps of the run."
+    )
+  if compare_dense and run.start_from:
+    raise ValueError(
+      f"--compare-dense: a dense model cannot start from {run.start_from}; leave out "
+      "one of the two."
+    )
   if compare_dense:
     dense = dataclasses.replace(
       run,
@@ -64,14 +76,15 @@ def prepared(
     )
     runs.append((dense, workdir / "dense"))
   for each, folder in runs:
-    _check(each, folder)
+    check(each, folder)
   return runs
 
 
 def claim(run: Run, folder: epath.Path) -> None:
   """Makes the folder and writes whose it is; it was checked by `prepared`."""
   folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / "config.json", to_jsonable(run))
+  if not (folder / "config.json").exists():
+    write_json(folder / "config.json", to_jsonable(run))
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -80,10 +93,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-  """A whole file, or the old one."""
-  if not is_local(path):  # an object appears when it is whole
-    path.write_text(text)
-    return
+  """A whole file, or the old one; local."""
   unfinished = path.parent / (path.name + ".unfinished")
   unfinished.write_text(text)
   os.replace(unfinished, path)
@@ -136,7 +146,7 @@ def listed(found: Sequence[str]) -> str:
   return "; ".join(found[:_SHOWN]) + more
 
 
-def _check(run: Run, folder: epath.Path) -> None:
+def check(run: Run, folder: epath.Path) -> None:
   """Raises if a folder is not this run's, nor empty, nor missing."""
   if not folder.exists():
     _check_place(folder)

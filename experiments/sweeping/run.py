@@ -99,8 +99,9 @@ class _Sweep:
     """Prints what failed; returns the exit code."""
     whole = len(self._cells)
     print(f"{whole - len(self._failed)} of {whole} cells are finished")
-    for name, problem in self._failed.items():
-      print(f"failed: {name}: {problem}")
+    for cell in self._cells:  # in their order, whichever ended first
+      if cell.name in self._failed:
+        print(f"failed: {cell.name}: {self._failed[cell.name]}")
     return 1 if self._failed else 0
 
   def _start(self, cell: Cell) -> None:

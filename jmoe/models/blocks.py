@@ -42,23 +42,33 @@ class SelfAttention(nnx.Module):
 
   def __call__(self, x_BSD: Array, position_BS: Array, segment_BS=None) -> Array:
     """f[B,S,D]; tokens see earlier tokens (if causal) of their own segment."""
+    mask_B1SS = None
+    if segment_BS is not None:
+      # Padding is segment 0 and sees itself: no row of the mask is empty, so no NaN.
+      mask_B1SS = (segment_BS[:, :, None] == segment_BS[:, None, :])[:, None]
+    qkv = self.project(x_BSD, position_BS)
+    return self.attend(*qkv, mask_B1SS, is_causal=self.config.causal)
+
+  def project(self, x_BSD: Array, position_BS: Array) -> tuple[Array, Array, Array]:
+    """(queries f[B,S,H,d], keys f[B,S,N,d], values f[B,S,N,d]), turned by position."""
     batch, seq, _ = x_BSD.shape
     theta = self.config.rope_theta
     q_BSHd = self.query(x_BSD).reshape(batch, seq, -1, self.head_dim)
     k_BSNd = self.key(x_BSD).reshape(batch, seq, -1, self.head_dim)
     v_BSNd = self.value(x_BSD).reshape(batch, seq, -1, self.head_dim)
-    mask_B1SS = None
-    if segment_BS is not None:
-      # Padding is segment 0 and sees itself: no row of the mask is empty, so no NaN.
-      mask_B1SS = (segment_BS[:, :, None] == segment_BS[:, None, :])[:, None]
     q_BSHd = rotary(q_BSHd, position_BS, theta=theta)
-    k_BSNd = rotary(k_BSNd, position_BS, theta=theta)
+    return q_BSHd, rotary(k_BSNd, position_BS, theta=theta), v_BSNd
+
+  def attend(
+    self, q_BSHd: Array, k_BMNd: Array, v_BMNd: Array, mask, *, is_causal: bool = False
+  ) -> Array:
+    """f[B,S,D]; `mask` is bool[B,1,S,M], true where query s may see key m, or None."""
     # jax's own code mixes bfloat16 and float32, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
       y_BSHd = jax.nn.dot_product_attention(
-        q_BSHd, k_BSNd, v_BSNd, mask=mask_B1SS, is_causal=self.config.causal
+        q_BSHd, k_BMNd, v_BMNd, mask=mask, is_causal=is_causal
       )
-    return self.out(y_BSHd.reshape(batch, seq, -1))
+    return self.out(y_BSHd.reshape(*q_BSHd.shape[:2], -1))
 
 
 class FeedForward(nnx.Module):
@@ -106,12 +116,18 @@ class Block(nnx.Module):
     """(f[B,S,D], Info of the sparse layer or None)."""
     h_BSD = normed(self.attention_norm, x_BSD)
     x_BSD += self.attention(h_BSD, position_BS, segment_BS)
+    return self.feed(
+      x_BSD, context, key=key, train=train, forced=forced, with_plan=with_plan
+    )
+
+  def feed(
+    self, x_BSD: Array, context: Context, *, key=None, train=False, **routing
+  ) -> tuple[Array, Info | None]:
+    """The second half: (f[B,S,D] with the feed-forward added, Info or None)."""
     h_BSD = normed(self.ff_norm, x_BSD)
     if not self.sparse:
       return x_BSD + self.ff(h_BSD), None
-    y_BSD, info = self.moe(
-      h_BSD, context=context, key=key, train=train, forced=forced, with_plan=with_plan
-    )
+    y_BSD, info = self.moe(h_BSD, context=context, key=key, train=train, **routing)
     return x_BSD + y_BSD, info
 
 

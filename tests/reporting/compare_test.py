@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import re
 
 import pytest
 
@@ -91,12 +92,16 @@ def test_a_dense_run_inside_a_sparse_one_is_compared_with_it(runs, capsys):
   _, out, _ = printed(capsys, folder, "--json")
   gap = json.loads(out)["against"]["sparse-dense"]["bits_per_byte"]["all"]["mean"]
   assert gap == pytest.approx(1.0)
+  # It may be given as well, as `runs/*` would.
+  code, again, _ = printed(capsys, folder, folder / "dense", "--json")
+  assert (code, again) == (0, out)
 
 
 def test_runs_of_different_seeds_are_not_called_paired(runs, capsys):
-  folders = [runs("a", name="a", seed=0), runs("b", name="b", seed=1)]
+  folders = [runs("a", name="a", seed=0), runs("b", name="b", seed=1, end_bits=2.75)]
   code, out, _ = printed(capsys, *folders)
   assert code == 0 and "b against a, of different seeds" in out
+  assert "bits/byte, all +0.2500\n" in re.sub(" +", " ", out)
 
 
 def test_a_run_still_going_on_shows_what_it_has(runs, capsys):

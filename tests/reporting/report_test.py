@@ -157,7 +157,7 @@ def test_maps_show_dead_even_and_busy_experts(runs, page):
   assert skewed[0, red] > skewed[0, blue] + 50  # three times an even load
   assert (skewed[1] == even[0]).all()
   assert (skewed[2] == skewed[3]).all() and skewed[2, blue] > skewed[2, red] + 50
-  assert skewed[2].tolist() != found.map_titled("blocks.0.ff")[0, 0].tolist()
+  assert "blocks.0.ff 0" in found.words  # both steps together
 
 
 def test_a_run_still_going_on_has_a_page(runs, page):
@@ -209,8 +209,11 @@ def test_no_name_becomes_markup(runs, page):
   ):
     text = (run / file).read_text()
     (run / file).write_text(text.replace(json.dumps(old), json.dumps(name)))
+  summary = json.loads((run / "summary.json").read_text())
+  summary |= {"alarms": {name: 1}, "command": [name], "policy": {name: name}}
+  (run / "summary.json").write_text(json.dumps(summary))
   found = page(run)  # in which no script is a tag
-  assert found.words.count("alert('x')") >= 6
+  assert found.words.count("alert('x')") >= 10
 
 
 def test_equal_runs_give_equal_bytes(runs, tmp_path, capsys):
@@ -227,7 +230,13 @@ def test_large_runs_fit_on_a_page(runs, page):
     runs(f"run-{seed}", seed=seed, experts=(128,) * 16, steps=1500, settings=[])
     for seed in range(3)
   ]
-  assert len(page(*folders).svgs) > 2 * 3 * 16  # `page` looks at the size
+  found = page(*folders)  # which looks at the size
+  pictures = re.findall(r"base64,([^\"]*)", found.source)
+  assert len(pictures) == 3 * (1 + 16 + 16)
+  watched = 1500 // 5
+  heads = [base64.b64decode(text)[16:24] for text in pictures]
+  pixels = sum(int.from_bytes(h[:4]) * int.from_bytes(h[4:]) for h in heads)
+  assert pixels < 0.75 * 3 * 16 * 128 * watched  # fewer than there are loads
 
 
 def test_bad_input_is_one_line_and_leaves_no_page(runs, tmp_path, capsys):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from experiments import configs, sweep
 from experiments.settings import with_settings
 from experiments.sweeping import cells as sweeping_cells, run as sweeping_run
+from experiments.workdir import claim
 from jmoe.use import to_jsonable
 
 # Does what `experiments.main` promises: says whose the folder is, goes on where it
@@ -26,6 +28,7 @@ folder.mkdir(parents=True, exist_ok=True)
 shutil.copy(pathlib.Path(os.environ["CLAIMS"]) / (folder.name + ".json"),
             folder / "config.json")
 (folder / "command.json").write_text(json.dumps(words))
+(folder / "leads").write_text(str(os.getsid(0) == os.getpid()))
 def step():
   with (folder / "metrics.jsonl").open("a") as file:
     file.write("{}\\\\n")
@@ -101,6 +104,8 @@ def test_every_cell_runs_once_in_its_own_folder(stand_in, tmp_path, capsys):
   settings = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
   assert settings == ["steps=9", "optim.clip=2", "seed=1"]
   assert words[words.index("--cache") + 1] == str(tmp_path / "cache")
+  # Ctrl-C reaches the sweep alone, which then asks the cell once.
+  assert (out / NAMES[3] / "leads").read_text() == "True"
   # Nothing is left to do, and nothing is done.
   code, printed, _ = outcome(capsys, *arguments)
   assert code == 0 and "4 of 4 cells are finished already" in printed
@@ -168,8 +173,9 @@ def test_a_dry_run_lists_cells_and_writes_nothing(stand_in, tmp_path, capsys):
   assert states == ["finished", "stopped", "new", "new"]
 
 
-def test_the_array_job_runs_one_cell_a_task(tmp_path, capsys):
-  out = tmp_path / "o u't"
+def test_the_array_job_runs_one_cell_a_task(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  out = pathlib.Path("o u't")
   script = tmp_path / "sweep.sbatch"
   grid = ("--grid", "optim.role_factors=(),(('gate', 0.1),)")  # to be quoted
   code, printed, err = outcome(
@@ -182,21 +188,26 @@ def test_the_array_job_runs_one_cell_a_task(tmp_path, capsys):
   assert "#SBATCH --array=0-3%2\n" in text and "#SBATCH --gres=gpu:1\n" in text
   assert out.is_dir()  # sbatch needs it for its output
   subprocess.run(["bash", "-n", script], check=True)
-  # As SLURM would run the third task, but for its last word.
+  folder = out / "micro,optim.role_factors=_gate_0.1_,seed=0"
+  run = with_settings(
+    configs.load("micro"), ["steps=9", "optim.role_factors=(('gate', 0.1),)", "seed=0"]
+  )
+  claim(run, folder)
+  (folder / "summary.json").write_text('{"finished": true}')
+  # As SLURM would run the third task, from anywhere, but for its last word.
   listed = text.replace('"$SLURM_ARRAY_TASK_ID"', '"$SLURM_ARRAY_TASK_ID" --dry-run')
   assert listed != text
   done = subprocess.run(
     ["bash", "-s"],
     input=listed,
     env=os.environ | {"SLURM_ARRAY_TASK_ID": "2"},
-    cwd=tmp_path,
+    cwd="/",
     capture_output=True,
     text=True,
     check=True,
   )
   (line,) = done.stdout.splitlines()
-  folder = "micro,optim.role_factors=_gate_0.1_,seed=0"
-  assert line.split(maxsplit=2) == ["0", "new", str(out / folder)]
+  assert line.split(maxsplit=2) == ["0", "finished", str(folder)]
 
 
 def test_a_task_of_the_array_runs_its_cell_and_no_other(stand_in, tmp_path, capsys):

@@ -52,8 +52,11 @@ def test_a_data_set_that_lost_records_is_refused(tmp_path):
 
 
 def test_too_little_text_to_hold_out_any_is_refused(tmp_path):
-  with pytest.raises(BadData, match="data.max_bytes=2 .*make it larger"):
-    dataset.load(tmp_path, some_data(max_bytes=2))
+  (tmp_path / "texts").mkdir()
+  (tmp_path / "texts" / "only.txt").write_text("the only one")
+  config = some_data(corpus=f"folder:{tmp_path / 'texts'}")
+  with pytest.raises(BadData, match="data.max_bytes=20000 leaves 1 .*make it larger"):
+    dataset.load(tmp_path / "cache", config)
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
-"""The optimizer: roles, stacks of matrices, precision, accumulation, what is frozen."""
+"""The optimizer: stacks of matrices, schedules, precision, what it refuses."""
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -11,128 +10,20 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import configs, optim, state as states
+from experiments import configs, optim
 from experiments.config import Optim
-from experiments.optim import roles
-from jmoe import gates, presets, use
-from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, simple
-from tests.presets_test import TABLE
 from tests.tolerance import assert_close
-from tests.training.conftest import QUICK
+from tests.training.optimizers import (
+  EXPERT,
+  KINDS,
+  SHAPES,
+  draw,
+  moved,
+  plain,
+  repeated,
+)
 
-KINDS = ("adamw", "adafactor", "muon")
-EXPERT = "segments.0.0.moe.experts."
-# Every parameter that a `Decoder` can have: its role, and whether it is a matrix.
-EXPECTED = {
-  "embed.embedding": ("embedding", False),
-  "unembed.kernel": ("embedding", False),
-  "norm.scale": ("norm", False),
-  "norm.bias": ("norm", False),
-  "attention_norm.scale": ("norm", False),
-  "attention_norm.bias": ("norm", False),
-  "ff_norm.scale": ("norm", False),
-  "ff_norm.bias": ("norm", False),
-  "attention.query.kernel": ("matrix", True),
-  "attention.key.kernel": ("matrix", True),
-  "attention.value.kernel": ("matrix", True),
-  "attention.out.kernel": ("matrix", True),
-  "ff.gate.kernel": ("matrix", True),
-  "ff.up.kernel": ("matrix", True),
-  "ff.down.kernel": ("matrix", True),
-  "moe.gate.kernel_DE": ("gate", False),
-  "moe.gate.bias_E": ("gate", False),
-  "moe.gate.hidden_DH": ("gate", False),
-  "moe.gate.out_HE": ("gate", False),
-  "moe.gate.previous_EE": ("gate", False),
-  "moe.gate.slot_DEC": ("gate", False),
-  "moe.gate.scale": ("gate", False),
-  "moe.gate.project_DP": ("gate", False),
-  "moe.gate.bias_P": ("gate", False),
-  "moe.gate.centre_PE": ("gate", False),
-  "moe.gate.log_scale": ("gate", False),
-  "moe.aggregate.kernel_MDE": ("gate", False),
-  "moe.join.gate_D": ("gate", False),
-  "moe.join.kernel_D2": ("gate", False),
-  "moe.join.bias_2": ("gate", False),
-  "moe.shared.gate_EDF": ("shared", True),
-  "moe.shared.up_EDF": ("shared", True),
-  "moe.shared.down_EFD": ("shared", True),
-  "moe.shared.up_bias_EF": ("shared", False),
-  "moe.shared.down_bias_ED": ("shared", False),
-  "moe.experts.gate_EDF": ("expert", True),
-  "moe.experts.up_EDF": ("expert", True),
-  "moe.experts.down_EFD": ("expert", True),
-  "moe.experts.gate_up_EDF": ("expert", True),
-  "moe.experts.up_bias_EF": ("expert", False),
-  "moe.experts.gate_up_bias_EF": ("expert", False),
-  "moe.experts.down_bias_ED": ("expert", False),
-  "moe.experts.base.gate_EDF": ("expert", True),
-  "moe.experts.base.up_EDF": ("expert", True),
-  "moe.experts.base.down_EFD": ("expert", True),
-  "moe.experts.mix_CD2": ("expert", True),
-  "moe.experts.constant_CD": ("expert", False),
-}
-
-
-def published():
-  for name, sizes in TABLE.items():
-    module, _, function = name.partition(".")
-    yield getattr(getattr(presets, module), function)(**sizes)
-  yield simple(16, 8, num_experts=4, gate=use(gates.cosine))
-
-
-def test_every_parameter_of_every_model_has_its_role():
-  attention = Attention(num_heads=2, causal=False)
-  blocks = [BlockConfig(attention, ff, norm="layer") for ff in published()]
-  blocks.append(BlockConfig(attention, Dense(d_ff=8)))
-  segments = tuple(((block,), 3) for block in blocks)
-  model = ModelConfig(11, 16, segments, norm="layer", tied=False)
-  found = set()
-  for name, shape in states.blueprint(model)[1].items():
-    inside = name.startswith("segments.")
-    local = ".".join(name.split(".")[3:]) if inside else name
-    assert (optim.role(name), roles.is_matrix(name, shape)) == EXPECTED[local], name
-    stack = shape.shape[: roles.stacked(name)]
-    experts = optim.role(name) in ("expert", "shared")
-    assert len(stack) == inside + experts and stack[:1] == (3,) * inside, name
-    found.add(local)
-  assert found == set(EXPECTED)
-  assert {role for role, _ in EXPECTED.values()} == set(optim.ROLES)
-
-
-def test_a_parameter_of_no_known_model_has_no_role():
-  for name in ("head.kernel", "segments.0.0.moe.gates.kernel_DE", "segments.0.0.ff"):
-    with pytest.raises(ValueError, match=f"parameter '{name}' has no role"):
-      optim.role(name)
-
-
-def plain(**values) -> Optim:
-  """Updates of size one, nothing clipped or decayed, unless said otherwise."""
-  given = {"schedule": "constant", "clip": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
-  return Optim(**({"learning_rate": 1.0} | given | values))
-
-
-def draw(shapes, seed=0, dtype="float32"):
-  """NumPy's, whose slices compile nothing."""
-  random = np.random.default_rng(seed)
-  dtype = jnp.dtype(dtype)
-  return {n: random.normal(size=s).astype(dtype) for n, s in shapes.items()}
-
-
-@functools.partial(jax.jit, static_argnames="optimizer", compiler_options=QUICK)
-def moved(optimizer, params, grads):
-  """All updates of several gradients, summed, and the last state."""
-
-  def one(carry, grad):
-    total, state = carry
-    updates, state = optimizer.update(grad, state, params)
-    return (jax.tree.map(jnp.add, total, updates), state), None
-
-  # optax by itself, as a reference, mixes dtypes.
-  with jax.numpy_dtype_promotion("standard"):
-    start = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
-    return jax.lax.scan(one, start, stacked)[0]
+DECAYED = {n for n in SHAPES if n.endswith(("query.kernel", "_EDF"))}
 
 
 def test_adafactor_is_that_of_each_expert_and_layer_alone():
@@ -195,19 +86,6 @@ def test_muon_is_that_of_each_expert_and_layer_alone():
   )
   for name in others:
     assert_close(ours[name], expected[name], name)
-
-
-SHAPES = {
-  "embed.embedding": (7, 4),
-  "segments.0.0.attention.query.kernel": (2, 4, 4),
-  "segments.0.0.ff_norm.scale": (2, 4),
-  "segments.0.0.moe.gate.kernel_DE": (2, 4, 3),
-  "segments.0.0.moe.shared.up_EDF": (2, 1, 4, 5),
-  "segments.0.0.moe.shared.up_bias_EF": (2, 1, 5),
-  EXPERT + "up_EDF": (2, 3, 4, 5),
-  EXPERT + "up_bias_EF": (2, 3, 5),
-}
-DECAYED = {n for n in SHAPES if n.endswith(("query.kernel", "_EDF"))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,22 +151,6 @@ def test_the_norm_of_all_gradients_is_clipped():
   assert size[1.0] == size[0.0] > 10 * size[1e-9]
 
 
-@functools.partial(
-  jax.jit, static_argnames=("optimizer", "times"), compiler_options=QUICK
-)
-def repeated(optimizer, params, grad, times):
-  """Parameters, state and the last updates after one gradient many times."""
-
-  def one(_, carry):
-    params, state, _ = carry
-    updates, state = optimizer.update(grad, state, params)
-    with jax.numpy_dtype_promotion("standard"):
-      return optax.apply_updates(params, updates), state, updates
-
-  zeros = {n: jnp.zeros(x.shape) for n, x in params.items()}
-  return jax.lax.fori_loop(0, times, one, (params, optimizer.init(params), zeros))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_tiny_updates_of_bfloat16_move_as_in_float32(kind):
   """A single one, of about 1e-5, is far less than the last bit of a bfloat16."""
@@ -326,66 +188,6 @@ def test_copies_of_bfloat16_parameters_begin_as_they_were_drawn():
     np.testing.assert_array_equal(state.master[name], param)
   with pytest.raises(ValueError, match="is float32, but it was made for bfloat16"):
     optimizer.update(drawn, state, drawn)
-
-
-FREEZE = ("gate", "shared", "experts:0,2", "norm")
-
-
-@pytest.mark.parametrize(
-  ("kind", "dtype"), [(kind, "float32") for kind in KINDS] + [("adamw", "bfloat16")]
-)
-def test_what_is_frozen_keeps_every_bit_and_counts_in_no_norm(kind, dtype):
-  params = draw(SHAPES, dtype=dtype)
-  for param in params.values():
-    param[0] = -0.0  # the sign is a bit too
-  config = plain(kind=kind, clip=0.1, weight_decay=0.5, freeze=FREEZE)
-  optimizer = optim.optimizer(config, steps=9, params=params)
-  grad = draw(SHAPES, seed=1)
-
-  def is_frozen(name):
-    mask = np.zeros(SHAPES[name], bool)
-    if any(f".moe.{part}." in name for part in ("gate", "shared")) or "norm" in name:
-      mask[:] = True
-    if EXPERT in name:
-      mask[:, [0, 2]] = True
-    return mask
-
-  loud = {n: np.where(is_frozen(n), 1e6 * g, g) for n, g in grad.items()}
-  quiet = {n: np.where(is_frozen(n), 0 * g, g) for n, g in grad.items()}
-  (after, state, updates), (other, *_) = (
-    repeated(optimizer, params, g, 3) for g in (loud, quiet)
-  )
-  for name, param in params.items():
-    mask = is_frozen(name)
-    bits = (np.asarray(x).view(f"u{x.dtype.itemsize}") for x in (param, after[name]))
-    before, now = bits
-    np.testing.assert_array_equal(now[mask], before[mask], err_msg=name)
-    # Whoever adds them: XLA leaves out a sum with a constant zero of either sign.
-    assert np.signbit(updates[name])[mask].all() and not np.any(
-      updates[name], where=mask
-    )
-    if name in state.master:
-      copy = np.asarray(state.master[name])
-      np.testing.assert_array_equal(copy[mask], param[mask].astype(np.float32))
-    if not mask.all():
-      assert (now != before)[~mask].mean() > 0.9, name
-    np.testing.assert_array_equal(after[name], other[name], err_msg=name)
-  held = jax.eval_shape(optimizer.init, params)
-  shapes = {x.shape for x in jax.tree.leaves(held)}
-  assert SHAPES["segments.0.0.moe.gate.kernel_DE"] not in shapes  # nor any moments
-
-
-def test_experts_beside_free_ones_are_numbered_through():
-  shapes = {EXPERT + "base.up_EDF": (1, 3, 4, 5), EXPERT + "constant_CD": (1, 2, 4)}
-  params = draw(shapes)
-  grad = {n: np.ones_like(x) for n, x in params.items()}
-  optimizer = optim.optimizer(plain(freeze=("experts:1,4",)), steps=9, params=params)
-  updates, _ = moved(optimizer, params, [grad])
-  still = {n: np.all(u == 0, axis=tuple(range(2, u.ndim))) for n, u in updates.items()}
-  assert still[EXPERT + "base.up_EDF"].tolist() == [[False, True, False]]
-  assert still[EXPERT + "constant_CD"].tolist() == [[False, True]]
-  with pytest.raises(ValueError, match="has 5 with parameters; give numbers of 0 to 4"):
-    optim.optimizer(plain(freeze=("experts:5",)), steps=9, params=params)
 
 
 @pytest.mark.parametrize(
