@@ -24,8 +24,8 @@ class Quantity(NamedTuple):
 QUANTITIES = {
   "bits_per_byte": Quantity("held-out text, all domains", "bits per byte"),
   "compute": Quantity(
-    "training FLOPs that the compared arm needs for its last loss, over those that this "
-    "arm needs for it",
+    "training FLOPs that the compared arm needs for its last loss, over what this "
+    "arm needs for the same",
     "times fewer FLOPs",
     "log",
   ),

@@ -1,19 +1,17 @@
 """What a run would be, printed; nothing is trained or written to its folder."""
 # SPDX-License-Identifier: Apache-2.0
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import dataset, tokens
+from experiments import dataset, settings, tokens
 from experiments.config import Run
 from experiments.program import program
 from jmoe.analysis import cost
-from jmoe.use import to_jsonable
-
-_MIB = 2**20
 
 
 def show(run: Run, texts: dataset.Texts, encoded: tokens.Encoded) -> None:
@@ -22,7 +20,7 @@ def show(run: Run, texts: dataset.Texts, encoded: tokens.Encoded) -> None:
   The step is compiled, for this machine's backend, to know its memory.
   """
   print(f"config of {run.name}")
-  for path, value in _flat(to_jsonable(run)):
+  for path, value in settings.values(run):
     print(f"  {path} = {value}")
   counted = cost.parameters(run.model)
   per_token = 3 * cost.flops_per_token(run.model, seq=run.data.seq)
@@ -43,9 +41,9 @@ def show(run: Run, texts: dataset.Texts, encoded: tokens.Encoded) -> None:
     "optimizer": _bytes(state.optimizer),
     "step": _temporary(run, made, state),
   }
-  shown = ", ".join(f"{name} {size / _MIB:,.1f}" for name, size in sizes.items())
+  shown = ", ".join(f"{name} {_shown(size)}" for name, size in sizes.items())
   print(
-    f"memory      {shown}, together {sum(sizes.values()) / _MIB:,.1f} MiB "
+    f"memory      {shown}, together {_shown(sum(sizes.values()))} "
     f"on {jax.default_backend()}"
   )
   _show_data(run, texts, encoded, trained)
@@ -54,19 +52,31 @@ def show(run: Run, texts: dataset.Texts, encoded: tokens.Encoded) -> None:
 def _show_data(
   run: Run, texts: dataset.Texts, encoded: tokens.Encoded, trained: int
 ) -> None:
+  print(f"data        {run.data.corpus}, sha256 {texts.digest[:16]}")
+  print(f"  {'':<16}{'to train on':>24}{'held out':>24}")
+  rows = dict(enumerate(texts.domains)) | {None: "all"}
+  counts = [_by_domain(split) for split in (texts.train, texts.held_out)]
+  for number, name in rows.items():
+    cells = [
+      f"{documents:>9,} of {_shown(size):>11}"
+      for documents, size in (count[number] for count in counts)
+    ]
+    print(f"  {name:<16}" + "".join(cells))
   once = len(encoded.train.tokens) - len(encoded.train.ends)
   print(
-    f"data        {run.data.corpus}, sha256 {texts.digest[:16]}; "
-    f"{len(texts.train):,} documents to train on, {len(texts.held_out):,} held out"
+    f"  {once:,} tokens to learn; the run sees at most {trained:,}, "
+    f"{trained / max(once, 1):.2f} epochs"
   )
-  ends = encoded.train.ends
-  lengths = np.diff(ends, prepend=0) - 1
-  for number, name in enumerate(texts.domains):
-    chosen = encoded.train.domain == number
-    print(
-      f"  {name:<16}{chosen.sum():>8,} documents{lengths[chosen].sum():>14,} tokens"
-    )
-  print(f"  {once:,} tokens; the run sees at most {trained / max(once, 1):.2f} epochs")
+
+
+def _by_domain(documents: Sequence[Any]) -> Mapping[int | None, tuple[int, int]]:
+  """Number of a domain, or None for all -> (documents, bytes)."""
+  found: dict[int | None, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
+  for document in documents:
+    for key in (int(document["domain"]), None):
+      number, size = found[key]
+      found[key] = number + 1, size + len(document["text"])
+  return found
 
 
 def _temporary(run: Run, made: Any, state: Any) -> int:
@@ -75,21 +85,22 @@ def _temporary(run: Run, made: Any, state: Any) -> int:
   shape = jax.ShapeDtypeStruct((run.data.batch, run.data.seq), np.int32)
   step = jax.jit(made.train_step, donate_argnums=0)
   compiled = step.lower(state, dict.fromkeys(names, shape)).compile()
-  return compiled.memory_analysis().temp_size_in_bytes
+  analysis = compiled.memory_analysis()
+  assert analysis is not None  # CPU, GPU and TPU have one
+  return analysis.temp_size_in_bytes
 
 
 def _bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted path, value) of the leaves of a JSON tree."""
-  if isinstance(value, dict) and value:
-    children = value.items()
-  elif isinstance(value, list) and any(isinstance(x, dict | list) for x in value):
-    children = enumerate(value)
-  else:
-    yield path, value
-    return
-  for name, child in children:
-    yield from _flat(child, f"{path}.{name}" if path else str(name))
+def _shown(size: int) -> str:
+  """Bytes, readable.
+
+  >>> _shown(999), _shown(2048), _shown(3 * 2**29)
+  ('999 bytes', '2.0 KiB', '1.5 GiB')
+  """
+  for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    if size >= unit:
+      return f"{size / unit:,.1f} {name}"
+  return f"{size} bytes"

@@ -104,13 +104,13 @@ def main(argv: list[str] | None = None) -> int:
     return _refused(error)
   import jax
 
-  from experiments import dry_run, job
+  from experiments import dry_run, job, sitting
 
   # Compiled once, used by every later start of the same run on this machine.
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
   command = ["python", "-m", "experiments.main", *(argv or sys.argv[1:])]
-  options = job.Options(arguments.cache, command, arguments.profile)
+  options = sitting.Options(arguments.cache, command, arguments.profile)
   try:
     if arguments.dry_run:
       job.check(runs)

@@ -10,6 +10,7 @@ layers or experts; what each of those does is in routing.jsonl.
 
 import io
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from experiments.workdir import write_text
 
 
 class Lines:
-  """A file of JSON lines, each with a "step".
+  """A file of JSON lines, each with a "step"; null for what is no finite number.
 
   Args:
     path: of the file.
@@ -68,18 +69,19 @@ class Board:
   """
 
   def __init__(self, folder: epath.Path, step: int):
-    for module in ("event_file_writer", "proto.event_pb2", "proto.summary_pb2"):
-      extras.require(f"tensorboardX.{module}", "train", needed_by="a run")
+    extras.check("tensorboardX", "train", needed_by="a run")
+    # The writer itself: the queue that is usually before it loses what a kill finds
+    # there, and cannot be emptied.
     from tensorboardX import event_file_writer
     from tensorboardX.proto import event_pb2, summary_pb2
 
     folder.mkdir(parents=True, exist_ok=True)
-    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-    # The writer itself: the queue that is usually before it loses what a kill finds
-    # there, and cannot be emptied.
     self._file = event_file_writer.EventsWriter(str(folder / "events"), f".{step}")
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._write(step + 1, session_log=start)
+    events: Any = event_pb2  # its names are made when it is imported
+    summaries: Any = summary_pb2
+    self._event, self._summary = events.Event, summaries.Summary
+    log = events.SessionLog
+    self._write(step + 1, session_log=log(status=log.START))
 
   def add(self, step: int, values: Mapping[str, float]) -> None:
     value = self._summary.Value
@@ -106,11 +108,20 @@ def keep_batch(
     key: the random key that the step used.
   """
   body = io.BytesIO()
-  arrays = {name: np.asarray(value) for name, value in batch.items()}
+  arrays: dict[str, Any] = {name: np.asarray(value) for name, value in batch.items()}
   np.savez(body, **arrays, key=np.asarray(jax.random.key_data(key)))
   folder.mkdir(parents=True, exist_ok=True)
   (folder / f"step-{step}.npz").write_bytes(body.getvalue())
 
 
 def _line(record: Mapping[str, Any]) -> str:
-  return json.dumps(record) + "\n"
+  return json.dumps(_plain(record), allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+  """JSON knows no NaN; readers other than Python's refuse it."""
+  if isinstance(value, Mapping):
+    return {name: _plain(part) for name, part in value.items()}
+  if isinstance(value, list):
+    return [_plain(part) for part in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from experiments.errors import Unreachable
-from experiments.workdir import is_local
+from experiments.workdir import is_local, reaching
 
 _FETCHED = ("metrics.jsonl", "routing.jsonl", "summary.json", "config.json")
 _CHECKPOINTS = "checkpoints"
@@ -44,7 +43,7 @@ class Place:
     self._sender = concurrent.futures.ThreadPoolExecutor(1)  # no thread before a task
     self._sending: concurrent.futures.Future[None] | None = None
     if store is not None:
-      with _reaching(store):
+      with reaching(store):
         self._fetch(store)
 
   def send(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -78,7 +77,7 @@ class Place:
 
   def _send(self, store: epath.Path, ready: Callable[[], None]) -> None:
     ready()
-    with _reaching(store):
+    with reaching(store):
       self._send_files(store)
       self._send_checkpoints(store / _CHECKPOINTS)
 
@@ -134,17 +133,6 @@ def fetched(folder: epath.Path) -> Iterator[epath.Path]:
   """
   with place(folder.parent) as copy:
     yield copy.folder / folder.name
-
-
-@contextlib.contextmanager
-def _reaching(store: epath.Path) -> Iterator[None]:
-  try:
-    yield
-  except Exception as error:  # each file system has its own
-    reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
-    raise Unreachable(
-      f"{store} cannot be reached ({reason}); look at its name and your credentials."
-    ) from error
 
 
 def _removed(store: epath.Path, step: str, there: set[str]) -> None:

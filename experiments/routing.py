@@ -50,9 +50,7 @@ def layers(config: ModelConfig, found: Sequence[Stack]) -> list[dict[str, Any]]:
   return [records[depth] for depth in sorted(records)]
 
 
-def by_depth(
-  config: ModelConfig, found: Sequence[Array]
-) -> list[tuple[str, np.ndarray]]:
+def by_depth(config: ModelConfig, found: Sequence[Any]) -> list[tuple[str, np.ndarray]]:
   """(name, array) of each sparse layer in order of depth.
 
   Args:

@@ -72,7 +72,12 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
   from experiments import arms, settings, workdir
 
   base = settings.with_settings(configs.load(arguments.config), arguments.set)
-  seeds = [int(seed) for seed in arguments.seeds.split(",")]
+  try:
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+  except ValueError:
+    raise ValueError(
+      f"--seeds {arguments.seeds}: give integers separated by commas, as in 0,1,2."
+    ) from None
   out = workdir.opened(arguments.out)
   found = []
   for name in arguments.arms.split(","):
@@ -133,8 +138,8 @@ def _trained(arm: Arm, texts: Any, encoded: Any, command: list[str]) -> None:
 
   from experiments import data, metrics, program, seeds, workdir
   from experiments.alarms import Alarms
-  from experiments.job import evaluated
   from experiments.routing import layers
+  from experiments.sitting import evaluated
   from experiments.summary import summary
 
   first = arm.runs[0]

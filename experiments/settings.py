@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.config import Run
@@ -25,6 +25,22 @@ def with_settings(run: Run, settings: Sequence[str]) -> Run:
     ValueError: no such path (with the nearest), or a value of another type.
   """
   return _replaced(run, [_change(setting) for setting in settings])
+
+
+def values(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+  """(dotted path, value as text) of all parts of a run.
+
+  What is a literal can be given to `with_settings` again; a stage is shown by its
+  function, before its keywords.
+  """
+  children = _children(node)
+  function = node.function if isinstance(node, Use) else node
+  if callable(function):
+    yield path, f"{function.__module__}.{function.__name__}"
+  elif not children:
+    yield path, repr(node)
+  for name, child in children.items():
+    yield from values(child, f"{path}.{name}" if path else name)
 
 
 def _change(setting: str) -> tuple[list[str], Any, str]:

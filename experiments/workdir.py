@@ -17,16 +17,18 @@ Local, or `gs://...` and `s3://...`, which `experiments.remote` brings here and 
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from experiments import extras
 from experiments.config import Run
+from experiments.errors import Unreachable
 from experiments.settings import with_settings
 from jmoe.analysis import cost
 from jmoe.use import to_jsonable
@@ -120,6 +122,20 @@ def opened(workdir: str) -> epath.Path:
   return epath.Path(workdir)
 
 
+@contextlib.contextmanager
+def reaching(folder: epath.Path) -> Iterator[None]:
+  """Whatever goes wrong with an object store is `Unreachable`, on one line."""
+  try:
+    yield
+  except Exception as error:  # each file system has its own
+    if is_local(folder):
+      raise
+    reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+    raise Unreachable(
+      f"{folder} cannot be reached ({reason}); look at its name and your credentials."
+    ) from error
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
   """'dotted.path: old there, new here' for each value in which two JSON trees differ.
 
@@ -148,22 +164,25 @@ def listed(found: Sequence[str]) -> str:
 
 def check(run: Run, folder: epath.Path) -> None:
   """Raises if a folder is not this run's, nor empty, nor missing."""
-  if not folder.exists():
+  written = folder / "config.json"
+  with reaching(folder):
+    exists, is_folder = folder.exists(), folder.is_dir()
+    text = written.read_text() if is_folder and written.exists() else None
+    names = [p.name for p in folder.iterdir()] if is_folder and text is None else []
+  if not exists:
     _check_place(folder)
     return
-  if not folder.is_dir():
+  if not is_folder:
     raise ValueError(f"--workdir {folder} is a file; give a folder.")
-  written = folder / "config.json"
-  if not written.exists():
-    names = [p.name for p in folder.iterdir() if not p.name.endswith(".unfinished")]
-    if names:
+  if text is None:
+    if names := [name for name in names if not name.endswith(".unfinished")]:
       raise ValueError(
         f"--workdir {folder} holds {min(names)!r} but no run; give an empty or a new "
         "folder."
       )
     return
   try:
-    old = json.loads(written.read_text())
+    old = json.loads(text)
   except ValueError:
     raise ValueError(f"{written} is not JSON; give another --workdir.") from None
   if found := differences(old, to_jsonable(run)):

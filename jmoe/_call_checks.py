@@ -6,16 +6,19 @@ Reads shapes and dtypes alone, so that nothing is computed before the first erro
 
 import dataclasses
 import functools
+import inspect
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from jmoe import _id_checks
 from jmoe.contexts import check as check_context
 from jmoe.types import Context, Params, State, num_groups
-from jmoe.use import fact, shown
+from jmoe.use import Use, fact, shown
 
 
 def activations(x: Any, config: Any, rank: int | None = None) -> None:
@@ -26,10 +29,7 @@ def activations(x: Any, config: Any, rank: int | None = None) -> None:
     config: a `MoEConfig`.
     rank: how many dimensions x must have; None: any number but zero.
   """
-  if not hasattr(config, "router"):
-    raise TypeError(
-      f"config={shown(config)} is not a MoEConfig; make one with jmoe.simple(...)."
-    )
+  layer_of("config", config)
   D = config.d_model
   expected = f"[T, {D}] (the shells take any leading dimensions)"
   if rank is None:
@@ -44,6 +44,34 @@ def activations(x: Any, config: Any, rank: int | None = None) -> None:
     raise ValueError(f"x has shape {x.shape}: there are no tokens; leave the call out.")
 
 
+def layer_of(name: str, config: Any) -> None:
+  """Raises unless an argument is the configuration of a layer."""
+  if not hasattr(config, "router"):
+    raise TypeError(
+      f"{name}={shown(config)} is not a MoEConfig; make one with jmoe.simple(...)."
+    )
+
+
+def flag(name: str, value: Any) -> None:
+  """Raises unless an argument is True or False, known while tracing."""
+  if isinstance(value, Array):
+    raise TypeError(
+      f"{name}={shown(value)} is an array; pass True or False (nn.remat of this module "
+      "traces it: transform the module that calls it)."
+    )
+  if not isinstance(value, bool | np.bool_):
+    raise TypeError(f"{name}={shown(value)} must be True or False.")
+
+
+def random_key(name: str, key: Any) -> None:
+  """Raises unless an argument is one random key, of the new kind or of the old."""
+  dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+  typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  if not (typed and shape == () or dtype == jnp.uint32 and len(shape or ()) == 1):
+    what = f"of shape {shape}" if typed else f"{shown(key)}"
+    raise ValueError(f"{name} {what} is not one random key; pass jax.random.key(0).")
+
+
 def call(
   params: Params,
   x: Array,
@@ -56,6 +84,7 @@ def call(
   previous_logits: Array | None,
   forced: Array | None,
   axes: Any,
+  with_plan: bool = False,
 ) -> Context:
   """Checks a call of the layer, whose x has passed `activations`.
 
@@ -76,19 +105,48 @@ def call(
   _key(config, key, train)
   if residual is not None:
     _array("residual", residual, x.shape, jnp.floating)
+    _read_by("residual", "aggregate", config.aggregate)
   if previous_logits is not None:
     _array("previous_logits", previous_logits, (T, E), jnp.floating)
+    _read_by("previous_logits", "gate", config.gate)
   if forced is not None:
     _forced(forced, config, context, T)
-  if isinstance(train, Array):
-    raise TypeError(
-      f"train={shown(train)} is an array; pass True or False (nn.remat of this module "
-      "traces it: transform the module that calls it)."
-    )
-  names = axes if isinstance(axes, tuple) else (axes,)
-  if axes is not None and not all(isinstance(name, str) for name in names):
-    raise TypeError(f"axes={shown(axes)} must be a tuple of names of mesh axes.")
+  flag("train", train)
+  flag("with_plan", with_plan)
+  _axes(axes)
+  _id_checks.call(config, context, forced, T)
   return context
+
+
+def _read_by(name: str, stage: str, use: Use | None) -> None:
+  if use is None or not _reads(use, name):
+    raise ValueError(
+      f"{name} is given, but {stage}={use!r} does not read it; leave it out, or use a "
+      f"{stage} that does."
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _reads(use: Use, name: str) -> bool:
+  """Whether a stage takes an optional argument and says not that it ignores it."""
+  ignored = fact(use, "ignores", lambda **_: ())(**use.kwargs)
+  parameters = inspect.signature(use.function).parameters
+  return name not in ignored and (name in parameters or f"{name}_TD" in parameters)
+
+
+def _axes(axes: Any) -> None:
+  names = axes if isinstance(axes, tuple) else (axes,)
+  if axes is None:
+    return
+  if not all(isinstance(name, str) for name in names):
+    raise TypeError(f"axes={shown(axes)} must be a tuple of names of mesh axes.")
+  try:
+    jax.lax.psum(1, axes)  # of a constant: the size of the axes, nothing is computed
+  except NameError as error:
+    raise ValueError(
+      f"axes={axes!r}: {error}; pass axes=None outside shard_map, or the names of its "
+      "mesh axes."
+    ) from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -223,11 +281,7 @@ def _state(state: State, config: Any) -> None:
 
 def _key(config: Any, key: Any, train: bool) -> None:
   if key is not None:
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and shape == () or dtype == jnp.uint32 and len(shape or ()) == 1):
-      what = f"of shape {shape}" if typed else f"{shown(key)}"
-      raise ValueError(f"key {what} is not one random key; pass jax.random.key(0).")
+    random_key("key", key)
     return
   # Priority matters only where something can be dropped.
   limited = config.capacity is not None or config.max_rows is not None

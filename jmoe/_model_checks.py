@@ -4,7 +4,7 @@
 import math
 from typing import Any
 
-from jmoe.use import nearest
+from jmoe.use import fact, nearest
 
 _NORMS = ("rms", "layer")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -24,6 +24,17 @@ def model_config(config: Any) -> None:
   _count("ModelConfig: d_model", config.d_model)
   _choice("ModelConfig: norm", config.norm, _NORMS)
   _choice("ModelConfig: dtype", config.dtype, _DTYPES)
+  if config.dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ValueError(
+      "ModelConfig: dtype='float64' needs jax.config.update('jax_enable_x64', True); "
+      "without it activations would be float32, so use 'float32'."
+    )
+  _flag("ModelConfig: tied", config.tied)
+  _flag("ModelConfig: remat", config.remat)
+  if not isinstance(config.future_drops, bool):
+    raise TypeError(
+      f"ModelConfig: future_drops={config.future_drops!r} must be True or False."
+    )
   segments = config.segments
   if not isinstance(segments, tuple) or not segments:
     raise TypeError(
@@ -43,6 +54,8 @@ def model_config(config: Any) -> None:
     _count(f"{where}: repeat", repeat)
     for m, block in enumerate(blocks):
       _block(f"{where}, block {m}", block, config.d_model)
+      if hasattr(block.ff, "num_experts") and block.attention.causal:
+        _causal(f"{where}, block {m}", block.ff, config.future_drops)
 
 
 def _block(where: str, block: Any, d_model: int) -> None:
@@ -54,6 +67,7 @@ def _block(where: str, block: Any, d_model: int) -> None:
     if not hasattr(block.ff, "d_ff"):
       raise TypeError(f"{where}: ff={block.ff!r} is neither Dense nor MoEConfig.")
     _count(f"{where}: ff.d_ff", block.ff.d_ff)
+    _flag(f"{where}: ff.gated", block.ff.gated)
     if not callable(block.ff.activation):
       raise TypeError(
         f"{where}: ff.activation={block.ff.activation!r} is not a function; pass one, "
@@ -65,17 +79,34 @@ def _block(where: str, block: Any, d_model: int) -> None:
       f"{where}: ff.d_model={block.ff.d_model} in a model of d_model={d_model}; make "
       "them equal."
     )
-  router = block.ff.router
-  if block.attention.causal and not getattr(router.function, "causal", True):
+
+
+def _causal(where: str, ff: Any, future_drops: bool) -> None:
+  """Raises where a token's outcome depends on later ones."""
+  if not fact(ff.router, "causal", True):
     raise ValueError(
-      f"{where}: router={router.name} looks at later tokens, in a causal model; use a "
-      "token-choice router (routers.top_k), or Attention(causal=False)."
+      f"{where}: router={ff.router.name} looks at later tokens, in a causal model; use "
+      "a token-choice router (routers.top_k), or Attention(causal=False)."
+    )
+  if future_drops:
+    return
+  if ff.max_rows is not None and ff.max_rows < 1:
+    raise ValueError(
+      f"{where}: max_rows={ff.max_rows} lets later tokens decide who is dropped, in a "
+      "causal model; use max_rows=None, or ModelConfig(future_drops=True)."
+    )
+  if ff.capacity is not None and not fact(ff.priority, "causal", True):
+    raise ValueError(
+      f"{where}: priority={ff.priority.name} lets later tokens decide who is dropped, "
+      "in a causal model; use priority.by_choice_rank, capacity=None, or "
+      "ModelConfig(future_drops=True)."
     )
 
 
 def _attention(where: str, attention: Any, d_model: int) -> None:
   if not hasattr(attention, "num_heads"):
     raise TypeError(f"{where}: attention={attention!r} is not an Attention.")
+  _flag(f"{where}: attention.causal", attention.causal)
   heads, kv_heads = attention.num_heads, attention.num_kv_heads
   head_dim = attention.head_dim
   _count(f"{where}: attention.num_heads", heads)
@@ -112,6 +143,11 @@ def _count(where: str, value: Any, least: int = 1) -> None:
     raise TypeError(f"{where}={value!r} is not an integer; give one >= {least}.")
   if value < least:
     raise ValueError(f"{where}={value}; give an integer >= {least}.")
+
+
+def _flag(where: str, value: Any) -> None:
+  if not isinstance(value, bool):
+    raise TypeError(f"{where}={shown(value)} is not True or False; give one of them.")
 
 
 def _choice(where: str, value: Any, known: tuple[str, ...]) -> None:

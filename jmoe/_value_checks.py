@@ -33,6 +33,15 @@ FAMILIES: dict[str, tuple[str, str]] = {
   "losses": ("jmoe.losses", "plan, context"),
   "balance": ("jmoe.balance", "bias_E, load_E"),
 }
+# keyword of jmoe's functions -> the same for a function within a function
+_WITHIN: dict[str, tuple[str, str]] = {
+  "base": ("jmoe.experts", "params, rows"),
+  "initializer": ("jmoe.initializers", "key, shape, dtype"),
+  "activation": ("jax.nn", "x"),
+  "matmul": ("jmoe.kernels", "x_RD, w_EDF, groups, bias"),
+  "rule": ("jmoe.assign.capacity", "tokens, num_experts, k, factor"),
+  "eval_rule": ("jmoe.assign.capacity", "tokens, num_experts, k, factor"),
+}
 _COUNTS = ("num_", "d_", "slots_per_", "vocab_size", "block", "multiple_of")
 
 
@@ -46,8 +55,11 @@ def family(field: str, use: Use) -> None:
   Raises:
     TypeError: it belongs to another stage, or takes other arguments.
   """
-  home, passed = FAMILIES[field]
-  module = getattr(use.function, "__module__", None) or ""
+  _stage(field, use, *FAMILIES[field])
+
+
+def _stage(field: str, use: Use, home: str, passed: str) -> None:
+  module = _module(use)
   homes = {name for name, _ in FAMILIES.values()}
   if not _within(module, home) and any(_within(module, name) for name in homes):
     raise TypeError(f"{field}={use!r} is of {module}; use a function of {home}.")
@@ -64,6 +76,10 @@ def family(field: str, use: Use) -> None:
       f"{field}={use!r} is called with ({passed}), but takes {_counted(least, most)} "
       f"by position; use a function of {home} or one like them."
     )
+
+
+def _module(use: Use) -> str:
+  return getattr(use.function, "__module__", None) or ""
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
@@ -93,6 +109,10 @@ def keywords(use: Use) -> None:
     parameter = known.get(name)
     if parameter is not None and name not in PASSED:
       _keyword(f"{use.name}: {name}", name, value, parameter)
+    if name in _WITHIN and _within(_module(use), "jmoe"):
+      if callable(value):
+        inner = value if isinstance(value, Use) else Use(value)
+        _stage(f"{use.name}: {name}", inner, *_WITHIN[name])
     if isinstance(value, Use):
       keywords(value)
 

@@ -8,7 +8,16 @@ The bias is added to the scores that select, never to those that weigh; it lives
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe._ranges import in_range
+from jmoe.use import marked
 
+
+def _check(config, *, rate: float = 1e-3) -> None:
+  del config
+  in_range("update: rate", rate)
+
+
+@marked(check=_check)
 def update(bias_E: Array, load_E: Array, *, rate: float = 1e-3) -> Array:
   """f32[..., E]: the bias, up by `rate` for experts below the mean load, down above it.
 

@@ -13,7 +13,9 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jmoe import _value_checks
 from jmoe._call_checks import activations as activations, call as call
@@ -56,25 +58,51 @@ def known_fields(
 
 
 def named(cls: _C) -> _C:
-  """Class decorator: an unknown keyword is answered with the nearest known one."""
+  """Class decorator: an unknown keyword is answered with the nearest known one.
+
+  NumPy scalars become Python's, so that equal values are equal in JSON too.
+  """
   init = cls.__init__
 
   @functools.wraps(init)
   def checked(self, *args: Any, **keywords: Any) -> None:
     known_fields(cls, keywords)
-    init(self, *args, **keywords)
+    init(self, *_plain(args), **{k: _plain(v) for k, v in keywords.items()})
 
   cls.__init__ = checked
   return cls
 
 
-def named_like(cls: type) -> Callable[[_F], _F]:
-  """Decorator: the same for a function that passes keywords on to a class."""
+def _plain(value: Any) -> Any:
+  if isinstance(value, np.generic):
+    return value.item()
+  return tuple(map(_plain, value)) if type(value) is tuple else value
+
+
+def named_like(cls: type, **makes: tuple[str, ...]) -> Callable[[_F], _F]:
+  """Decorator: the same for a function that passes keywords on to a class.
+
+  Args:
+    cls: the class.
+    **makes: a field of it -> the function's own parameters that this field is made of.
+      Given beside the field they would be lost, so the call is refused.
+  """
 
   def decorate(function: _F) -> _F:
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
       known_fields(cls, keywords, also=function)
+      given = signature.bind_partial(*args, **keywords).arguments
+      for field, parts in makes.items():
+        lost = [name for name in parts if given.get(name) is not None]
+        if lost and field in keywords:
+          raise TypeError(
+            f"{function.__name__}: {' and '.join(lost)} beside {field}="
+            f"{shown(keywords[field])}; give one of them, or write "
+            f"{cls.__name__}(..., {field}=...)."
+          )
       return function(*args, **keywords)
 
     return checked  # type: ignore[return-value]
@@ -152,6 +180,11 @@ def _dtype(value: Any) -> None:
     raise ValueError(
       f"param_dtype={shown(value)} is no float dtype; use 'float32' or 'bfloat16'."
     )
+  if jnp.dtype(value) != jax.dtypes.canonicalize_dtype(value):
+    raise ValueError(
+      f"param_dtype={shown(value)} needs jax.config.update('jax_enable_x64', True); "
+      "without it parameters would be float32, so use 'float32'."
+    )
 
 
 def _together(config: Any) -> None:
@@ -189,6 +222,8 @@ def _together(config: Any) -> None:
       raise ValueError(f"scale='input' with router={name}; use 'output'.")
     return
   _limits(config, name, dispatch)
+  _unread(config, name)
+  _restrictions(config)
   own = config.k is None
   for loss in config.losses:
     if own and not fact(loss, "any_router"):
@@ -201,6 +236,11 @@ def _together(config: Any) -> None:
       raise ValueError(f"losses: {loss.name} does not fit: {remedy}")
   if own and config.balance is not None:
     raise ValueError(f"balance with router={name}, which balances itself; use None.")
+  if config.losses and fact(config.gate, "constant"):
+    raise ValueError(
+      f"losses={shown(config.losses)} with gate={config.gate.name}, whose logits are "
+      "constant: nothing learns from them; use losses=()."
+    )
   names = [loss_name(loss) for loss in config.losses]
   if len(set(names)) != len(names):
     twice = next(n for n in names if names.count(n) > 1)
@@ -209,11 +249,67 @@ def _together(config: Any) -> None:
     )
 
 
+def in_turn(restrict: tuple[Use, ...]) -> list[tuple[int, Use]]:
+  """Restrictions with their places, in the order in which the layer asks them."""
+  return sorted(enumerate(restrict), key=lambda placed: bool(fact(placed[1], "within")))
+
+
+def _restrictions(config: Any) -> None:
+  """Raises if the restrictions together leave a token too few experts.
+
+  A domain is the token's own: one of them must do, and who is in another is counted as
+  dropped.  Which groups of experts are best is anyone's guess: each choice must do.
+  """
+  if len(config.restrict) < 2:
+    return  # each has checked itself
+  E, needed = config.num_experts, config.k or 1
+  given, guessed = [frozenset(range(E))], []
+  for _, use in in_turn(config.restrict):
+    leaves = fact(use, "leaves")
+    if leaves is None:
+      continue  # it does not say; it can only allow less
+    if fact(use, "within"):
+      guessed.append((leaves, use.kwargs))
+    else:
+      given = [left for one in given for left in leaves(one, E, **use.kwargs)]
+
+  def fewest(allowed: frozenset[int]) -> int:
+    left = {allowed}
+    for leaves, kwargs in guessed:
+      left = {after for one in left for after in leaves(one, E, **kwargs)}
+    return min(map(len, left))
+
+  most = max(map(fewest, given))
+  if most < needed:
+    raise ValueError(
+      f"restrict={shown(config.restrict)}: together they leave a token {most} experts, "
+      f"fewer than the {needed} it needs; allow more, or leave one out."
+    )
+
+
 def _group_size(value: Any) -> None:
   if not _whole(value):
     raise ValueError(
       f"group_size={shown(value)} must be a whole number of at least 1, 'row' or None."
     )
+
+
+def _unread(config: Any, name: str) -> None:
+  """Raises on a stage whose result the router does not read."""
+  reads = fact(config.router, "reads", ("scores", "select"))
+  ignored = {
+    "select": (("balance", None), ("select_noise", None)),
+    "scores": (("logit_noise", None), ("score", "softmax")),
+  }
+  for what, fields in ignored.items():
+    for field, plain in fields if what not in reads else ():
+      value = getattr(config, field)
+      if value is not None and value.name != plain:
+        instead = "None" if plain is None else f"use(score.{plain})"
+        raise ValueError(
+          f"{field}={value!r} has no effect with router={name}; use "
+          f"{field}={instead}, or another router (routers.top_k)."
+        )
 
 
 def _limits(config: Any, name: str, dispatch: str) -> None:

@@ -87,7 +87,13 @@ class MoEConfig:
     return self.router.function.choices(self.num_experts, **self.router.kwargs)
 
 
-@checks.named_like(MoEConfig)
+@checks.named_like(
+  MoEConfig,
+  router=("k",),
+  experts=("d_ff", "activation", "gated", "bias"),
+  capacity=("capacity_factor", "eval_capacity_factor"),
+  shared=("shared_d_ff",),
+)
 def simple(
   d_model: int,
   d_ff: int,
@@ -115,10 +121,12 @@ def simple(
     gated: three matrices (GLU) instead of two.
     bias: biases in the experts.
     shared_d_ff: width of an expert that every token takes; None: there is none.
-    **fields: any other field of `MoEConfig`.
+    **fields: any other field of `MoEConfig`.  `router=` stands in place of k, which
+      weights are renormalised by; `experts=` cannot be given.
 
   Raises:
-    TypeError: a field that `MoEConfig` does not have, with the nearest one it has.
+    TypeError: a field that `MoEConfig` does not have, with the nearest one it has; or
+      a field beside the keywords that it is made of.
   """
   checks.positive("d_ff", d_ff)
   checks.positive("k", k)
@@ -139,10 +147,12 @@ def simple(
       f"eval_capacity_factor={eval_capacity_factor} without capacity_factor: the layer "
       "is dropless; give both, or neither."
     )
+  router = fields.get("router", use(routers.top_k, k=k))
+  several = _choices(router, num_experts) not in (1, None)
   chosen: dict[str, Any] = dict(
-    router=use(routers.top_k, k=k),
+    router=router,
     experts=use(expert, d_ff=d_ff, activation=activation, bias=bias),
-    renormalise=use(renormalises.before_dropping if k > 1 else renormalises.never),
+    renormalise=use(renormalises.before_dropping if several else renormalises.never),
     dispatch=use(dispatch.buckets if limited else dispatch.sort),
   )
   if limited:
@@ -152,6 +162,12 @@ def simple(
   if shared_d_ff is not None:
     chosen["shared"] = use(expert, d_ff=shared_d_ff, activation=activation, bias=bias)
   return MoEConfig(d_model, num_experts, **{**chosen, **fields})
+
+
+def _choices(router: Any, num_experts: int) -> int | None:
+  """k of a router that no check has seen yet; None if it has no fixed one."""
+  choices = checks.fact(router, "choices") if isinstance(router, Use) else None
+  return None if choices is None else choices(num_experts, **router.kwargs)
 
 
 def resolve(
@@ -214,6 +230,12 @@ class ModelConfig:
   `segments = ((blocks, repeat), ...)`: each tuple of blocks is repeated and scanned
   over, so first-k-dense is `(((dense,), 3), ((sparse,), 58))` and every-second is
   `(((dense, sparse), 12),)`.
+
+  Where attention is causal a sparse layer may not look ahead either: routers that do
+  are refused, and so is a limit (`capacity` with a priority other than choice rank, or
+  `max_rows`) by which a later token displaces an earlier one, unless `future_drops`.
+  One exception is usual and stands: with a capacity and k > 1 a later token's first
+  choice comes before an earlier token's second one.
   """
 
   vocab_size: int
@@ -223,6 +245,7 @@ class ModelConfig:
   tied: bool = True
   remat: bool = True
   dtype: str = "float32"  # of activations; parameters are float32
+  future_drops: bool = False  # whether later tokens may decide who is dropped
 
   def __post_init__(self):
     checks.model_config(self)

@@ -8,7 +8,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe._ranges import in_range
+from jmoe.use import marked
 
+
+def _check_stddev(config: Any, *, stddev: float = 0.02) -> None:
+  del config
+  in_range("truncated_normal: stddev", stddev)
+
+
+def _check_scale(
+  config: Any, *, scale: float = 1.0, num_layers: int | None = None
+) -> None:
+  del config, num_layers
+  in_range("fan_in: scale", scale)
+
+
+@marked(check=_check_stddev)
 def truncated_normal(
   key: Array, shape: tuple[int, ...], dtype: Any, *, stddev: float = 0.02
 ) -> Array:
@@ -16,6 +32,7 @@ def truncated_normal(
   return jax.nn.initializers.truncated_normal(stddev)(key, shape, dtype)
 
 
+@marked(check=_check_scale)
 def fan_in(
   key: Array,
   shape: tuple[int, ...],

@@ -107,11 +107,10 @@ def apply(
 
 
 def _call(params, x, config, context, state, key, train, arrays, axes, with_plan):
-  residual, logits, forced = arrays
   context = checks.call(
-    params, x, config, context, state, key, train, residual, logits, forced, axes
+    params, x, config, context, state, key, train, *arrays, axes, with_plan
   )
-  static = dict(config=config, train=bool(train), axes=axes, with_plan=with_plan)
+  static = dict(config=config, train=bool(train), axes=axes, with_plan=bool(with_plan))
   return _moe(dict(params), x, context, state, key, arrays, **static)
 
 
@@ -124,6 +123,10 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
   if context.valid is not None:
     # Padding may hold anything: zeros keep its NaN out of sums and gradients.
     x_TD = jnp.where(context.valid[:, None], x_TD, 0)
+    if previous_logits is not None:
+      previous_logits = jnp.where(context.valid[:, None], previous_logits, 0)
+    if residual is not None:
+      residual = jnp.where(context.valid.reshape(*lead, 1), residual, 0)
   if forced is not None and forced.ndim == 3 and config.k is not None:
     forced = choose_layer(forced, context)
   keys = _keys(key, context)
@@ -155,12 +158,14 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
   if state.bias is not None:
     select_TE = jax.lax.stop_gradient(select_TE) + state.bias
   mask_TE = None
-  for i, restrict in enumerate(config.restrict):
+  for i, restrict in checks.in_turn(config.restrict):
     draw = None if key is None else jax.random.fold_in(keys["restrict"], i)
-    one_TE = restrict(select_TE, context, key=draw, train=train, axes=axes)
+    one_TE = restrict(
+      select_TE, context, mask=mask_TE, key=draw, train=train, axes=axes
+    )
     mask_TE = one_TE if mask_TE is None else mask_TE & one_TE
   if config.rescore and mask_TE is not None:
-    # A finite floor: a row without experts stays a number.
+    # A finite floor: a row without experts stays a number, and enters no loss.
     logits = jnp.where(mask_TE, logits, -1e30)
     scored_TE = jnp.where(mask_TE, scored_TE, -1e30)
     scores_TE = config.score(scored_TE)
@@ -198,7 +203,7 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
     residual_TD = None if residual is None else residual.reshape(x_TD.shape)
     y = config.aggregate(params.get("aggregate", {}), y, plan, x_TD, residual_TD)
   y = _with_shared(config, params, y, x_TD)
-  info = report(config, plan, context, state, train, axes, with_plan)
+  info = report(config, plan, _served(context, mask_TE), state, train, axes, with_plan)
   return y.reshape(*lead, *y.shape[1:]), info
 
 
@@ -215,6 +220,15 @@ def _noisy(noise, array: Array, context: Context, key: Array | None, train: bool
   if noise is None or not train:
     return array
   return noise(array, context=context, key=key)
+
+
+def _served(context: Context, mask_TE: Array | None) -> Context:
+  """The context in which a token that no expert may serve is as padding to losses."""
+  if mask_TE is None:
+    return context
+  any_T = jnp.any(mask_TE, axis=1)
+  valid_T = any_T if context.valid is None else context.valid & any_T
+  return dataclasses.replace(context, valid=valid_T)
 
 
 def _scaled(config: MoEConfig, plan: Plan) -> Home:

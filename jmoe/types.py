@@ -18,6 +18,7 @@ an assignment that found no slot or buffer row.  *Valid*: not padding.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
@@ -25,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jmoe import _spelling
 
 Params = Mapping[str, Any]
 _T = TypeVar("_T")
@@ -37,9 +40,23 @@ def static(*, default: Any = None) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def pytree(cls: type[_T]) -> type[_T]:
-  """Class decorator: a frozen dataclass that jax sees as a tree of its fields."""
+  """Class decorator: a frozen dataclass that jax sees as a tree of its fields.
+
+  An unknown field is answered with the nearest one that there is.
+  """
   cls = dataclasses.dataclass(frozen=True)(cls)
   fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+  init = cls.__init__
+
+  @functools.wraps(init)
+  def checked(self: Any, *args: Any, **keywords: Any) -> None:
+    try:
+      init(self, *args, **keywords)
+    except TypeError:  # only then, for jax makes these values all the time
+      _spelling.known(cls.__name__, keywords, [f.name for f in fields])
+      raise
+
+  cls.__init__ = checked
   meta = [f.name for f in fields if f.metadata.get("static")]
   data = [f.name for f in fields if f.name not in meta]
   jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)

@@ -52,6 +52,17 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     random: `(train, **keywords) -> bool`, whether a call draws random numbers.
     choices: `(num_experts, **keywords) -> int | None`, a router's K.
     causal: False if a token's outcome depends on later tokens.
+    reads: of a router: what its choice and weights depend on beside the logits, of
+      "scores" and "select"; both if it does not say.
+    fixed: of a router: True if its weights do not depend on the gate.
+    runs: of a router: `(**keywords) -> int`, choices that run in training, at most.
+    takes_best: of a router: True if the choices are the k highest of what it selects by.
+    constant: of a gate: True if every token gets the same logits.
+    within: of a restriction: True if it ranks experts, so it is asked after the others
+      and given their mask.
+    leaves: of a restriction: `(allowed, num_experts, **keywords) -> sets of experts`,
+      what it may leave a token of those that others allow.
+    ignores: `(**keywords) -> names` of optional arguments that it takes and reads not.
     dropless: of a dispatch: True, False, or None where the word means nothing.
     fits: of a loss: `(config, **keywords) -> str | None`, a remedy if it does not fit.
   """

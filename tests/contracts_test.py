@@ -151,7 +151,7 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
   (restrict, RESTRICT, set()),
   (routers, ROUTERS, {"hash_table", "token_choice"}),
   (priority, PRIORITIES, set()),
-  (capacity, CAPACITY, {"by_factor", "fixed", "of_valid", "check_factor",
+  (capacity, CAPACITY, {"by_factor", "fixed", "of_group", "of_valid", "check_factor",
                         "fairseq_eval", "slots"}),
   (renormalise, RENORMALISE, set()),
   (dispatch, DISPATCH, set()),

@@ -14,11 +14,16 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import (
+  EngFormatter,
+  FuncFormatter,
+  LogLocator,
+  MaxNLocator,
+  NullFormatter,
+)
 
 from experiments.reporting.grouping import arm_key
 from experiments.reporting.read import Recorded, Routing
-from experiments.reporting.table import short
 
 # Told apart by people who see colours differently (Okabe and Ito 2008); dark ones.
 _PALETTE = (
@@ -88,9 +93,7 @@ def curves(runs: Sequence[Recorded]) -> str:
     norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     norm.yaxis.set_minor_formatter(NullFormatter())
     speed.set_ylim(bottom=0)
-    speed.yaxis.set_major_formatter(
-      FuncFormatter(lambda value, _: short(value).replace(".0", ""))
-    )
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, norm, speed):
       axes.set_xlabel("step")
     return _svg(figure, "Curves of training")
@@ -115,10 +118,10 @@ def drops(routing: Routing, *, top: float, until: int) -> str:
         binned(x, _FEW_POINTS)
         for x in (routing.step, shares.min(0), shares.mean(0), shares.max(0))
       )
-      axes.plot(step, 100 * mean, color=colour, linewidth=1.4, label=cause)
+      axes.plot(step, 100 * mean, label=cause, **_line(step, colour))
       axes.fill_between(step, 100 * low, 100 * high, color=colour, alpha=0.15, lw=0)
     axes.set_ylim(0, max(100 * top * 1.05, 1.0))
-    axes.set_xlim(0, until)
+    axes.set_xlim(0, 1.02 * until)
     axes.set_xlabel("step")
     _titled(axes, "% of choices dropped: mean of layers; band: least to most")
     if causes:
@@ -151,9 +154,9 @@ def by_layer(
     step = binned(routing.step, _FEW_POINTS)
     for n, (layer, shade) in enumerate(zip(routing.layers, shades, strict=True)):
       line = binned(values(n).astype(np.float64), _FEW_POINTS)
-      axes.plot(step, line, color=shade, linewidth=1.2, label=layer.name)
+      axes.plot(step, line, label=layer.name, **_line(step, shade))
     axes.set_ylim(0, max(top * 1.05, 1e-3))
-    axes.set_xlim(0, until)
+    axes.set_xlim(0, 1.02 * until)
     if whole:
       axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
@@ -185,8 +188,14 @@ def _curve(axes: Axes, step, values, colour, dash) -> None:
     values = _moving_mean(values, width)
   axes.plot(
     binned(step, _POINTS), binned(values, _POINTS),
-    color=colour, linestyle=dash, linewidth=1.4,
+    linestyle=dash, **_line(step, colour),
   )  # fmt: skip
+
+
+def _line(step: np.ndarray, colour: Any) -> dict[str, Any]:
+  """How a line looks; one step alone is a dot."""
+  marker = "o" if len(step) == 1 else ""
+  return {"color": colour, "linewidth": 1.3, "marker": marker, "markersize": 4}
 
 
 def _past_the_start(axes: Axes, runs: Sequence[Recorded]) -> None:

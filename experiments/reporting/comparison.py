@@ -41,7 +41,11 @@ def curve(run: Recorded) -> equal_loss.Curve | None:
   """The training of a run against its FLOPs; None while there is nothing to compare."""
   bits = run.metrics.get("bits_per_byte")
   each = _flops_of_a_step(run)
-  if bits is None or each is None or not np.isfinite(bits).any():
+  if bits is None or each is None:
+    return None
+  skipped = run.metrics.get("skipped", np.zeros(1)) > 0  # its loss changed nothing
+  bits = np.where(skipped, np.nan, bits)
+  if not np.isfinite(bits).any():
     return None
   return equal_loss.Curve(each * run.metrics["step"], bits)
 

@@ -87,7 +87,7 @@ def load_map(
   if numbers:
     for (row, column), value in np.ndenumerate(ratio):
       if np.isfinite(value):
-        dark = not 2**-1.2 < value < 2**1.2
+        dark = not 0.5 < value < 2
         place = left + width * (column + 0.5) / num_columns
         level = _TOP + height * (row + 0.5) / num_rows + 3
         parts.append(_text(place, level, f"{value:.2f}", "light" if dark else "cell"))

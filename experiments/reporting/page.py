@@ -2,20 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from experiments.reporting import charts, grouping, maps
+from experiments.reporting import charts, grouping, maps, tables
 from experiments.reporting.read import Recorded, Routing
-from experiments.reporting.table import short
 from experiments.workdir import listed
 from jmoe.analysis import specialisation
 
-_NONE = "–"
 _LAST = 10  # watched steps that count as the end of training
 
 _CELLS = 1_000_000  # of all maps over training together: the page stays under 3 MB
@@ -40,14 +38,14 @@ def page(runs: Sequence[Recorded]) -> str:
   return environment.get_template("page.html.jinja").render(
     title=", ".join(dict.fromkeys(run.name for run in runs)),
     legend=[
-      (label, colour, dash != "-", _progress(run))
+      (label, colour, dash != "-", tables.progress(run))
       for (label, run), (colour, dash) in zip(named, charts.colours(runs), strict=True)
     ],
     labels=labels,
     scale=maps.scale(),
-    summary=_summary(runs),
-    bits=_bits(named),
-    alarms=_alarms(runs),
+    summary=tables.summary(runs),
+    bits=tables.bits(named),
+    alarms=tables.alarms(runs),
     differences=[
       (label, listed(found))
       for label, run in named[1:]
@@ -77,13 +75,6 @@ def _until(sparse: Sequence[tuple[str, Routing]]) -> int:
 
 def _any_metrics(runs: Sequence[Recorded]) -> bool:
   return any("bits_per_byte" in run.metrics for run in runs)
-
-
-def _progress(run: Recorded) -> str:
-  if run.finished:
-    return f"{run.step} steps"
-  steps = run.config.get("steps")
-  return f"at step {run.step}" + (f" of {steps}" if steps else "") + ", not finished"
 
 
 def _panels(
@@ -192,7 +183,7 @@ def _by_layer(
   rows = []
   for n in range(max(map(len, columns))):
     names = dict.fromkeys(column[n][0] for column in columns if n < len(column))
-    cells = [column[n][1] if n < len(column) else _NONE for column in columns]
+    cells = [column[n][1] if n < len(column) else tables.NONE for column in columns]
     rows.append((" / ".join(names), cells))
   return {"head": [label for label, _ in found], "rows": rows}
 
@@ -239,84 +230,3 @@ def _information(named: Sequence[tuple[str, Recorded]]) -> dict[str, Any] | None
 def _entropy_of(counts: np.ndarray) -> float:
   p = counts[counts > 0] / max(counts.sum(), 1)
   return float(-(p * np.log(p)).sum())
-
-
-def _bits(named: Sequence[tuple[str, Recorded]]) -> dict[str, Any] | None:
-  """Bits per byte by domain, of runs and of what needs no training."""
-  columns: dict[str, Mapping[str, float]] = {
-    label: run.bits_per_byte for label, run in named if run.bits_per_byte
-  }
-  trained = len(columns)
-  if not trained:
-    return None
-  for _, run in named:
-    for name, bits in run.summary.get("baselines", {}).items():
-      columns.setdefault(name, bits)
-  domains = dict.fromkeys(d for bits in columns.values() for d in bits if d != "all")
-  rows = []
-  for domain in (*domains, "all"):
-    values = [bits.get(domain) for bits in columns.values()]
-    least = min((v for v in values[:trained] if v is not None), default=None)
-    cells = [
-      (_NONE if v is None else f"{v:.3f}", trained > 1 and v is not None and v == least)
-      for v in values
-    ]
-    rows.append((domain, cells))
-  return {"head": list(columns), "rows": rows}
-
-
-def _alarms(runs: Sequence[Recorded]) -> list[tuple[str, list[str]]]:
-  names = dict.fromkeys(n for run in runs for n in run.summary.get("alarms", {}))
-  rows = [
-    (name, [_count(run, run.summary.get("alarms", {}).get(name, 0)) for run in runs])
-    for name in names
-  ]
-  skipped = [_skipped(run) for run in runs]
-  return [*rows, ("steps skipped, their loss not finite", skipped)]
-
-
-def _count(run: Recorded, number: int) -> str:
-  return str(number) if run.summary else _NONE
-
-
-def _skipped(run: Recorded) -> str:
-  if run.finished:
-    return str(run.summary.get("skipped_steps", _NONE))
-  counts = run.metrics.get("skipped", np.zeros(0))
-  return str(int(np.nansum(counts)))
-
-
-def _summary(runs: Sequence[Recorded]) -> list[tuple[str, list[str]]]:
-  """Rows of the table of summaries; a row that no run has is left out."""
-
-  def of(*path: str, show: Callable[[Any], str] = str) -> list[str]:
-    return [_shown(run.summary, path, show) for run in runs]
-
-  keys = dict.fromkeys(
-    (group, key)
-    for group in ("policy", "versions", "hardware")
-    for run in runs
-    for key in run.summary.get(group, {})
-  )
-  rows = [
-    ("folder", [str(run.path) for run in runs]),
-    ("state", [_progress(run) for run in runs]),
-    ("seed", [str(run.seed) for run in runs]),
-    ("parameters", of("parameters", "total", show=short)),
-    ("parameters active for a token", of("parameters", "active", show=short)),
-    ("FLOPs a trained token", of("flops", "per_token", show=short)),
-    ("FLOPs trained", of("flops", "trained", show=short)),
-    ("seconds", of("seconds", show=lambda x: f"{x:.1f}")),
-    ("tokens a second", of("tokens_per_second", show=short)),
-    ("data", of("data", "corpus")),
-    ("digest of the data", of("data", "digest", show=lambda x: str(x)[:12])),
-    *((f"{group}: {key}", of(group, key)) for group, key in keys),
-    ("command", of("command", show=lambda x: x if isinstance(x, str) else " ".join(x))),
-  ]
-  return [row for row in rows if any(cell != _NONE for cell in row[1])]
-
-
-def _shown(tree: Any, path: Sequence[str], show: Callable[[Any], str]) -> str:
-  for name in path:
-    tree = tree.get(name) if isinstance(tree, Mapping) else None
-  return _NONE if tree is None else show(tree)

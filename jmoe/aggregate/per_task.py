@@ -25,7 +25,7 @@ def _init(
   return {"kernel_MDE": d_model**-0.5 * jax.random.normal(key, shape, dtype)}
 
 
-@marked(init=_init, check=_check)
+@marked(init=_init, check=_check, ignores=lambda **_: ("residual",))
 def per_task(
   params: Params,
   y_TKD: Array,

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmoe.use import marked
+from jmoe.use import Use, marked
 
 Count = Any  # int or integer np.ndarray
+_MOST = 2**31 - 1  # slots that a rule gives at most: more than a group has tokens
 
 
 def _up(slots: Count, multiple: int) -> Count:
@@ -27,12 +28,17 @@ def _up(slots: Count, multiple: int) -> Count:
 
 
 def _int(slots: Any) -> Count:
-  return np.asarray(slots).astype(np.int64)
+  # Bounded as a float: a cast of a larger one gives any integer.
+  return np.minimum(slots, _MOST).astype(np.int64)
 
 
 def ceil(tokens: Count, num_experts: int, k: int, factor: float) -> Count:
-  """`ceil(k * T * factor / E)`: jmoe's own rule."""
-  return _int(np.ceil(k * tokens * factor / num_experts))
+  """`ceil(k * T * factor / E)`: jmoe's own rule, of the factor's decimals.
+
+  1.1 is a little more than 11/10 as a float, and three roundings follow: less by 1e-15
+  of itself, a whole number of slots is not rounded up to the next.
+  """
+  return _int(np.ceil(k * tokens * factor / num_experts * (1 - 1e-15)))
 
 
 def mesh(tokens: Count, num_experts: int, k: int, factor: float) -> Count:
@@ -42,6 +48,7 @@ def mesh(tokens: Count, num_experts: int, k: int, factor: float) -> Count:
   return _int(np.maximum(np.minimum(tokens, slots), 4))
 
 
+@marked(multiple_of=4)
 def lingvo(tokens: Count, num_experts: int, k: int, factor: float) -> Count:
   """Lingvo (GShard): `floor(T*factor/E)`, 0 becomes 4, up to a multiple of 4; no k."""
   del k
@@ -55,6 +62,7 @@ def flaxformer(tokens: Count, num_experts: int, k: int, factor: float) -> Count:
   return _int(np.round(factor * tokens / num_experts))
 
 
+@marked(multiple_of=4)
 def vmoe(tokens: Count, num_experts: int, k: int, factor: float) -> Count:
   """V-MoE: `ceil(T*k*factor/E)`, up to a multiple of 4."""
   return _up(_int(np.ceil(tokens * k * factor / num_experts)), 4)
@@ -203,7 +211,25 @@ def fixed(
 ) -> Count:
   """The same number of slots however many tokens (Hugging Face Switch: 64)."""
   del num_experts, k, train
-  return np.full(np.shape(tokens), slots, np.int64)
+  return np.full(np.shape(tokens), min(slots, _MOST), np.int64)
+
+
+def of_group(
+  capacity: Use, tokens: Count, group_size: int, num_experts: int, k: int, train: bool
+) -> Count:
+  """Slots per expert, but no more than the group has tokens, aligned as it asks.
+
+  Args:
+    capacity: `by_factor`, `fixed` or one like them.
+    tokens: valid tokens of a group, or an array of such counts.
+    group_size: how many tokens a group has, valid or not.
+    num_experts, k, train: as for `by_factor`.
+  """
+  aligned = capacity.kwargs.get("multiple_of", 1)
+  for rule in (capacity.kwargs.get("rule"), capacity.kwargs.get("eval_rule")):
+    aligned = math.lcm(aligned, getattr(rule, "multiple_of", 1))
+  slots = capacity(tokens, num_experts, k, train=train)
+  return np.minimum(slots, _up(group_size, aligned)).astype(np.int64)
 
 
 def of_valid(count_G: Array, group_size: int, rule: Callable[[Count], Count]) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmoe.assign.capacity import of_valid
+from jmoe.assign.capacity import of_group, of_valid
 from jmoe.types import Context, Plan, Routing, group_of, valid_or_all
 from jmoe.use import Use
 
@@ -99,7 +99,7 @@ def _limit(
   S = T if S is None else S
 
   def slots(tokens):
-    return capacity(tokens, E, routing.k or 1, train=train)
+    return of_group(capacity, tokens, S, E, routing.k or 1, train)
 
   full = np.asarray(slots(S))
   static = int(full) if full.ndim == 0 else tuple(int(c) for c in full)

@@ -26,6 +26,9 @@ def by_choice_rank(routing: Routing, context: Context) -> Array:
 
   GShard (arXiv 2006.16468), algorithm 1; Switch, V-MoE, DeepSpeed, fairseq.  Routers
   without choice ranks (expert choice) queue in their own order.
+
+  Causal for first choices alone: a later token's first choice comes before an earlier
+  token's second one and may take its slot, as in GShard's and fairseq's models.
   """
   del context
   N = routing.expert.shape[0]
@@ -61,12 +64,13 @@ def by_weight(routing: Routing, context: Context) -> Array:
   return jax.lax.stop_gradient(routing.weight)
 
 
-@marked(random=lambda train, **_: True, check=_needs_k)
+@marked(random=lambda train, **_: True, check=_needs_k, causal=False)
 def random(routing: Routing, context: Context, *, key: Array) -> Array:
   """A uniformly random subset survives, in training and outside it.
 
   Random token selection of Z-Code M3 and DeepSpeed (arXiv 2109.10465).  Keys are folded
-  by token position, so every layout keeps the same tokens.
+  by token position, so every layout keeps the same tokens.  Not causal: a later token
+  can displace an earlier one.
   """
   K = routing.k
   assert K is not None

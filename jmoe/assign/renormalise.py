@@ -1,6 +1,7 @@
 """What a token's weights sum to: `(plan) -> plan`, with weights made anew.
 
-After any of these but `never`, the weights that count sum to `routing.scale`.
+After any of these but `never`, the weights that count sum to `routing.scale`.  With one
+choice a token that is a constant, so a configuration with a learned gate is refused.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -11,14 +12,33 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe.types import Plan
-from jmoe.use import marked
+from jmoe.use import fact, marked
 
 
-def _needs_k(config) -> None:
+def _check(config) -> None:
   if config.k is None:
     raise ValueError(
       f"renormalise: {config.router.name} has no fixed number of choices per token; "
       "use use(renormalise.never)."
+    )
+  _learns(config, config.k)
+
+
+def _check_live(config) -> None:
+  """The same where a choice that is skipped has no share."""
+  _check(config)
+  runs = fact(config.router, "runs", lambda **_: config.k)
+  _learns(config, runs(**config.router.kwargs))
+
+
+def _learns(config, weighed: int) -> None:
+  """A lone weight divided by itself is a constant, and the gate has no gradient."""
+  learned = fact(config.gate, "init") and not fact(config.router, "fixed")
+  if weighed == 1 and config.num_experts > 1 and learned:
+    raise ValueError(
+      f"renormalise={config.renormalise!r} with router={config.router!r}: one weight a "
+      "token is then constant and the gate does not learn; use "
+      "renormalise=use(renormalise.never)."
     )
 
 
@@ -49,7 +69,7 @@ def never(plan: Plan) -> Plan:
   return plan
 
 
-@marked(check=_needs_k)
+@marked(check=_check)
 def before_dropping(plan: Plan) -> Plan:
   """Weights sum to `scale` over the choices; a dropped or skipped one loses its share.
 
@@ -60,13 +80,13 @@ def before_dropping(plan: Plan) -> Plan:
   return _share(plan, plan.routing.live if chosen is None else chosen)
 
 
-@marked(check=_needs_k)
+@marked(check=_check_live)
 def after_dropping(plan: Plan) -> Plan:
   """Weights sum to `scale` over the choices that found a slot (fairseq, DeepSpeed)."""
   return _share(plan, plan.kept)
 
 
-@marked(check=_needs_k)
+@marked(check=_check_live)
 def over_chosen(plan: Plan) -> Plan:
   """A softmax over the chosen logits: Mixtral's and gpt-oss's own formula.
 

@@ -1,6 +1,7 @@
 """gpt-oss's gated unit: interleaved, clamped, with biases."""
 # SPDX-License-Identifier: Apache-2.0
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe import initializers
+from jmoe._ranges import in_range
 from jmoe.experts._common import check_width
 from jmoe.kernels import grouped_ffn
 from jmoe.types import Params, Rows
@@ -33,7 +35,15 @@ def _init(
   }
 
 
-@marked(init=_init, check=check_width, matrices=3)
+def _check(
+  config: Any, *, d_ff: int, limit: float = 7.0, alpha: float = 1.702, **_: Any
+) -> None:
+  check_width(config, d_ff=d_ff)
+  in_range("clamped_glu: limit", limit, above=True)
+  in_range("clamped_glu: alpha", alpha, least=-math.inf)
+
+
+@marked(init=_init, check=_check, matrices=3)
 def clamped_glu(
   params: Params,
   rows: Rows,

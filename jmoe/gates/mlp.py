@@ -33,7 +33,11 @@ def _init(
   return params
 
 
-@marked(init=_init)
+def _ignores(*, residual: bool = False, **_: Any) -> tuple[str, ...]:
+  return () if residual else ("previous_logits",)
+
+
+@marked(init=_init, ignores=_ignores)
 def mlp(
   params: Params,
   x_TD: Array,

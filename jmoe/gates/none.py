@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe.types import Context, Params, wide
+from jmoe.use import marked
 
 
+@marked(constant=True)
 def none(params: Params, x_TD: Array, context: Context, *, num_experts: int) -> Array:
   """Logits of zero: every expert is liked alike, and nothing is learned.
 

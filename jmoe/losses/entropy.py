@@ -7,6 +7,7 @@ Both may be asked for one modality; two modalities are two entries in `losses`.
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe._ranges import in_range
 from jmoe.losses import _scope
 from jmoe.types import Context, Plan, valid_or_all
 from jmoe.use import marked
@@ -19,8 +20,10 @@ def _check(
   threshold: float | None = None,
   over: str = "batch",
 ) -> None:
-  del config, modality, threshold
+  del config, modality
   _scope.check_scope(over)
+  if threshold is not None:
+    in_range("entropy_global: threshold", threshold)
 
 
 @marked(check=_check, any_router=True)

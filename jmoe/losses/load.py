@@ -1,6 +1,8 @@
 """The load loss of V-MoE: keeps the chances of the experts to be chosen alike."""
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -8,31 +10,49 @@ from jax.scipy.special import ndtr
 from jax.scipy.stats import norm
 
 from jmoe.losses import _scope
+from jmoe.noise import gaussian
+from jmoe.routers.noisy_top_k import noisy_top_k
 from jmoe.types import Context, Plan, valid_or_all
-from jmoe.use import Use, marked
+from jmoe.use import Use, fact, marked, shown
 
 
 def _check(config, *, noise_std: float = 1.0, over: str = "group") -> None:
   del config
   _scope.check_scope(over)
-  if not noise_std > 0:
+  if not 0 < noise_std < math.inf:
     raise ValueError(f"load: noise_std={noise_std}; give that of the noise, over 0.")
 
 
 def _fits(config, *, noise_std: float = 1.0, over: str = "group") -> str | None:
+  """It is the chance to be among the k highest logits under the layer's own noise."""
   del over
-  for stage, keyword in ((config.router, "noise_std"), (config.logit_noise, "std")):
-    drawn = _keyword(stage, keyword)
-    if drawn and drawn != noise_std:
-      return f"noise_std={noise_std}, but {stage!r} draws {drawn}; give both the same."
+  if not fact(config.router, "takes_best"):
+    return f"{config.router.name} does not take the k best; use routers.noisy_top_k."
+  if config.k >= config.num_experts:
+    return f"k={config.k} takes every expert; use k < {config.num_experts}."
+  for field in ("restrict", "balance"):
+    if getattr(config, field):
+      return f"it does not know of {field}={shown(getattr(config, field))}; leave one out."
+  drawn = _drawn(config)
+  if drawn is None:
+    return (
+      "no Gaussian noise on the logits; use routers.noisy_top_k, or "
+      "logit_noise=use(noise.gaussian)."
+    )
+  stage, std = drawn
+  if std != noise_std:
+    return f"noise_std={noise_std}, but {stage!r} draws {std}; give both the same."
   return None
 
 
-def _keyword(stage: Use | None, keyword: str) -> float | None:
-  try:
-    return None if stage is None else stage.get(keyword)
-  except KeyError:  # another kind of router, or of noise
+def _drawn(config) -> tuple[Use, float] | None:
+  """The stage that draws normal noise on the logits, and its standard deviation."""
+  if config.router.function is noisy_top_k:
+    return config.router, config.router.get("noise_std")
+  noise = config.logit_noise
+  if noise is None or noise.function is not gaussian:
     return None
+  return noise, noise.get("std")
 
 
 @jax.custom_jvp
@@ -66,7 +86,8 @@ def load(
   as in V-MoE's code.
 
   Args:
-    plan: of a token-choice router.
+    plan: of a router that takes the k < E best of noisy logits, without a restriction
+      or a bias; a configuration of another kind is refused.
     context: `valid`; `row` and `num_rows` for `over="sequence"`.
     noise_std: what the noise stage was given, before its division by E.
     over: "sequence", "group", "batch" or "mesh": tokens whose chances are summed.  The

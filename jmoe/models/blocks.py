@@ -98,6 +98,7 @@ class Block(nnx.Module):
     self.sparse = isinstance(config.ff, configs.MoEConfig)
     if isinstance(config.ff, configs.MoEConfig):
       self.moe = MoE(config.ff, rngs=rngs)
+      nnx.update(self.moe, _outputs_scaled(nnx.state(self.moe, nnx.Param), depth_scale))
     else:
       self.ff = FeedForward(config.ff, d_model, **kwargs)
 
@@ -121,14 +122,33 @@ class Block(nnx.Module):
     )
 
   def feed(
-    self, x_BSD: Array, context: Context, *, key=None, train=False, **routing
+    self,
+    x_BSD: Array,
+    context: Context,
+    *,
+    key: Array | None = None,
+    train: bool = False,
+    forced: Array | None = None,
+    with_plan: bool = False,
   ) -> tuple[Array, Info | None]:
     """The second half: (f[B,S,D] with the feed-forward added, Info or None)."""
     h_BSD = normed(self.ff_norm, x_BSD)
     if not self.sparse:
       return x_BSD + self.ff(h_BSD), None
-    y_BSD, info = self.moe(h_BSD, context=context, key=key, train=train, **routing)
+    y_BSD, info = self.moe(
+      h_BSD, context=context, key=key, train=train, forced=forced, with_plan=with_plan
+    )
     return x_BSD + y_BSD, info
+
+
+def _outputs_scaled(params, scale: float):
+  """Experts' output matrices start as small as those of a dense feed-forward."""
+
+  def scaled(path, leaf):
+    output = "down_EFD" in jax.tree_util.keystr(path)
+    return leaf * jnp.asarray(scale, leaf.dtype) if output else leaf
+
+  return jax.tree_util.tree_map_with_path(scaled, params)
 
 
 def rotary(x_BSHd: Array, position_BS: Array, *, theta: float) -> Array:

@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
       )
       infos += found
       layer += len(configs) * repeat
-    return self._logits(blocks.normed(self.norm, x_BSD)), tuple(infos)
+    return self.logits(x_BSD), tuple(infos)
 
   def update(self, infos: Sequence[Info]) -> None:
     """Writes the balance state that a call reported; after the optimizer step."""
@@ -156,7 +156,9 @@ class Decoder(nnx.Module):
     for block, info in zip(sparse, infos, strict=True):
       block.moe.update(info)
 
-  def _logits(self, x_BSD: Array) -> Array:
+  def logits(self, x_BSD: Array) -> Array:
+    """f32[B,S,V] of what the last block gave."""
+    x_BSD = blocks.normed(self.norm, x_BSD)
     # In float32 whatever the activations are: jax 0.7 on a CPU cannot multiply bfloat16
     # into float32, and accelerators take no more passes than for bfloat16 by default.
     x_BSD = x_BSD.astype(jnp.float32)

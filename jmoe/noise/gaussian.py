@@ -4,12 +4,18 @@
 import jax
 from jax import Array
 
+from jmoe._ranges import in_range
 from jmoe.noise._keys import per_token
 from jmoe.types import Context
 from jmoe.use import marked
 
 
-@marked(random=lambda train, **_: train)
+def _check(config, *, std: float = 1.0) -> None:
+  del config
+  in_range("gaussian: std", std)
+
+
+@marked(check=_check, random=lambda train, **_: train)
 def gaussian(x: Array, *, context: Context, key: Array, std: float = 1.0) -> Array:
   """`x + N(0, (std / E)^2)`.
 

@@ -4,12 +4,18 @@
 import jax
 from jax import Array
 
+from jmoe._ranges import in_range
 from jmoe.noise._keys import per_token
 from jmoe.types import Context, wide
 from jmoe.use import marked
 
 
-@marked(random=lambda train, **_: train)
+def _check(config, *, eps: float = 0.01) -> None:
+  del config
+  in_range("jitter: eps", eps, most=1)  # beyond it signs would change
+
+
+@marked(check=_check, random=lambda train, **_: train)
 def jitter(x: Array, *, context: Context, key: Array, eps: float = 0.01) -> Array:
   """`x * U(1 - eps, 1 + eps)`, elementwise, in at least float32.
 
@@ -20,7 +26,7 @@ def jitter(x: Array, *, context: Context, key: Array, eps: float = 0.01) -> Arra
     x: `[T, ...]`.
     context: `position` i32[T] is folded into the key.
     key: for all tokens.
-    eps: half-width.
+    eps: half-width, 0 to 1.
   """
   dtype = wide(x)
 

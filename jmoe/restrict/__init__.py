@@ -1,6 +1,8 @@
-"""Restrictions: `(select_TE, context, *, key, train, axes) -> bool[T,E]`.
+"""Restrictions: `(select_TE, context, *, mask, key, train, axes) -> bool[T,E]`.
 
 Which experts a token may use, apart from which it chooses; several are intersected.
+Those that rank experts come last, whatever their place in the configuration, and rank
+within the `mask` of the others.
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -22,7 +22,18 @@ def _check(config, *, num_domains: int, shared: int = 0) -> None:
     )
 
 
-@marked(check=_check, needs=("domain_id",))
+def _leaves(
+  allowed: frozenset[int], num_experts: int, *, num_domains: int, shared: int = 0
+) -> list[frozenset[int]]:
+  """The experts of each domain."""
+  size = (num_experts - shared) // num_domains
+  common = set(range(num_experts - shared, num_experts))
+  return [
+    allowed & {*range(d * size, (d + 1) * size), *common} for d in range(num_domains)
+  ]
+
+
+@marked(check=_check, needs=("domain_id",), leaves=_leaves)
 def domain(
   select_TE: Array, context: Context, *, num_domains: int, shared: int = 0
 ) -> Array:

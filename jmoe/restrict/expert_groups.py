@@ -1,6 +1,9 @@
 """Best expert groups first: node-limited routing of DeepSeek-V2 and V3."""
 # SPDX-License-Identifier: Apache-2.0
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -31,19 +34,49 @@ def _check(config, *, num_groups: int, keep: int, best: int = 2) -> None:
     )
 
 
-@marked(check=_check)
+_MOST_LISTED = 1000
+
+
+def _leaves(
+  allowed: frozenset[int],
+  num_experts: int,
+  *,
+  num_groups: int,
+  keep: int,
+  best: int = 2,
+) -> list[frozenset[int]]:
+  """Every choice of groups; of very many, only the one with the fewest experts."""
+  del best
+  size = num_experts // num_groups
+  groups = [allowed & set(range(g * size, (g + 1) * size)) for g in range(num_groups)]
+  groups = sorted((group for group in groups if group), key=len)
+  keep = min(keep, len(groups))
+  if math.comb(len(groups), keep) > _MOST_LISTED:
+    return [frozenset().union(*groups[:keep])]
+  return [frozenset().union(*some) for some in itertools.combinations(groups, keep)]
+
+
+@marked(check=_check, within=True, leaves=_leaves)
 def expert_groups(
-  select_TE: Array, context: Context, *, num_groups: int, keep: int, best: int = 2
+  select_TE: Array,
+  context: Context,
+  *,
+  mask: Array | None = None,
+  num_groups: int,
+  keep: int,
+  best: int = 2,
 ) -> Array:
   """A token may use the experts of its `keep` best expert groups.
 
   A group is worth the sum of its `best` highest selection scores: 1 gives DeepSeek-V2's
   maximum (arXiv 2405.04434, section 2.2.2), 2 gives V3's rule (arXiv 2412.19437,
-  section 2.1.2).  Groups are equal blocks of consecutive experts.
+  section 2.1.2).  Groups are equal blocks of consecutive experts.  Experts outside the
+  other restrictions count nothing, and a group of such experts comes last.
 
   Args:
     select_TE: f32[T,E] selection scores, bias included.
     context: not read.
+    mask: bool[T,E] what the other restrictions allow; None: all.
     num_groups: how many expert groups.
     keep: how many of them a token may use.
     best: how many scores of a group count.
@@ -54,7 +87,14 @@ def expert_groups(
   del context
   T, E = select_TE.shape
   grouped = select_TE.reshape(T, num_groups, E // num_groups)
-  worth = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)  # [T, groups]
+  if mask is None:
+    worth = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)  # [T, groups]
+  else:
+    grouped = jnp.where(mask.reshape(grouped.shape), grouped, -jnp.inf)
+    top = jax.lax.top_k(grouped, best)[0]
+    # A group with fewer than `best` of them is worth what it has.
+    worth = jnp.sum(jnp.where(top > -jnp.inf, top, 0), axis=-1)
+    worth = jnp.where(top[..., 0] > -jnp.inf, worth, -jnp.inf)
   _, chosen = jax.lax.top_k(worth, keep)  # ties to the lower index
   # [T, keep, groups] compared and reduced in one fusion
   allowed = jnp.any(

@@ -15,6 +15,8 @@ def _check(config, *, experts: tuple[int, ...]) -> None:
     raise ValueError(
       f"subset: experts={experts} must be distinct and in 0..{config.num_experts - 1}."
     )
+  if not experts:
+    raise ValueError("subset: experts=() leaves none to use; keep 1 or more.")
   if config.k is not None and len(experts) < config.k:
     raise ValueError(
       f"subset: {len(experts)} experts are fewer than k={config.k}; "
@@ -22,7 +24,14 @@ def _check(config, *, experts: tuple[int, ...]) -> None:
     )
 
 
-@marked(check=_check)
+def _leaves(
+  allowed: frozenset[int], num_experts: int, *, experts: tuple[int, ...]
+) -> list[frozenset[int]]:
+  del num_experts
+  return [allowed & set(experts)]
+
+
+@marked(check=_check, leaves=_leaves)
 def subset(select_TE: Array, context: Context, *, experts: tuple[int, ...]) -> Array:
   """Every token may use the listed experts and no others.
 

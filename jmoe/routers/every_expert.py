@@ -9,7 +9,7 @@ from jmoe.types import Context, Routing
 from jmoe.use import marked
 
 
-@marked(choices=lambda num_experts, **_: num_experts)
+@marked(choices=lambda num_experts, **_: num_experts, reads=("scores",))
 def every_expert(
   logits: Array,
   scores: Array,

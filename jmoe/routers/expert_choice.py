@@ -45,7 +45,8 @@ def expert_choice(
     logits, scores, select: f32[T,E].
     mask: bool[T,E] tokens an expert may take.
     context: `valid`, `group_size`.
-    forced: i32[G,E,C] recorded tokens (indices into T) to replay; -1 for none.
+    forced: i32[G,E,C] recorded tokens (indices into T) to replay; -1 for none.  A token
+      of another group counts as outside the mask.
     capacity_factor: experts per token on average.
     rule: a capacity rule, called with k=1.
 
@@ -72,8 +73,13 @@ def expert_choice(
   live_GEC = (jnp.arange(C, dtype=jnp.int32) < taken_G[:, None, None]) & (
     best_GEC > -jnp.inf
   )
+  masked = None
   if forced is not None:
-    token_GEC, live_GEC = forced, forced >= 0
+    # Those of another group would take rows of its buffer.
+    start_G11 = jnp.arange(G, dtype=jnp.int32)[:, None, None] * S
+    own_GEC = (forced >= start_G11) & (forced < jnp.minimum(start_G11 + S, T))
+    masked = ((forced != -1) & ~own_GEC).reshape(-1)
+    token_GEC, live_GEC = forced, own_GEC
   token = jnp.clip(token_GEC, 0, T - 1).reshape(-1).astype(jnp.int32)
   expert = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[:, None], (G, E, C)).reshape(
     -1
@@ -85,6 +91,7 @@ def expert_choice(
     weight=jnp.where(live, scores[token, expert], 0),
     live=live,
     queues=live,
+    masked=masked,
     probs=scores,
     logits=logits,
     group_size=context.group_size,

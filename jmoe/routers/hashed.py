@@ -40,6 +40,8 @@ def hash_table(
 @marked(
   choices=lambda num_experts, **_: 1,
   needs=("token_id",),
+  reads=(),
+  fixed=True,
   table=lambda key, num_experts, vocab_size, **_: hash_table(
     key, vocab_size, num_experts
   ),
@@ -64,7 +66,8 @@ def hashed(
     logits, scores, select: f32[T,E], for reports; the choice does not read them.
     vocab_size: V, the length of the table that `init_state` draws.
     mask: bool[T,E] allowed experts.
-    context: `token_id`; `table` i32[V], or i32[L,V] with `layer`.
+    context: `token_id`; `table` i32[V], or i32[L,V] with `layer`.  A token whose id or
+      entry is out of range counts as outside the mask.
     forced: i32[T,1] recorded choices to replay.
 
   Returns:
@@ -75,19 +78,23 @@ def hashed(
   assert table is not None and token_id is not None
   if table.ndim == 2:
     table = table[context.layer]
-  expert_T = table[token_id]
+  expert_T, E = table[token_id], scores.shape[1]
+  known_T = (token_id >= 0) & (token_id < table.shape[0])
+  known_T &= (expert_T >= 0) & (expert_T < E)
+  expert_T = jnp.clip(expert_T, 0, E - 1)
   if mask is not None:
     # the (entry mod n)-th of the n allowed experts
     place_TE = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     n_T = jnp.maximum(place_TE[:, -1] + 1, 1)
     wanted_TE = mask & (place_TE == (expert_T % n_T)[:, None])
     expert_T = jnp.argmax(wanted_TE, axis=1).astype(jnp.int32)
+  known_TE = jnp.broadcast_to(known_T[:, None], scores.shape)
   return token_choice(
     expert_T[:, None],
     logits=logits,
     scores=scores,
     context=context,
-    mask=mask,
+    mask=known_TE if mask is None else mask & known_TE,
     forced=forced,
     weight_TK=jnp.ones((expert_T.shape[0], 1), scores.dtype),
   )

@@ -1,6 +1,8 @@
 """Top-k of noisy logits, with what the load loss needs (V-MoE)."""
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import jax
 from jax import Array
 
@@ -12,15 +14,18 @@ from jmoe.use import marked
 
 def _check(config, *, k: int, noise_std: float = 1.0) -> None:
   check_k(config, k=k)
-  if not noise_std >= 0:
-    raise ValueError(f"noisy_top_k: noise_std={noise_std} must be at least 0.")
+  if not 0 <= noise_std < math.inf:
+    raise ValueError(
+      f"noisy_top_k: noise_std={noise_std} must be a finite number from 0 up."
+    )
 
 
 @marked(
   check=_check,
   choices=lambda num_experts, k, **_: k,
   random=lambda train, **_: train,
-  scores_itself=True,
+  reads=(),
+  takes_best=True,
 )
 def noisy_top_k(
   logits: Array,

@@ -74,7 +74,8 @@ def token_choice(
     context: `valid` and `group_size` are read.
     mask: bool[T,E] allowed experts; choices outside it are not live.
     forced: i32[T,K] recorded choices that replace `expert_TK` and the mask; -1 stands
-      for an unused choice.  Weights are read anew, so the gradient is today's.
+      for an unused choice, and no such expert counts as outside the mask.  Weights are
+      read anew, so the gradient is today's.
     weight_TK: f32[T,K] weights in place of the scores, before `scale`.
     live_TK: bool[T,K] choices that run; None: all.
     queues_TK: bool[T,K] choices that take a place in the queue; None: those that run.
@@ -95,6 +96,8 @@ def token_choice(
   queues_TK = live_TK if queues_TK is None else usable_TK & queues_TK
   weighed_TK = pick(scores, expert_TK) if weight_TK is None else weight_TK
   asked_TK = valid_or_all(context, T)[:, None] & ~allowed_TK
+  if forced is not None:
+    asked_TK &= expert_TK != -1
   return Routing(
     token=jnp.repeat(jnp.arange(T, dtype=jnp.int32), K),
     expert=jnp.clip(expert_TK, 0, E - 1).reshape(-1),
@@ -105,7 +108,7 @@ def token_choice(
     logits=logits,
     noisy_logits=noisy_logits,
     chosen=usable_TK.reshape(-1),
-    masked=None if mask is None or forced is not None else asked_TK.reshape(-1),
+    masked=None if mask is None and forced is None else asked_TK.reshape(-1),
     k=K,
     scale=scale,
     group_size=context.group_size,

@@ -40,7 +40,11 @@ def _random(train: bool, policy: str = "random", eval_policy: str = "all", **_) 
   return (policy if train else eval_policy) in ("random", "sampling")
 
 
-@marked(check=_check, choices=lambda num_experts, **_: 2, random=_random)
+def _runs(policy: str = "random", **_) -> int:
+  return 1 if policy == "none" else 2
+
+
+@marked(check=_check, choices=lambda num_experts, **_: 2, random=_random, runs=_runs)
 def top_2(
   logits: Array,
   scores: Array,

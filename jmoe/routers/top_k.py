@@ -16,7 +16,7 @@ def _check(config, *, k: int, scale: float = 1.0) -> None:
     raise ValueError(f"top_k: scale={scale} must be a positive number.")
 
 
-@marked(check=_check, choices=lambda num_experts, k, **_: k)
+@marked(check=_check, choices=lambda num_experts, k, **_: k, takes_best=True)
 def top_k(
   logits: Array,
   scores: Array,

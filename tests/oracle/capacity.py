@@ -4,12 +4,14 @@ Each is a function of (tokens, experts, k, factor), evaluated in the order print
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import fractions
 import math
 
 
 def ceil(tokens, experts, k, factor, minimum=0, multiple=1):
-  """Ours: ceil(k T cf / E), at least `minimum`, then up to a multiple."""
-  return _up(max(math.ceil(k * tokens * factor / experts), minimum), multiple)
+  """Ours: ceil(k T cf / E) of the decimal, at least `minimum`, then up to a multiple."""
+  exact = k * tokens * fractions.Fraction(str(factor)) / experts
+  return _up(max(math.ceil(exact), minimum), multiple)
 
 
 def mesh(tokens, experts, k, factor, minimum=4):

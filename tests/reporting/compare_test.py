@@ -8,7 +8,7 @@ import pytest
 
 from experiments import compare
 
-from .conftest import DOMAINS, write
+from .conftest import DOMAINS, write, write_lines
 
 
 def printed(capsys, *arguments) -> tuple[int, str, str]:
@@ -57,6 +57,16 @@ def test_seeds_are_one_arm_and_differences_are_paired(two_arms, capsys):
   assert against["pooled_deviations"] == pytest.approx(0.1, rel=0.01)
   factor = against["compute_to_equal_loss"]
   assert factor["mean"] == pytest.approx(1.5, rel=2e-3) and factor["count"] == 3
+
+
+def test_a_skipped_step_has_no_loss_to_reach(runs, capsys):
+  folders = [runs("a", name="a"), runs("b", name="b")]
+  lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").open()]
+  lines[-1] |= {"skipped": 1.0, "bits_per_byte": 1e6}
+  write_lines(folders[1] / "metrics.jsonl", lines)
+  _, out, _ = printed(capsys, *folders, "--json")
+  factor = json.loads(out)["against"]["b"]["compute_to_equal_loss"]["mean"]
+  assert factor == pytest.approx(1.0, abs=0.1)
 
 
 def test_the_table_shows_the_same_to_people(two_arms, capsys):

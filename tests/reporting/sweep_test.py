@@ -200,7 +200,8 @@ def test_the_array_job_runs_one_cell_a_task(tmp_path, capsys, monkeypatch):
   done = subprocess.run(
     ["bash", "-s"],
     input=listed,
-    env=os.environ | {"SLURM_ARRAY_TASK_ID": "2"},
+    env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    | {"SLURM_ARRAY_TASK_ID": "2"},
     cwd="/",
     capture_output=True,
     text=True,

@@ -1,0 +1,287 @@
+"""One run, from where its folder says it is to its end, or to a wish to stop."""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from experiments import (
+  checkpoint,
+  data,
+  dataset,
+  evaluate,
+  loop,
+  routing,
+  state as states,
+  tokens,
+)
+from experiments.config import Run
+from experiments.errors import BadCheckpoint, Diverged, Stopped
+from experiments.program import Program, program
+from experiments.remote import Place
+from experiments.signals import Stop
+from experiments.summary import summary
+from experiments.workdir import claim, write_json
+from jmoe.analysis import cost
+from jmoe.use import to_jsonable
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a command line wants its runs done."""
+
+  cache: Path
+  command: Sequence[str] = ()
+  profile: tuple[int, int] | None = None  # first and last step to trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A finished run."""
+
+  run: Run
+  state: states.TrainState
+  bits: evaluate.Bits
+
+
+class Sitting:
+  """A run in its folder.
+
+  Args:
+    run: to train, or to go on with.
+    where: its folder; `experiments.workdir` has checked whose it is.
+    texts: the data set.
+    encoded: the same as tokens.
+    baselines: bits per byte of other means, for the summary.
+    options: of the command line.
+    stop: asked between two steps.
+  """
+
+  def __init__(
+    self,
+    run: Run,
+    where: Place,
+    texts: dataset.Texts,
+    encoded: tokens.Encoded,
+    *,
+    baselines: Mapping[str, evaluate.Bits],
+    options: Options,
+    stop: Stop,
+  ):
+    self.run, self.texts, self.encoded = run, texts, encoded
+    self.where, self.folder = where, where.folder
+    self.baselines, self.options, self.stop = baselines, options, stop
+    self.program = program(
+      run,
+      byte_lengths=encoded.vocabulary.byte_lengths,
+      num_domains=len(texts.domains),
+    )
+    self.batches = self._batches()
+
+  def finished(self) -> Trained:
+    """Trains what is missing, evaluates, and writes the folder's files.
+
+    Raises:
+      BadCheckpoint, Diverged, Stopped, Unreachable: see there.
+    """
+    run, folder = self.run, self.folder
+    begun = (folder / "config.json").exists()
+    state = None if begun else _started(run, self.program)  # it may be refused
+    claim(run, folder)  # before all else: a folder that is killed now is this run's
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", self._facts())
+    if checkpoints.latest is not None:
+      state = checkpoints.restore(jax.eval_shape(self.program.init), self.batches)
+    elif state is None:
+      state = _started(run, self.program)
+    write_json(folder / "manifest.json", self.texts.manifest)
+    self.encoded.vocabulary.save(Path(folder / "vocabulary"))
+    self._send()  # a store that takes nothing is found before an hour is spent
+    print(_headline(run))
+    clock = _Clock(folder)
+    report, state = self._trained(state, checkpoints, clock)
+    step = jax.jit(self.program.eval_step)
+    found = evaluated(run, folder, state, step, self.texts, self.encoded, self.stop)
+    self._summarise(
+      run.steps,
+      report,
+      clock,
+      bits=found.bits,
+      baselines=self.baselines,
+      digests=checkpoint.digests(state.params),
+    )
+    self._send()
+    return Trained(run, state, found.bits)
+
+  def _trained(
+    self,
+    state: states.TrainState,
+    checkpoints: checkpoint.Checkpoints,
+    clock: "_Clock",
+  ) -> tuple[loop.Report, states.TrainState]:
+    """What was reported, and the last state."""
+    run, folder, done = self.run, self.folder, int(state.step)
+    profile = None
+    if self.options.profile is not None:
+      profile = loop.Profile(folder / "profile", *self.options.profile, done=done)
+    report = loop.Report(run, folder, step=done)
+
+    def save(state: states.TrainState) -> None:
+      self.where.wait()
+      checkpoints.save(state, self.batches)
+      self._summarise(int(state.step), report, clock)
+      self.where.send(ready=checkpoints.wait)
+
+    try:
+      try:
+        state = loop.train(
+          state,
+          self.batches,
+          train_step=jax.jit(self.program.train_step, donate_argnums=0),
+          steps=run.steps,
+          save_every=run.save_every,
+          save=save,
+          report=report,
+          stop=self.stop,
+          profile=profile,
+        )
+      finally:
+        if profile is not None:
+          profile.close()
+        report.close()
+        checkpoints.close()
+        clock.stop()
+    except (Diverged, Stopped):
+      self._summarise(report.step, report, clock)
+      self._send()
+      raise
+    return report, state
+
+  def _send(self) -> None:
+    """Brings the store up to the folder, where they are two."""
+    self.where.send()
+    self.where.wait()
+
+  def _facts(self) -> dict[str, Any]:
+    """What must be as it was for the run to go on."""
+    return {
+      "config": to_jsonable(self.run),
+      "text": self.texts.digest,
+      "vocabulary": self.encoded.vocabulary.digest,
+      "processes": jax.process_count(),  # the order of batches depends on their number
+    }
+
+  def _batches(self) -> Any:
+    of = self.run.data
+    return data.batches(
+      data.Windows(self.encoded.train, seq=of.seq),
+      batch=of.batch,
+      seq=of.seq,
+      seed=of.seed,
+      num_workers=of.num_workers,
+      temperature=of.temperature,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def _summarise(
+    self, step: int, report: loop.Report, clock: "_Clock", **end: Any
+  ) -> None:
+    """Writes summary.json."""
+    found = summary(
+      self.run,
+      step=step,
+      seconds=clock.seconds(),
+      speeds=report.speeds,
+      skipped=report.skipped,
+      alarms=report.alarms.counts,
+      data={"corpus": self.run.data.corpus, "digest": self.texts.digest},
+      command=self.options.command,
+      **end,
+    )
+    write_json(self.folder / "summary.json", found)
+
+
+def evaluated(
+  run: Run,
+  folder: epath.Path,
+  state: states.TrainState,
+  eval_step: Any,
+  texts: dataset.Texts,
+  encoded: tokens.Encoded,
+  stop: Stop | None = None,
+) -> evaluate.Evaluation:
+  """One pass over the held-out documents, also written to evaluation.json.
+
+  Args:
+    run: that was trained.
+    folder: of the run.
+    state: at its end.
+    eval_step: of its program, jitted.
+    texts: the data set.
+    encoded: the same as tokens.
+    stop: asked between two batches.
+
+  Raises:
+    Stopped: a signal came; nothing was written.
+  """
+  of = run.data
+  windows = data.Windows(encoded.held_out, seq=of.seq, context=of.eval_context)
+  batches = data.one_pass(windows, batch=of.batch, seq=of.seq)
+  found = evaluate.evaluation(
+    lambda batch: eval_step(state.params, state.balance, batch),
+    batches if stop is None else stop.between(batches, int(state.step)),
+    evaluate.domain_sizes(texts.held_out, texts.domains),
+    texts.domains,
+  )
+  layers = [
+    {"name": name, "load": load.tolist()}
+    for name, load in routing.by_depth(run.model, found.loads)
+  ]
+  body = {"bits_per_byte": found.bits, "layers": layers}
+  write_json(folder / "evaluation.json", body | {"domains": list(texts.domains)})
+  return found
+
+
+class _Clock:
+  """Seconds of training, those of earlier sittings included."""
+
+  def __init__(self, folder: epath.Path):
+    path = folder / "summary.json"
+    self._before = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    self._begin, self._end = time.perf_counter(), None
+
+  def stop(self) -> None:
+    self._end = time.perf_counter()
+
+  def seconds(self) -> float:
+    now = time.perf_counter() if self._end is None else self._end
+    return self._before + now - self._begin
+
+
+def _started(run: Run, made: Program) -> states.TrainState:
+  """The state before the first step; with another run's model if it says so."""
+  state = made.init()
+  if not run.start_from:
+    return state
+  saved = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
+  try:
+    return states.restarted(
+      state, saved.params, saved.balance, optimizer=made.optimizer
+    )
+  except ValueError as error:
+    raise BadCheckpoint(str(error)) from error
+
+
+def _headline(run: Run) -> str:
+  counted = cost.parameters(run.model)
+  flops = 3 * cost.flops_per_token(run.model, seq=run.data.seq)
+  return (
+    f"{run.name}: {counted.total / 1e6:.2f}M parameters, {counted.active / 1e6:.2f}M "
+    f"active, {flops / 1e6:.1f} MFLOP a trained token, on {jax.default_backend()}"
+  )

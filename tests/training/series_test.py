@@ -1,0 +1,131 @@
+"""Arms change one thing; a series keeps what its runs did, and does not do it again."""
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import arms, claims, configs, results, series
+from experiments.config import sparse_layers
+from jmoe.analysis import cost
+
+RUN = configs.load("micro")
+
+
+def flops(run):
+  return cost.flops_per_token(run.model, seq=run.data.seq)
+
+
+@pytest.mark.parametrize("name", ["dense", "experts=1", "experts=2", "experts=8"])
+def test_arms_have_the_active_flops_of_the_run(name):
+  gate = 2 * RUN.model.d_model * 8  # of the most experts; the rest is equal
+  assert abs(flops(arms.arm(RUN, name)) - flops(RUN)) <= gate
+
+
+def test_an_arm_of_experts_keeps_the_active_width():
+  for number, k in ((1, 1), (2, 2), (8, 2)):
+    (ff,) = sparse_layers(arms.arm(RUN, f"experts={number}").model)
+    assert (ff.num_experts, ff.k, ff.experts.get("d_ff")) == (number, k, 32 // k)
+
+
+def test_arms_of_balance_change_the_loss_and_the_bias_alone():
+  none, loss, bias = (arms.arm(RUN, f"balance={x}") for x in ("none", "loss", "bias"))
+  assert dict(none.loss_weights) == dict(bias.loss_weights) == {"router_z": 0.001}
+  assert loss.loss_weights == RUN.loss_weights
+  assert [bool(sparse_layers(x.model)[0].balance) for x in (none, loss, bias)] == [
+    False,
+    False,
+    True,
+  ]
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("sprase", "did you mean 'sparse'"),
+    ("experts", "give the number of experts"),
+    ("experts=0", "give the number of experts"),
+    ("dense=3", "takes no value"),
+    ("balance=lost", "give none, loss or bias"),
+  ],
+)
+def test_a_bad_arm_is_named(text, said):
+  with pytest.raises(ValueError, match=said) as caught:
+    arms.arm(RUN, text)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def done(texts, cache, tmp_path_factory):
+  """A series of two arms and two seeds: its folder, that of claims, its arguments."""
+  del texts  # built
+  folder = tmp_path_factory.mktemp("series")
+  arguments = ["--config", "micro", "--arms", "sparse,dense", "--seeds", "0,1"]
+  arguments += ["--out", str(folder / "runs"), "--results", str(folder / "results")]
+  arguments += ["--cache", str(cache), "--set", "steps=12", "--set", "watch_every=4"]
+  assert series.main(arguments) == 0
+  return folder, arguments
+
+
+def test_each_seed_leaves_the_folder_of_a_run(done):
+  seeds = sorted((done[0] / "runs" / "sparse").iterdir())
+  assert [path.name for path in seeds] == ["seed-0", "seed-1"]
+  lines = [json.loads(x) for x in (seeds[0] / "metrics.jsonl").open()]
+  assert [line["step"] for line in lines] == list(range(1, 13))
+  watched = [json.loads(x)["step"] for x in (seeds[0] / "routing.jsonl").open()]
+  assert watched == [1, 4, 8, 12]
+  drawn = {
+    json.loads((seed / "config.json").read_text())["data"]["seed"] for seed in seeds
+  }
+  assert drawn == {0, 1}
+
+
+def test_claims_hold_the_values_of_the_runs(done):
+  claim = results.read(done[0] / "results" / "micro-bits_per_byte.json")
+  assert claim["against"] == "dense" and set(claim["arms"]) == {"sparse", "dense"}
+  for seed in (0, 1):
+    summary = done[0] / "runs" / "sparse" / f"seed-{seed}" / "summary.json"
+    expected = json.loads(summary.read_text())["bits_per_byte"]["all"]
+    assert claim["arms"]["sparse"]["values"][str(seed)] == expected
+  gaps = [
+    claim["arms"]["sparse"]["values"][s] - claim["arms"]["dense"]["values"][s]
+    for s in ("0", "1")
+  ]
+  assert claim["difference"]["sparse"]["mean"] == pytest.approx(np.mean(gaps))
+  memory = results.read(done[0] / "results" / "micro-memory_gib.json")
+  assert list(memory["arms"]["sparse"]["values"]) == ["0"]  # one program, one value
+
+
+def test_finished_arms_are_not_trained_again(done, capsys):
+  files = {p: p.stat().st_mtime_ns for p in (done[0] / "runs").rglob("*")}
+  assert series.main(done[1]) == 0
+  assert capsys.readouterr().err.count("finished before") == 2
+  assert {p: p.stat().st_mtime_ns for p in (done[0] / "runs").rglob("*")} == files
+
+
+def test_compute_to_equal_loss_counts_skipped_steps_as_unknown(tmp_path):
+  (tmp_path / "summary.json").write_text(
+    json.dumps({"flops": {"trained": 30.0}, "steps": 3})
+  )
+  lines = [{"step": n, "bits_per_byte": 4.0 - n, "skipped": n == 2} for n in (1, 2, 3)]
+  curve = claims._curve(lines, tmp_path)
+  assert curve.flops.tolist() == [10.0, 20.0, 30.0]
+  np.testing.assert_array_equal(curve.bits_per_byte, [3.0, np.nan, 1.0])
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--arms", "sparse,dense", "--against", "dance"], "--against dance is not among"),
+    (["--arms", "sprase"], "unknown arm 'sprase'"),
+    (["--arms", "sparse", "--set", "steps=0"], "run.steps=0"),
+    (["--arms", "sparse", "--seeds", "a"], "--seeds a"),
+  ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
+  start = ["--config", "micro", "--out", str(tmp_path / "out")]
+  assert series.main([*start, *arguments]) == 2
+  shown = capsys.readouterr().err
+  assert said in shown and shown.count("\n") == 1
+  assert not list(tmp_path.iterdir())
