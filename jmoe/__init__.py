@@ -55,6 +55,7 @@ from jmoe.types import Info as Info
 from jmoe.types import Plan as Plan
 from jmoe.types import Routing as Routing
 from jmoe.types import State as State
+from jmoe.use import nearest as _nearest
 from jmoe.use import use as use
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def __getattr__(name: str) -> Any:
     return importlib.import_module("jmoe.explaining").explain
   if name in _LAZY:
     return importlib.import_module(f"jmoe.{name}")
-  raise AttributeError(f"module 'jmoe' has no attribute {name!r}")
+  known = (each for each in __dir__() if not each.startswith("_"))
+  raise AttributeError(f"module 'jmoe' has no {name!r}; {_nearest(name, known)}")
 
 
 def __dir__() -> list[str]:

@@ -63,6 +63,11 @@ def flag(name: str, value: Any) -> None:
     raise TypeError(f"{name}={shown(value)} must be True or False.")
 
 
+def params(given: Any, config: Any) -> None:
+  """Raises unless these are the parameters of a layer."""
+  _tree("params", given, _param_shapes(config))
+
+
 def random_key(name: str, key: Any) -> None:
   """Raises unless an argument is one random key, of the new kind or of the old."""
   dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
@@ -73,7 +78,7 @@ def random_key(name: str, key: Any) -> None:
 
 
 def call(
-  params: Params,
+  given: Params,
   x: Array,
   config: Any,
   context: Context,
@@ -93,7 +98,7 @@ def call(
   """
   lead = x.shape[:-1]
   T, E = math.prod(lead), config.num_experts
-  _tree("params", params, _param_shapes(config))
+  params(given, config)
   check_context(context, lead)
   if not isinstance(state, State):
     raise TypeError(
@@ -121,8 +126,8 @@ def call(
 def _read_by(name: str, stage: str, use: Use | None) -> None:
   if use is None or not _reads(use, name):
     raise ValueError(
-      f"{name} is given, but {stage}={use!r} does not read it; leave it out, or use a "
-      f"{stage} that does."
+      f"{name} is given, but {stage}={use!r} does not read it; leave it out, or use "
+      "one that does."
     )
 
 

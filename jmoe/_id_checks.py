@@ -52,7 +52,7 @@ def within(
       traced ones are not read.
     size: of what the ids count through; None: not known.
     least: the lowest id allowed.
-    valid: bool of the tokens; ids of the others may be anything.
+    valid: of the tokens, positive if they are no padding; that may hold anything.
   """
   ids = _read(ids)
   if ids is None or size is None or ids.size == 0:
@@ -67,7 +67,7 @@ def within(
     if ids.size != valid.size:  # [T,K] or [L,T,K]
       valid = np.repeat(valid.reshape(-1), ids.shape[-1])
       valid = np.tile(valid, ids.size // valid.size)
-    bad &= valid.reshape(bad.shape)
+    bad &= valid.reshape(bad.shape) > 0
   if bad.any():
     raise ValueError(
       f"{name} holds {ids[bad].flat[0]}, outside {least}..{size - 1}; pass ids in that "

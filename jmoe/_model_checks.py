@@ -4,7 +4,9 @@
 import math
 from typing import Any
 
-from jmoe.use import fact, nearest
+import jax
+
+from jmoe.use import fact, nearest, shown
 
 _NORMS = ("rms", "layer")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -31,10 +33,7 @@ def model_config(config: Any) -> None:
     )
   _flag("ModelConfig: tied", config.tied)
   _flag("ModelConfig: remat", config.remat)
-  if not isinstance(config.future_drops, bool):
-    raise TypeError(
-      f"ModelConfig: future_drops={config.future_drops!r} must be True or False."
-    )
+  _flag("ModelConfig: future_drops", config.future_drops)
   segments = config.segments
   if not isinstance(segments, tuple) or not segments:
     raise TypeError(

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe import _value_checks
-from jmoe._call_checks import activations as activations, call as call
+from jmoe._call_checks import (
+  activations as activations,
+  call as call,
+  flag as flag,
+  layer_of as layer_of,
+  params as params,
+  random_key as random_key,
+)
 from jmoe._model_checks import model_config as model_config
 from jmoe.losses.total import loss_name
 from jmoe.use import Use, fact as fact, nearest, shown

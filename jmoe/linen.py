@@ -1,7 +1,6 @@
 """`linen.MoE`: the layer as a Flax Linen module; all mathematics is in `layer.moe`."""
 # SPDX-License-Identifier: Apache-2.0
 
-from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
@@ -10,6 +9,8 @@ from jax import Array
 from jmoe import checks, layer
 from jmoe.config import MoEConfig, resolve
 from jmoe.types import Context, Info, State
+
+_NOT_GIVEN = ...  # the same object in every copy of a module
 
 
 class _Layer(nn.Module):
@@ -21,19 +22,20 @@ class _Layer(nn.Module):
 
   config: MoEConfig | int
   d_ff: int | None = None
-  num_experts: int | None = None
-  k: int | None = None
-  capacity_factor: float | None = None
-  eval_capacity_factor: float | None = None
-  activation: Callable[..., Any] | None = None
-  gated: bool | None = None
-  bias: bool | None = None
-  shared_d_ff: int | None = None
+  # Not None where nothing is given: None is a value, and k=None an error.
+  num_experts: Any = _NOT_GIVEN
+  k: Any = _NOT_GIVEN
+  capacity_factor: Any = _NOT_GIVEN
+  eval_capacity_factor: Any = _NOT_GIVEN
+  activation: Any = _NOT_GIVEN
+  gated: Any = _NOT_GIVEN
+  bias: Any = _NOT_GIVEN
+  shared_d_ff: Any = _NOT_GIVEN
 
   def resolved(self) -> MoEConfig:
     """The configuration, from whichever way it was given."""
     given = {name: getattr(self, name) for name in _KEYWORDS}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {k: v for k, v in given.items() if v is not _NOT_GIVEN}
     return resolve(self.config, self.d_ff, given)
 
   @nn.compact
@@ -64,6 +66,7 @@ class _Layer(nn.Module):
     """
     config = self.resolved()
     checks.activations(x, config)  # before parameters are drawn
+    self._complete(config)
     params = {}
     for name, shapes in layer.param_shapes(config).items():
       if shapes:
@@ -98,6 +101,19 @@ class _Layer(nn.Module):
         variable.value = info.state
     return y, info
 
+  def _complete(self, config: MoEConfig) -> None:
+    """Raises unless `apply` was given what it cannot make: parameters and state."""
+    makes = self.has_rng("params")
+    if not (makes and self.is_mutable_collection("params")):
+      given = nn.unbox(dict(self.variables.get("params", {})))
+      checks.params(given, config)
+    if layer.has_state(config) and not self.has_variable("moe_state", "state"):
+      if not (makes and self.is_mutable_collection("moe_state")):
+        raise ValueError(
+          "moe_state is missing from the variables of a layer with state; pass "
+          "{'params': ..., 'moe_state': ...}, both as init returned them."
+        )
+
 
 class MoE(_Layer):
   """A mixture-of-experts layer.
@@ -128,8 +144,8 @@ class MoE(_Layer):
       ValueError, TypeError: naming the argument, its value and the remedy.
     """
     flax = {k: keywords.pop(k) for k in ("name", "parent") if k in keywords}
-    # Flax copies modules by all of their fields; those not used are None.
-    given = {k: v for k, v in keywords.items() if k not in _KEYWORDS or v is not None}
+    # Flax copies modules by all of their fields, those too that were not given.
+    given = {k: v for k, v in keywords.items() if v is not _NOT_GIVEN}
     super().__init__(resolve(config, d_ff, given), **flax)
 
 

@@ -83,6 +83,7 @@ class MoE(nnx.Module):
       ValueError, TypeError: naming the argument, its value and the remedy.
     """
     self.config = resolve(config, d_ff, keywords)
+    check_rngs("MoE", rngs)
     params = layer.moe_init(rngs.params(), self.config)
     for name, part in params.items():
       setattr(self, name, _Tree(part, nnx.Param))
@@ -147,10 +148,37 @@ class MoE(nnx.Module):
 
     Args:
       info: of the step's call in training; its load should be of the whole batch.
+
+    Raises:
+      TypeError: no `Info`.
+      ValueError: one of another layer, whose state is of other shapes.
     """
     if not isinstance(info, Info):
       raise TypeError(f"update: info={shown(info)} is not what a call returned.")
-    self.state.write(_state_dict(info.state))
+    new, old = _state_dict(info.state), self.state.arrays()
+    if (given := _shapes(new)) != (own := _shapes(old)):
+      raise ValueError(
+        f"update: info.state holds {shown(given)}, but this layer's state is "
+        f"{shown(own)}; pass the Info that a call of this layer returned."
+      )
+    self.state.write(new)
+
+
+def check_rngs(where: str, rngs: Any) -> None:
+  """Raises unless these are `nnx.Rngs` that parameters can be drawn from."""
+  if not isinstance(rngs, nnx.Rngs):
+    raise TypeError(f"{where}: rngs={shown(rngs)} is no nnx.Rngs; pass nnx.Rngs(0).")
+  if not (hasattr(rngs, "params") or hasattr(rngs, "default")):
+    raise ValueError(
+      f"{where}: rngs has no stream 'params' and no default; pass nnx.Rngs(0) or "
+      "nnx.Rngs(params=0)."
+    )
+
+
+def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  names = ((".".join(str(step.key) for step in path), leaf) for path, leaf in leaves)
+  return {name: leaf.shape for name, leaf in names}
 
 
 def _state_dict(state: State) -> dict[str, Any]:

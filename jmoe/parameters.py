@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe import checks
 from jmoe.config import MoEConfig
 from jmoe.types import Params, State
 
@@ -36,7 +37,6 @@ def init_section(key: Array, config: MoEConfig, name: str) -> dict[str, Any]:
   return sections(config)[name](key)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
 def moe_init(key: Array, config: MoEConfig) -> dict[str, Any]:
   """Parameters of a layer: a dict per part that has any.
 
@@ -46,7 +46,17 @@ def moe_init(key: Array, config: MoEConfig) -> dict[str, Any]:
 
   Returns:
     `{"gate": {...}, "experts": {...}, ...}` with the same names under either shell.
+
+  Raises:
+    TypeError, ValueError: no configuration, or no random key.
   """
+  checks.layer_of("moe_init: config", config)
+  checks.random_key("moe_init: key", key)
+  return _init(key, config)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _init(key: Array, config: MoEConfig) -> dict[str, Any]:
   made = {
     name: init(jax.random.fold_in(key, i))
     for i, (name, init) in enumerate(sections(config).items())
@@ -58,7 +68,7 @@ def moe_init(key: Array, config: MoEConfig) -> dict[str, Any]:
 def param_shapes(config: MoEConfig) -> dict[str, Any]:
   """Shapes and dtypes of the parameters, part by part; nothing is computed."""
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(lambda key: moe_init(key, config), key)
+  return jax.eval_shape(lambda key: _init(key, config), key)
 
 
 def has_state(config: MoEConfig) -> bool:
@@ -76,8 +86,10 @@ def init_state(config: MoEConfig, params: Params, key: Array | None = None) -> S
     key: for hashed routing's table.
 
   Raises:
-    ValueError: a table is needed and there is no key.
+    TypeError, ValueError: no configuration, no parameters where they are read, or no
+      random key where a table is drawn.
   """
+  checks.layer_of("init_state: config", config)
   bias = jnp.zeros(config.num_experts) if config.balance is not None else None
   buffers = getattr(config.gate.function, "buffers", None)
   make_table = getattr(config.router.function, "table", None)
@@ -85,6 +97,9 @@ def init_state(config: MoEConfig, params: Params, key: Array | None = None) -> S
   if make_table is not None:
     if key is None:
       raise ValueError(f"init_state: {config.router.name} draws a table; pass key=...")
+    checks.random_key("init_state: key", key)
     table = make_table(key, config.num_experts, **config.router.kwargs)
+  if buffers is not None:
+    checks.params(params, config)
   gate = {} if buffers is None else buffers(params["experts"])
   return State(bias=bias, gate=gate, table=table)

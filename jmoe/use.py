@@ -56,7 +56,7 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
       "scores" and "select"; both if it does not say.
     fixed: of a router: True if its weights do not depend on the gate.
     runs: of a router: `(**keywords) -> int`, choices that run in training, at most.
-    takes_best: of a router: True if the choices are the k highest of what it selects by.
+    takes_best: of a router: True if it chooses the k highest of what it selects by.
     constant: of a gate: True if every token gets the same logits.
     within: of a restriction: True if it ranks experts, so it is asked after the others
       and given their mask.
@@ -289,7 +289,15 @@ def to_json(config: Any) -> str:
 
 def from_json(text: str, *, allow: tuple[str, ...] = ()) -> Any:
   """The configuration that `to_json` wrote; names only from allowed modules."""
-  return from_jsonable(json.loads(text), allow=allow)
+  try:
+    value = json.loads(text)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"from_json: {shown(text)} is no JSON: {error}; see to_json."
+    ) from None
+  if not isinstance(value, dict):
+    raise ValueError(f"from_json: {shown(text)} is no configuration; see to_json.")
+  return from_jsonable(value, allow=allow)
 
 
 def _find(name: str, allow: tuple[str, ...]) -> Any:

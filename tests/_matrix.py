@@ -46,7 +46,18 @@ def fits(row: Mapping[str, Any]) -> bool:
     return False
   if own and get["renormalise"] not in (None, "never"):
     return False
+  if not _learns(router, get["renormalise"]):
+    return False
   return not (router in ("top_k E", "every_expert") and get["restrict"] == "domain")
+
+
+def _learns(router: str | None, renormalise: str | None) -> bool:
+  """Whether the weights of a token are more than one constant."""
+  if router == "top_k 1":
+    return renormalise in (None, "never")
+  if router == "top_2 none":
+    return renormalise not in ("after_dropping", "over_chosen")
+  return True
 
 
 def product(*names: str, **fixed: Any) -> Iterator[dict[str, Any]]:

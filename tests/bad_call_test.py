@@ -10,24 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn, nnx
 
 import jmoe
 import jmoe.linen
 import jmoe.nnx
 from jmoe import (
   Context,
+  Info,
   State,
   balance,
   gates,
   init_state,
   layer,
   losses,
+  moe_init,
   noise,
   restrict,
   routers,
+  total_loss,
   use,
 )
 from jmoe.assign import priority
+from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
+from jmoe.models import Decoder
 from tests.refusals import (
   IDS,
   X_BSD,
@@ -49,6 +55,7 @@ from tests.refusals import (
 
 pytestmark = pytest.mark.contract
 
+KEY = jax.random.key(0)
 RESTRICTED = dropless(restrict=(use(restrict.domain, num_domains=2),))
 NOISY = dropless(logit_noise=use(noise.gaussian))
 BALANCED = dropless(balance=use(balance.update))
@@ -62,6 +69,38 @@ def nnx_layer():
 def linen_call(x=X_BSD, params=None, **arguments):
   params = layer.param_shapes(small()) if params is None else params
   return jmoe.linen.MoE(small()).apply({"params": params}, x, **arguments)
+
+
+@functools.cache
+def balanced():
+  return jmoe.nnx.MoE(BALANCED, rngs=rngs())
+
+
+def info(config=None, **values):
+  E = (config or small()).num_experts
+  bias = jax.ShapeDtypeStruct((E,), np.float32)
+  state = State(bias=bias) if config and config.balance else State()
+  return Info(losses=values, load=None, dropped={}, entropy=None, state=state)
+
+
+ATTENTION = Attention(num_heads=2)
+BLOCKS = (BlockConfig(ATTENTION, Dense(4)), BlockConfig(ATTENTION, small()))
+MODEL = ModelConfig(20, D, segments=((BLOCKS, 2),))
+
+
+@functools.cache
+def decoder():
+  return nnx.eval_shape(lambda: Decoder(MODEL, rngs=nnx.Rngs(0)))
+
+
+def read(tokens=None, *arrays, **arguments):
+  return decoder()(
+    np.ones((2, 5), int) if tokens is None else tokens, *arrays, **arguments
+  )
+
+
+def total(infos, weights):
+  return lambda: total_loss(infos, weights)
 
 
 def gate_params(kernel):
@@ -201,14 +240,110 @@ CALLS = [
    ("device='tppu'", "'tpu'")),
   (lambda: jmoe.explain({}, 64), TypeError, ("config={}", "MoEConfig")),
 ]
+
+IDS_OUT = np.array([0, 4, 7, 0, 0, 0], np.int32)
+BY_ROW = dropless(losses=(use(losses.load_balance, over="sequence"),))
+TABLE_V = np.zeros(5, np.int32)
+CHOICES = np.zeros((T, 2), np.int32)
+ON_DEVICE = jnp.asarray(CHOICES + 9)
+
+RANGES = [
+  (lambda: call(forced=CHOICES + 9), ValueError, ("forced holds 9", "-1..3", "unused")),
+  (lambda: call(forced=CHOICES - 2), ValueError, ("forced holds -2", "-1..3")),
+  (lambda: call(forced=ON_DEVICE), ValueError, ("forced holds 9",)),
+  (lambda: call(forced=np.zeros((3, T, 2), int), context=Context(layer=3)), ValueError,
+   ("context.layer holds 3", "0..2")),
+  (lambda: call(choosing(), forced=np.full((1, 4, 3), 6)), ValueError,
+   ("forced holds token 6 in group 0", "0..5", "-1")),
+  (lambda: call(choosing(group_size=3), forced=np.full((2, 4, 2), 2)), ValueError,
+   ("forced holds token 2 in group 1", "3..5")),
+  (lambda: call(hashed(), context=Context(token_id=IDS_OUT, table=TABLE_V)), ValueError,
+   ("context.token_id holds 7", "0..4")),
+  (lambda: call(hashed(), context=Context(token_id=IDS, table=TABLE_V + 4)), ValueError,
+   ("context.table holds 4", "0..3")),
+  (lambda: call(BY_ROW, context=Context(row=IDS_OUT, num_rows=2)), ValueError,
+   ("context.row holds 4", "0..1")),
+  (lambda: read(np.full((2, 5), 20)), ValueError, ("tokens holds 20", "0..19")),
+  (lambda: read(np.full((2, 5), -1)), ValueError, ("tokens holds -1", "0..19")),
+]
+
+READ = [
+  (lambda: call(residual=X), ValueError, ("residual", "aggregate=None", "leave")),
+  (lambda: call(previous_logits=X[:, :E]), ValueError,
+   ("previous_logits", "gate=linear()", "leave it out")),
+  (lambda: call(dropless(gate=use(gates.mlp)), previous_logits=X[:, :E]), ValueError,
+   ("previous_logits", "gate=mlp()")),
+  (lambda: call(train="no"), TypeError, ("train='no'", "True or False")),
+  (lambda: call(train=None), TypeError, ("train=None", "True or False")),
+  (lambda: call(with_plan=[1]), TypeError, ("with_plan=[1]", "True or False")),
+  (lambda: call(axes=("data",)), ValueError,
+   ("axes=('data',)", "unbound", "axes=None outside shard_map")),
+]
+
+SHELLS = [
+  (lambda: moe_init(small(), KEY), TypeError, ("moe_init: config=", "MoEConfig")),
+  (lambda: moe_init(0, small()), ValueError, ("moe_init: key 0", "jax.random.key(0)")),
+  (lambda: moe_init(KEY, {}), TypeError, ("moe_init: config={}", "MoEConfig")),
+  (lambda: init_state({}, small()), TypeError, ("init_state: config={}", "MoEConfig")),
+  (lambda: init_state(hashed(), {}, 0), ValueError, ("init_state: key 0",)),
+  (lambda: init_state(dropless(gate=use(gates.keys)), 3), TypeError, ("params=3",)),
+  (lambda: jmoe.nnx.MoE(small(), rngs=0), TypeError, ("MoE: rngs=0", "nnx.Rngs(0)")),
+  (lambda: jmoe.nnx.MoE(small(), rngs=KEY), TypeError, ("MoE: rngs=", "nnx.Rngs(0)")),
+  (lambda: jmoe.nnx.MoE(small(), rngs=nnx.Rngs()), ValueError,
+   ("'params'", "nnx.Rngs(0)")),
+  (lambda: balanced().update(info(small(num_experts=8,
+    balance=use(balance.update)))), ValueError, ("update", "(8,)", "(4,)")),
+  (lambda: balanced().update(info()), ValueError, ("update", "{}", "(4,)")),
+  (lambda: nnx_layer().update(info(BALANCED)), ValueError, ("update", "(4,)")),
+  (lambda: jmoe.linen.MoE(BALANCED).apply({"params": layer.param_shapes(BALANCED)},
+    X_BSD), ValueError, ("moe_state is missing", "as init returned")),
+  (lambda: jmoe.linen.MoE(BALANCED).apply({"params": layer.param_shapes(BALANCED)},
+    X_BSD, mutable=["moe_state"]), ValueError, ("moe_state is missing",)),
+  (lambda: jmoe.linen.MoE(small()).apply({}, X_BSD), ValueError,
+   ("params['experts']", "missing")),
+  (lambda: jmoe.linen.MoE(D, 16, num_experts=E, k=None), ValueError, ("k=None",)),
+  (lambda: nn.remat(jmoe.linen.MoE)(D, 16, num_experts=E, k=None).apply({}, X_BSD),
+   ValueError, ("k=None",)),
+]
+
+MODELS = [
+  (lambda: Decoder(BLOCKS[0], rngs=nnx.Rngs(0)), TypeError,
+   ("Decoder: config=", "ModelConfig")),
+  (lambda: Decoder(MODEL, rngs=0), TypeError, ("Decoder: rngs=0", "nnx.Rngs(0)")),
+  (lambda: decoder().update(()), ValueError, ("0 infos", "1 sparse")),
+  (lambda: decoder().update(None), TypeError, ("infos=None", "1 sparse")),
+  (lambda: read([[1]]), TypeError, ("tokens=[[1]]", "not an array")),
+  (lambda: read(np.ones(5, int)), ValueError, ("tokens", "(5,)", "tokens[None]")),
+  (lambda: read(np.ones((2, 0), int)), ValueError, ("(2, 0)", "at least one")),
+  (lambda: read(np.ones((2, 5))), ValueError, ("tokens", "float64", "integers")),
+  (lambda: read(None, np.ones((2, 4), int)), ValueError, ("segment", "(2, 4)")),
+  (lambda: read(None, None, np.ones((2, 4), int)), ValueError, ("position", "(2, 4)")),
+  *((lambda s=s: read(forced=np.zeros(s, int)), ValueError,
+     (f"forced has shape {s}", "[2, 10, K]", "K=2"))
+    for s in ((3, 10, 2), (1, 10, 2), (2, 9, 2), (2, 10, 3), (10, 2))),
+]
+
+TOTALS = [
+  (total({"load_balance": 1.0}, {}), TypeError, ("infos={", "no Info")),
+  (total([(X, info())], {}), TypeError, ("infos[0]=(", "no Info")),
+  (total(3, {}), TypeError, ("infos=3", "no Info")),
+  (total([info(a=1.0)], [0.1]), TypeError, ("weights=[0.1]", "dict")),
+  (total([info(a=1.0)], {"a": "0.1"}), TypeError, ("'a'", "'0.1'", "number")),
+  (total([info(a=1.0)], {"a": True}), TypeError, ("'a'", "True", "number")),
+  (total([info(a=1.0)], {"a": float("nan")}), ValueError, ("'a'", "nan", "finite")),
+  (total([info(a=1.0)], {"a": np.ones(3)}), ValueError, ("'a'", "(3,)", "one number")),
+]
 # fmt: on
 
-TABLE = numbered(call=CALLS)
+TABLE = numbered(
+  call=CALLS, range=RANGES, read=READ, shell=SHELLS, model=MODELS, total=TOTALS
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
   jax.block_until_ready(nnx_layer().params())
+  decoder(), balanced()
 
 
 @pytest.mark.parametrize("case", TABLE)

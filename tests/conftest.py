@@ -8,6 +8,12 @@ environment variable, so that a subprocess started by a test has one device.
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator run sets it
+# Tests compile much and compute little: without LLVM's optimizations they take half the
+# time.  `XLA_FLAGS= pytest` runs them with what users have.
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import hypothesis
 import jax

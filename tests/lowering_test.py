@@ -38,10 +38,10 @@ LOSSES = (
   use(losses.load_balance, over="sequence"),
   use(losses.router_z),
   use(losses.importance),
-  use(losses.load),
   use(losses.entropy_local),
   use(losses.entropy_global),
 )
+NOISY = dict(logit_noise=use(noise.gaussian), losses=(*LOSSES, use(losses.load)))
 CAPACITY = dict(
   capacity=use(capacity.by_factor, factor=1.0), dispatch=use(dispatch.buckets)
 )
@@ -50,7 +50,7 @@ DROPLESS = dict(capacity=None, dispatch=use(dispatch.sort))
 
 
 def sparse(**fields) -> MoEConfig:
-  """Token choice with every loss, dropless unless it is said."""
+  """Token choice with every loss that needs no noise, dropless unless it is said."""
   config = dict(
     experts=use(experts.glu, d_ff=F), router=use(routers.top_k, k=K), losses=LOSSES
   )
@@ -83,13 +83,15 @@ def arguments(config, dtype=jnp.float32, valid=True):
     num_rows=ROWS,
   )
   bias = np.zeros(E, np.float32) if config.balance is not None else None
-  logits = np.zeros((T, E), np.float32)
+  heard = {}
+  if config.gate.kwargs.get("residual"):
+    heard["previous_logits"] = np.zeros((T, E), np.float32)
   return (params, x_TD), dict(
     context=context,
     state=jmoe.State(bias=bias),
     key=jax.random.key(0),
     train=True,
-    previous_logits=logits,
+    **heard,
   )
 
 
@@ -180,7 +182,7 @@ GATES = {
   "cosine": sparse(gate=use(gates.cosine, d_project=10)),
   "mlp": sparse(gate=use(gates.mlp, d_hidden=10, residual=True)),
   "per_modality": sparse(gate=use(gates.per_modality, num_modalities=2)),
-  "capacity": sparse(**CAPACITY, shared=use(experts.mlp, d_ff=F)),
+  "capacity": sparse(**CAPACITY, **NOISY, shared=use(experts.mlp, d_ff=F)),
   "einsum": sparse(**ONE_HOT),
   "gated shared": sparse(
     shared=use(experts.glu, d_ff=F, bias=True), join=use(join.blend)
@@ -262,9 +264,7 @@ NO_SCATTER = {
   "balance": dict(score=use(score.sigmoid), balance=use(balance.update)),
   "before": dict(renormalise=use(renormalise.before_dropping)),
   "after": dict(renormalise=use(renormalise.after_dropping)),
-  "chosen": dict(
-    renormalise=use(renormalise.over_chosen), logit_noise=use(noise.gaussian)
-  ),
+  "chosen": dict(renormalise=use(renormalise.over_chosen), **NOISY),
   "restrict": dict(restrict=RESTRICT, router=use(routers.top_k, k=1)),
   "rescore": dict(
     restrict=(use(restrict.subset, experts=(0, 1, 4)),),

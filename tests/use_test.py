@@ -113,7 +113,7 @@ def test_a_deep_copy_is_equal_even_with_jitted_activations(name):
 def test_a_changed_field_makes_another_value():
   config = everything()
   others = [
-    dataclasses.replace(config, router=config.router.replace(k=1)),
+    dataclasses.replace(config, router=config.router.replace(k=3)),
     dataclasses.replace(config, losses=config.losses[:1]),
     dataclasses.replace(config, d_model=32),
     dataclasses.replace(config, group_size=4),
@@ -168,6 +168,12 @@ def test_numpy_scalars_become_pythons():
   config = jmoe.simple(np.int32(8), np.int32(8), num_experts=np.int64(4), k=np.int64(2))
   assert config == jmoe.simple(8, 8, num_experts=4, k=2)
   assert type(config.num_experts) is int
+  dense = BlockConfig(
+    Attention(np.int64(4)), Dense(np.int32(32), gated=np.bool_(False))
+  )
+  segments = (((dense,), np.int64(2)),)
+  model = ModelConfig(np.int64(256), 16, segments=segments, tied=np.bool_(True))
+  assert from_json(to_json(model)) == model
   assert from_json(to_json(config)) == config
 
 
@@ -282,7 +288,10 @@ def test_a_call_that_cannot_be_meant_is_refused_at_once(make, error, words):
       '{"type": "jmoe.config.MoEConfig", "d_model": 8, "num_experts": 1}',
       ("k=2", "num_experts=1", "use k <= 1"),
     ),
-    ('{"use": ', ("line 1",)),
+    ('{"use": ', ("from_json", "no JSON", "line 1", "to_json")),
+    ("[1, 2]", ("from_json", "[1, 2]", "no configuration", "to_json")),
+    ("3", ("from_json", "3", "no configuration")),
+    (None, ("from_json", "None", "no JSON")),
   ],
 )
 def test_json_that_names_what_it_must_not_is_refused(text, words):

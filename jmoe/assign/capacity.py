@@ -190,9 +190,8 @@ def by_factor(
     rule = rule if eval_rule is None else eval_rule
 
   def slots(share: float) -> Count:
-    return _up(
-      np.maximum(rule(tokens, num_experts, k, factor * share), minimum), multiple_of
-    )
+    found = rule(tokens, num_experts, k, min(factor * share, _MOST))
+    return _up(np.maximum(found, min(minimum, _MOST)), multiple_of)
 
   if per_expert is None:
     return slots(1.0)

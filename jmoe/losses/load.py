@@ -32,7 +32,9 @@ def _fits(config, *, noise_std: float = 1.0, over: str = "group") -> str | None:
     return f"k={config.k} takes every expert; use k < {config.num_experts}."
   for field in ("restrict", "balance"):
     if getattr(config, field):
-      return f"it does not know of {field}={shown(getattr(config, field))}; leave one out."
+      return (
+        f"it does not know of {field}={shown(getattr(config, field))}; leave one out."
+      )
   drawn = _drawn(config)
   if drawn is None:
     return (

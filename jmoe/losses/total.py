@@ -95,7 +95,9 @@ def _weight(name: str, weight: Any) -> None:
       f"{weight.dtype}; give one number."
     )
   if not array and (isinstance(weight, bool) or not isinstance(weight, numbers.Real)):
-    raise TypeError(f"total_loss: weight for {name!r} is {shown(weight)}; give a number.")
+    raise TypeError(
+      f"total_loss: weight for {name!r} is {shown(weight)}; give a number."
+    )
   # An array on a device is not read: a training step would wait for it.
   if not isinstance(weight, jax.Array) and not math.isfinite(weight):
     raise ValueError(

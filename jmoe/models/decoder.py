@@ -15,7 +15,8 @@ from flax import nnx
 from jax import Array
 
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.models import blocks
+from jmoe.models import _checks, blocks
+from jmoe.nnx import check_rngs
 from jmoe.types import Context, Info
 
 # flax before 0.12 has no such type and holds modules in plain lists.
@@ -28,9 +29,14 @@ class Decoder(nnx.Module):
   Args:
     config: the model.
     rngs: for the initial parameters.
+
+  Raises:
+    TypeError, ValueError: no configuration, or no random numbers to draw from.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    _checks.model_config(config)
+    check_rngs("Decoder", rngs)
     self.config = config
     dtype = jnp.dtype(config.dtype)
     init = nnx.initializers.normal(config.d_model**-0.5)
@@ -92,8 +98,12 @@ class Decoder(nnx.Module):
     Returns:
       (f32[B,S,V], Infos): one Info for each sparse block of each segment, in order,
       its arrays stacked over the segment's repeats.
+
+    Raises:
+      TypeError, ValueError: an array of another kind, shape or range.
     """
     config = self.config
+    _checks.call(config, tokens_BS, segment_BS, position_BS, forced)
     if position_BS is None:
       position_BS = jnp.broadcast_to(
         jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape
@@ -147,6 +157,7 @@ class Decoder(nnx.Module):
 
   def update(self, infos: Sequence[Info]) -> None:
     """Writes the balance state that a call reported; after the optimizer step."""
+    _checks.update(self.config, infos)
     sparse = [
       stacked[n]
       for (configs, _), stacked in zip(self.config.segments, self.segments, strict=True)

@@ -7,6 +7,9 @@ a preset with `dataclasses.replace`.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+from types import ModuleType
+from typing import Any
+
 from jmoe.presets import dbrx as dbrx
 from jmoe.presets import deepseek_v2 as deepseek_v2
 from jmoe.presets import deepseek_v3 as deepseek_v3
@@ -34,3 +37,9 @@ from jmoe.presets import switch as switch
 from jmoe.presets import tutel as tutel
 from jmoe.presets import vmoe as vmoe
 from jmoe.presets import zcode_m3 as zcode_m3
+from jmoe.use import nearest
+
+
+def __getattr__(name: str) -> Any:
+  known = [key for key, value in globals().items() if isinstance(value, ModuleType)]
+  raise AttributeError(f"module 'jmoe.presets' has no {name!r}; {nearest(name, known)}")

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from jmoe import dispatch, experts, losses, restrict, routers
+from jmoe._spelling import spelt
 from jmoe.config import MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS = {"load_balance_sequence": 0.003}  # alpha_1 of V2; V2-Lite: 0.001
 
 
+@spelt
 def layer(
   *,
   d_model: int,
@@ -50,6 +52,7 @@ def layer(
   )
 
 
+@spelt
 def lite_layer(
   *,
   d_model: int,

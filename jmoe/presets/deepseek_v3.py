@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from jmoe import balance, dispatch, experts, losses, restrict, routers, score
+from jmoe._spelling import spelt
 from jmoe.assign import renormalise
 from jmoe.config import MoEConfig
 from jmoe.use import use
@@ -9,6 +10,7 @@ from jmoe.use import use
 LOSS_WEIGHTS = {"load_balance_sequence": 1e-4}  # alpha
 
 
+@spelt
 def layer(
   *,
   d_model: int,

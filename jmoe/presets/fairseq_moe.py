@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, losses, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity, renormalise
 from jmoe.config import MoEConfig
 from jmoe.use import use
@@ -11,6 +12,7 @@ from jmoe.use import use
 LOSS_WEIGHTS = {"load_balance": 0.01}
 
 
+@spelt
 def layer(
   *,
   d_model: int,

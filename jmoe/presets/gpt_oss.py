@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from jmoe import dispatch, experts, gates, routers
+from jmoe._spelling import spelt
 from jmoe.assign import renormalise
 from jmoe.config import MoEConfig
 from jmoe.use import use
@@ -9,6 +10,7 @@ from jmoe.use import use
 LOSS_WEIGHTS: dict[str, float] = {}  # unpublished
 
 
+@spelt
 def layer(*, d_model: int, d_ff: int, num_experts: int = 128, k: int = 4) -> MoEConfig:
   """A gpt-oss layer.
 

@@ -4,12 +4,14 @@
 import jax
 
 from jmoe import dispatch, experts, gates, initializers, routers
+from jmoe._spelling import spelt
 from jmoe.config import MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS: dict[str, float] = {}  # unpublished
 
 
+@spelt
 def layer(*, d_model: int, d_ff: int, num_experts: int = 8, k: int = 2) -> MoEConfig:
   """A Grok-1 layer.
 

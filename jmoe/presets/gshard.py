@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, losses, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity, renormalise
 from jmoe.config import MoEConfig
 from jmoe.use import Use, use
@@ -11,6 +12,7 @@ from jmoe.use import Use, use
 LOSS_WEIGHTS = {"load_balance_group": 0.01}  # the paper's k is unnamed; Lingvo's value
 
 
+@spelt
 def layer(
   *,
   d_model: int,
@@ -40,6 +42,7 @@ def layer(
   )
 
 
+@spelt
 def lingvo_layer(
   *,
   d_model: int,

@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, gates, initializers, losses, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity, priority
 from jmoe.config import MoEConfig
 from jmoe.use import use
@@ -11,6 +12,7 @@ from jmoe.use import use
 IMAGE, TEXT = 0, 1  # values of `context.modality`
 
 
+@spelt
 def layer(
   *,
   d_model: int,
@@ -56,6 +58,7 @@ def layer(
   )
 
 
+@spelt
 def loss_weights(
   *,
   text_local: float,

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from jmoe import dispatch, experts, routers, score
+from jmoe._spelling import spelt
 from jmoe.config import MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS: dict[str, float] = {}  # unpublished
 
 
+@spelt
 def layer(*, d_model: int, d_ff: int, num_experts: int = 16, k: int = 1) -> MoEConfig:
   """A Llama-4 layer: shared(x) + FFN_e(sigmoid(l_e) x).
 

@@ -4,12 +4,14 @@
 import jax
 
 from jmoe import dispatch, experts, losses, routers
+from jmoe._spelling import spelt
 from jmoe.config import MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS = {"load_balance": 0.1}  # the library's default
 
 
+@spelt
 def layer(*, d_model: int, d_ff: int, num_experts: int = 64, k: int = 1) -> MoEConfig:
   """A dropless layer.
 

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from jmoe import dispatch, experts, gates, initializers, losses, routers
+from jmoe._spelling import spelt
 from jmoe.config import MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS = {"load_balance": 0.01, "router_z": 0.001}
 
 
+@spelt
 def layer(*, d_model: int, d_ff: int, num_experts: int = 64, k: int = 8) -> MoEConfig:
   """An OLMoE layer.
 

@@ -4,12 +4,14 @@
 import jax
 
 from jmoe import dispatch, experts, gates, restrict, routers
+from jmoe._spelling import spelt
 from jmoe.config import MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS: dict[str, float] = {}
 
 
+@spelt
 def layer(
   *,
   d_model: int,

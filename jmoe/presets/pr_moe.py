@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, join, losses, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity, priority
 from jmoe.config import MoEConfig
 from jmoe.use import Use, use
@@ -11,6 +12,7 @@ from jmoe.use import Use, use
 LOSS_WEIGHTS = {"load_balance": 0.01}
 
 
+@spelt
 def layer(*, d_model: int, d_ff: int, num_experts: int = 128) -> MoEConfig:
   """A residual layer as the paper's text has it: MLP(x) + p_e FFN_e(x).
 
@@ -19,11 +21,13 @@ def layer(*, d_model: int, d_ff: int, num_experts: int = 128) -> MoEConfig:
   10 of 64 and 2 of 128 (2048, 8192); every second block.
 
   Left out by the paper, taken from DeepSpeed and its scripts: factors of 1, at least 4
-  slots, random token selection, loss weight 0.01.
+  slots, random token selection, loss weight 0.01.  With that selection later tokens
+  decide who is dropped: a causal model wants `ModelConfig(future_drops=True)`.
   """
   return _layer(d_model, d_ff, num_experts, use(join.add))
 
 
+@spelt
 def blended_layer(*, d_model: int, d_ff: int, num_experts: int = 128) -> MoEConfig:
   """The same as DeepSpeed ships it (`moe/layer.py`): both outputs weighed per token.
 

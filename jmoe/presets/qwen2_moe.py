@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from jmoe import dispatch, experts, join, losses, routers
+from jmoe._spelling import spelt
 from jmoe.config import MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS = {"load_balance": 0.001}  # released configurations
 
 
+@spelt
 def layer(
   *,
   d_model: int,

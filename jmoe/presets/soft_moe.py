@@ -4,12 +4,14 @@
 import jax
 
 from jmoe import dispatch, experts, gates, routers
+from jmoe._spelling import spelt
 from jmoe.config import MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS: dict[str, float] = {}
 
 
+@spelt
 def layer(
   *, d_model: int, d_ff: int, num_experts: int = 128, slots_per_expert: int = 1
 ) -> MoEConfig:

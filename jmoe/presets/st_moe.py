@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, gates, initializers, losses, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity, renormalise as renormalises
 from jmoe.config import MoEConfig
 from jmoe.use import Use, use
@@ -11,6 +12,7 @@ from jmoe.use import Use, use
 LOSS_WEIGHTS = {"load_balance_group": 0.01, "router_z": 0.001}
 
 
+@spelt
 def layer(
   *,
   d_model: int,

@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, gates, initializers, losses, noise, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity
 from jmoe.config import MoEConfig
 from jmoe.use import use
@@ -11,6 +12,7 @@ from jmoe.use import use
 LOSS_WEIGHTS = {"load_balance_group": 0.01}  # alpha, section 2.2
 
 
+@spelt
 def layer(
   *,
   d_model: int,

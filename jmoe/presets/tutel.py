@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, gates, losses, noise, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity, priority as priorities, renormalise
 from jmoe.config import MoEConfig
 from jmoe.use import Use, use
@@ -11,6 +12,7 @@ from jmoe.use import Use, use
 LOSS_WEIGHTS = {"load_balance": 0.01}  # SwinV2-MoE
 
 
+@spelt
 def layer(
   *,
   d_model: int,

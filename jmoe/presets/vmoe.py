@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, gates, initializers, losses, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity, priority as priorities
 from jmoe.config import MoEConfig
 from jmoe.use import Use, use
@@ -11,6 +12,7 @@ from jmoe.use import Use, use
 LOSS_WEIGHTS = {"importance": 0.005, "load": 0.005}  # half each of 0.01
 
 
+@spelt
 def layer(
   *,
   d_model: int,

@@ -4,6 +4,7 @@
 import jax
 
 from jmoe import dispatch, experts, losses, routers
+from jmoe._spelling import spelt
 from jmoe.assign import capacity, priority
 from jmoe.config import MoEConfig
 from jmoe.use import use
@@ -11,6 +12,7 @@ from jmoe.use import use
 LOSS_WEIGHTS = {"load_balance": 0.01}
 
 
+@spelt
 def layer(
   *,
   d_model: int,
@@ -25,9 +27,10 @@ def layer(
 
   Left out by the paper, taken from DeepSpeed (`moe/sharded_moe.py`): the capacity rule,
   at least 4 slots, factors of 1, one flat batch for the loss, and that selection is
-  random in evaluation too.  Its input jitter and its noise on the choice
-  (`select_noise=use(noise.gumbel)`) are off by default there and here.  Sizes (d_model
-  1024, d_ff 4096) and ReLU are reconstructed.
+  random in evaluation too (in a causal decoder later tokens then decide who is
+  dropped, which wants `ModelConfig(future_drops=True)`).  Its input jitter and its noise
+  on the choice (`select_noise=use(noise.gumbel)`) are off by default there and here.
+  Sizes (d_model 1024, d_ff 4096) and ReLU are reconstructed.
   """
   return MoEConfig(
     d_model,

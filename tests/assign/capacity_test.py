@@ -1,7 +1,9 @@
 """The capacity rules, by name, and everything that may be asked of them."""
 # SPDX-License-Identifier: Apache-2.0
 
+import fractions
 import itertools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,44 @@ def test_rules_equal_the_oracles_for_any_size(rule):
   for T, E, k, factor in itertools.product(*sizes):
     found = capacity.by_factor(T, E, k, factor=factor, rule=rule, **options)
     assert int(found) == expected(T, E, k, factor), (T, E, k, factor)
+
+
+def test_ours_rounds_up_the_exact_quotient():
+  assert int(capacity.ceil(100, 10, 1, 1.1)) == 11  # as floats 11.000000000000002
+  sizes = ((7, 100, 1000, 4096), (2, 3, 5, 7, 10, 128), (1, 2, 6, 8))
+  for T, E, k in itertools.product(*sizes):
+    for factor in ("0.1", "0.3", "0.7", "1.05", "1.1", "1.2", "1.3", "1.7", "2.0"):
+      exact = math.ceil(k * T * fractions.Fraction(factor) / E)
+      assert int(capacity.ceil(T, E, k, float(factor))) == exact, (T, E, k, factor)
+
+
+@pytest.mark.parametrize(
+  "member, slots",
+  [
+    *(
+      (use(capacity.by_factor, factor=f, rule=rule, minimum=minimum), slots)
+      for f in (1e4, 1e30, 1e308)
+      for rule, minimum, slots in (
+        (capacity.ceil, 0, 10), (capacity.vmoe, 0, 12), (capacity.flaxformer, 4, 10)
+      )
+    ),
+    (use(capacity.by_factor, factor=1e30, multiple_of=8), 16),
+    (use(capacity.by_factor, factor=1.0, minimum=10**30), 10),
+    (use(capacity.by_factor, factor=1e30, per_expert=(1.0, 1e-30)), (10, 5)),
+    (use(capacity.fixed, slots=10**30), 10),
+    (use(capacity.by_factor, factor=0.4), 2),
+  ],
+  ids=repr,
+)  # fmt: skip
+def test_an_expert_has_no_more_slots_than_its_group_has_tokens(member, slots):
+  logits = jnp.zeros((20, 2)).at[:, 0].set(1.0)  # all tokens to expert 0
+  for valid in (None, jnp.arange(20) % 10 < 9):
+    context = Context(valid=valid, group_size=10)
+    routing = routers.top_k(logits, logits, logits, k=1, context=context)
+    plan = assign(routing, context, capacity=member)
+    assert plan.capacity == slots
+    served = min(10 if valid is None else 9, np.max(slots))
+    assert plan.rows.tolist() == [[served, 0]] * 2
 
 
 def test_the_worked_value_of_every_rule():

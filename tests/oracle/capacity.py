@@ -9,7 +9,7 @@ import math
 
 
 def ceil(tokens, experts, k, factor, minimum=0, multiple=1):
-  """Ours: ceil(k T cf / E) of the decimal, at least `minimum`, then up to a multiple."""
+  """Ours: ceil(k T cf / E), cf decimal; at least `minimum`, then up to a multiple."""
   exact = k * tokens * fractions.Fraction(str(factor)) / experts
   return _up(max(math.ceil(exact), minimum), multiple)
 

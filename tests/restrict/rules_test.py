@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jmoe
-from jmoe import experts, restrict, routers, score
+from jmoe import experts, losses, restrict, routers, score
 from jmoe.types import Context
 from jmoe.use import use
 from tests import _cases as cases
@@ -50,6 +50,68 @@ def test_expert_groups_are_ranked_by_their_best_scores(num_groups, keep, best, k
     assert np.flatnonzero(mask[t]).tolist() == [
       e for e in range(E) if e // size in chosen
     ]
+
+
+def test_expert_groups_are_ranked_within_what_others_allow():
+  # Group 0 is best but barred, group 1 has one expert left, group 2 is whole.
+  select = jnp.array([[9.0, 9.0, 5.0, 6.0, 2.0, 1.0]])
+  mask = jnp.array([[False, False, False, True, True, True]])
+
+  def chosen(keep, best):
+    found = restrict.expert_groups(
+      select, Context(), mask=mask, num_groups=3, keep=keep, best=best
+    )
+    return np.flatnonzero(found & mask).tolist()
+
+  assert chosen(1, 1) == chosen(1, 2) == [3]
+  assert chosen(2, 2) == [3, 4, 5]
+  best = use(restrict.expert_groups, num_groups=3, keep=1)
+  barred = use(restrict.subset, experts=(2, 3, 4, 5))
+  x = jnp.zeros((2, cases.D)).at[:, :6].set(select)
+  for pair in ((best, barred), (barred, best)):
+    config = jmoe.MoEConfig(cases.D, 6, restrict=pair, experts=cases.expert())
+    _, info = jmoe.moe(cases.params_of(config), x, config)
+    assert info.load.tolist() == [0, 0, 2, 2, 0, 0]
+    assert float(info.dropped["restriction"]) == 0
+
+
+@pytest.mark.parametrize("rescore", [False, True])
+def test_a_token_that_no_expert_may_serve_enters_no_loss(rescore):
+  listed = (
+    use(losses.load_balance),
+    use(losses.router_z),
+    use(losses.importance),
+    use(losses.entropy_local),
+  )
+  config = jmoe.MoEConfig(
+    cases.D,
+    4,
+    restrict=(use(restrict.domain, num_domains=2),),
+    rescore=rescore,
+    losses=listed,
+    experts=cases.expert(),
+  )
+  params = cases.params_of(config)
+  x = jnp.asarray(cases.draw("random", 7, 4).x)
+
+  def outcome(x, **context):
+    def total(params, x):
+      _, info = jmoe.moe(params, x, config, context=Context(**context))
+      return sum(info.losses.values()), info
+
+    (_, info), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(params, x)
+    return info, gradients
+
+  domain = jnp.array([0, 1, 7, 0, 1, 0, 1])  # the third belongs to none
+  info, gradients = outcome(x, domain_id=domain)
+  served = np.arange(7) != 2
+  alone, (d_params, d_x) = outcome(x[served], domain_id=domain[served])
+  for name, loss in alone.losses.items():
+    assert_close(info.losses[name], loss, name)
+  assert_close(info.entropy, alone.entropy)
+  assert_close(gradients[0]["gate"]["kernel_DE"], d_params["gate"]["kernel_DE"])
+  assert_close(gradients[1][served], d_x)
+  assert not np.any(gradients[1][2])
 
 
 def test_the_two_rules_for_expert_groups_differ():

@@ -1,23 +1,20 @@
-"""The command line: bad input in one line, killed runs that end with the same bits."""
+"""The command line: bad input in one line, a dry run, a loss that is no number."""
 # SPDX-License-Identifier: Apache-2.0
 
+import ast
 import importlib.util
 import json
 import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import main
+from experiments import main, settings
+from experiments.alarms import Alarms
 from experiments.workdir import claim, prepared
-
-ROOT = Path(__file__).parents[2]
+from tests.training.processes import Process, lines, summary
 
 
 def outcome(*arguments) -> int:
@@ -66,6 +63,17 @@ def nothing(job, folder):
     ),
     (["--config", "micro"], foreign, "holds 'thesis.tex' but no run"),
     (["--config", "micro"], a_file, "is a file; give a folder"),
+    (["--config", "micro", "--profile", "8:5"], nothing, "not START:STOP"),
+    (["--config", "micro", "--profile", "0:5"], nothing, "not START:STOP"),
+    (["--config", "micro", "--profile", "5"], nothing, "not START:STOP"),
+    (["--config", "micro", "--profile", "5:13"], nothing, "the run has 12 steps"),
+    (["--config", "micro", "--cache", "gs://a/b"], nothing, "not a local folder"),
+    (["--config", "micro", "--workdir", "hf://a/b"], nothing, "unknown scheme"),
+    (
+      ["--config", "micro", "--compare-dense", "--set", "start_from=there"],
+      nothing,
+      "a dense model cannot start from there",
+    ),
   ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(
@@ -75,22 +83,42 @@ def test_bad_input_is_one_line_and_changes_nothing(
   before(job, folder)
   files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
   start = time.perf_counter()
-  assert outcome(*arguments, "--workdir", folder, "--cache", tmp_path / "cache") == 2
+  some = ["--workdir", folder, "--cache", tmp_path / "cache", *arguments]
+  assert outcome(*some) == 2
   assert time.perf_counter() - start < 5  # a second on a machine that is not shared
   shown = capsys.readouterr()
   assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
   assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
 
 
-def test_a_missing_extra_is_named_with_its_pip_line(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+  ("missing", "workdir", "said"),
+  [
+    ("grain", "run", "experiments.main needs grain; run: pip install 'jmoe[data]'"),
+    ("tensorboardX", "run", "needs tensorboardX; run: pip install 'jmoe[train]'"),
+    ("s3fs", "s3://a/b", "--workdir s3://a/b needs s3fs; run: pip install 'jmoe[s3]'"),
+    ("gcsfs", "gs://a/b", "needs gcsfs; run: pip install 'jmoe[gs]'"),
+  ],
+)
+def test_a_missing_package_is_named_with_its_pip_line(
+  tmp_path, capsys, monkeypatch, missing, workdir, said
+):
   found = importlib.util.find_spec
-  missing = {"grain"}
   monkeypatch.setattr(
-    importlib.util, "find_spec", lambda name: None if name in missing else found(name)
+    importlib.util, "find_spec", lambda name: None if name == missing else found(name)
   )
-  assert outcome("--config", "micro", "--workdir", tmp_path / "run") == 2
-  message = "experiments.main needs grain; run: pip install 'jmoe[data]'"
-  assert message in capsys.readouterr().err
+  monkeypatch.chdir(tmp_path)
+  assert outcome("--config", "micro", "--workdir", workdir) == 2
+  shown = capsys.readouterr().err
+  assert said in shown and shown.count("\n") == 1
+  assert not os.listdir(tmp_path)
+
+
+def test_the_exit_codes_are_in_the_help(capsys):
+  assert outcome("--help") == 0
+  shown = capsys.readouterr().out
+  for code in ("0 done", "1 the loss", "2 bad input", "130 stopped", "143 by SIGTERM"):
+    assert code in " ".join(shown.split()), code
 
 
 def test_the_dense_run_has_the_same_batches_and_its_own_folder(job, tmp_path):
@@ -99,101 +127,87 @@ def test_the_dense_run_has_the_same_batches_and_its_own_folder(job, tmp_path):
   assert below == folder / "dense" and dense.name == "micro-dense"
 
 
-class Process:
-  """`python -m experiments.main` as another process."""
-
-  def __init__(self, workdir: Path, cache: Path, *arguments: str):
-    environment = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = ["--config", "micro", "--workdir", workdir, "--cache", cache, *arguments]
-    self._metrics = workdir / "metrics.jsonl"
-    self._process = subprocess.Popen(
-      [sys.executable, "-m", "experiments.main", *map(str, command)],
-      cwd=ROOT,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-
-  def steps(self) -> int:
-    text = self._metrics.read_text() if self._metrics.exists() else ""
-    return text.count("\n")
-
-  def kill_at(self, step: int) -> bool:
-    """SIGKILL once a step is listed; False if the run was over before."""
-    while self.steps() < step and self._process.poll() is None:
-      time.sleep(0.001)
-    self._process.send_signal(signal.SIGKILL)
-    self._process.communicate()
-    return self._process.returncode == -signal.SIGKILL
-
-  def ended(self) -> tuple[int, str]:
-    """The exit code and all that was printed."""
-    output, _ = self._process.communicate(timeout=300)
-    return self._process.returncode, output
-
-
-SETTINGS = ["--set", "steps=80", "--set", "save_every=9", "--set", "sample_bytes=4"]
-
-
-@pytest.fixture(scope="module")
-def whole(texts, cache, tmp_path_factory):
-  """The folder of a run that was never stopped, and what it printed."""
-  del texts  # built, so that no process has to
-  workdir = tmp_path_factory.mktemp("runs") / "whole"
-  code, output = Process(workdir, cache, "--compare-dense", *SETTINGS).ended()
-  assert code == 0, output
-  return workdir, output
+def test_a_dry_run_prints_what_a_run_would_be_and_writes_nothing(
+  job, texts, cache, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # leaves that of the tests alone
+  arguments = ("--config", "micro", "--cache", cache, "--dry-run", "--workdir")
+  assert outcome(*arguments, tmp_path / "run") == 0
+  assert not os.listdir(tmp_path)
+  config, _, rest = capsys.readouterr().out.partition("parameters  ")
+  # Its lines lead to the same run again: those that are literals, as settings.
+  pairs = [line.strip().split(" = ", 1) for line in config.splitlines()[1:]]
+  other = settings.with_settings(
+    job.run, ["steps=99", "data.corpus=folder:x", "model.segments.0.0.1.ff.router.k=1"]
+  )
+  given = [f"{path}={value}" for path, value in pairs if literal(value)]
+  assert len(given) > 50 and "steps=12" in given
+  assert settings.with_settings(other, given) == job.run
+  total = sum(x.size for x in jax.tree.leaves(job.shapes))
+  assert rest.startswith(f"{total:,} in all")
+  assert f"parameters {4 * total / 1024:.1f} KiB, optimizer {8 * total / 1024:.1f}" in (
+    rest
+  )
+  words = dict(zip(texts.domains, rest.splitlines()[5:9], strict=True))
+  for number, (domain, line) in enumerate(words.items()):
+    sizes = [
+      [len(r["text"]) for r in split if r["domain"] == number]
+      for split in (texts.train, texts.held_out)
+    ]
+    assert line.split()[0] == domain
+    for some in sizes:
+      assert f" {len(some)} of {sum(some) / 1024:11,.1f} KiB".replace("  ", "") in (
+        line.replace("  ", "")
+      )
+  learnt = sum(len(r["text"]) + 1 for r in texts.train)
+  epochs = 12 * 4 * 32 / learnt
+  assert (
+    f"{learnt:,} tokens to learn; the run sees at most 1,536, {epochs:.2f} epochs"
+    in (rest)
+  )
 
 
-def test_a_run_ends_with_a_table_beside_gzip_and_a_sample(whole):
-  workdir, output = whole
-  for part in (
-    "micro ",
-    "micro-dense",
-    "gzip -9, each alone",
-    "sample of micro:\ndef ",
-  ):
-    assert part in output
-  assert output.index("micro: ") < 1  # one line before the bar, and nothing else
-  files = {path.name for path in workdir.iterdir()}
-  assert files == {
-    "config.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "result.json",
-    "dense",
-  }
+def literal(text: str) -> bool:
+  try:
+    ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return False
+  return True
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_steps_ends_with_the_bits_of_one_never_stopped(
-  whole, cache, tmp_path
+def test_a_loss_that_stays_no_number_ends_the_run_and_its_batches_are_kept(
+  job, texts, cache, tmp_path
 ):
-  workdir = tmp_path / "killed"
-  steps = sorted(random.Random(time.time_ns()).sample(range(1, 75), 3))
-  kills = [Process(workdir, cache, *SETTINGS).kill_at(step) for step in steps]
-  assert sum(kills) >= 2, steps
-  code, output = Process(workdir, cache, *SETTINGS).ended()
-  assert code == 0, output
-  expected = json.loads((whole[0] / "result.json").read_text())
-  assert json.loads((workdir / "result.json").read_text()) == expected, steps
-  listed = [json.loads(s)["step"] for s in (workdir / "metrics.jsonl").open()]
-  assert listed == list(range(1, 81)), steps
-
-
-def test_a_corrupt_checkpoint_is_one_line_and_stays(whole, cache, tmp_path):
-  workdir = shutil.copytree(whole[0], tmp_path / "run")
-  data = (workdir / "checkpoints" / "80" / "state").rglob("d/*")
-  path = max(data, key=lambda p: p.stat().st_size)
-  flipped = bytearray(path.read_bytes())
-  flipped[len(flipped) // 2] ^= 1
-  path.write_bytes(flipped)
-  code, output = Process(workdir, cache, *SETTINGS).ended()
-  assert code == 2 and output.count("\n") == 1, output
-  assert "step 80 is corrupt" in output and "to resume from step 72" in output
-  assert path.read_bytes() == flipped
+  """And a profile of the steps that were asked for."""
+  del texts  # built, so that the process has not to
+  workdir = tmp_path / "run"
+  wild = ("--set", "optim.learning_rate=1e30", "--set", "optim.warmup_steps=0")
+  process = Process(workdir, cache, *wild, "--set", "max_skipped=2", "--profile", "2:3")
+  code, output = process.ended()
+  assert code == 1, output
+  *_, last = output.splitlines()
+  first = next(line["step"] for line in lines(workdir) if line["skipped"])
+  assert last.startswith(f"error: step {first + 2}: ") and "3 steps in a row" in last
+  assert output.count("alarm: non-finite loss: ") == 1 and "Traceback" not in output
+  found = summary(workdir)
+  assert (found["finished"], found["steps"]) == (False, first + 2)
+  assert found["alarms"] == {"non-finite loss": 3} and found["skipped_steps"] == 3
+  strict = json.loads(
+    (workdir / "metrics.jsonl").read_text().splitlines()[-1],
+    parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
+  )
+  assert strict["loss"] is None or strict["gradient_norm"] is None
+  kept = sorted(os.listdir(workdir / "skipped"))
+  assert kept == sorted(f"step-{first + n}.npz" for n in range(3))
+  batches = job.batches()
+  batch = [next(batches) for _ in range(first)][-1]
+  with np.load(workdir / "skipped" / f"step-{first}.npz") as arrays:
+    key = jax.random.fold_in(jax.random.key(0), first - 1)
+    expected = batch | {"key": np.asarray(jax.random.key_data(key))}
+    assert set(arrays) == set(expected)
+    for name, value in expected.items():
+      np.testing.assert_array_equal(arrays[name], value, name)
+  (trace,) = (workdir / "profile").rglob("*.xplane.pb")
+  assert b"train_step" in trace.read_bytes()
+  assert Alarms().counts == {}
