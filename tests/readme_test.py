@@ -57,6 +57,19 @@ def test_linked_files_exist(page):
     assert (path.parent / target).exists(), f"{page} links to {target}"
 
 
+def test_each_test_of_the_table_of_faults_exists():
+  page = (ROOT / "CONTRIBUTING.md").read_text()
+  named = re.findall(r"`([\w/]+\.py): (test_\w+)` \|$", page, re.MULTILINE)
+  faults = page.partition("| --- | --- | --- |\n")[2].strip().splitlines()
+  assert len(named) == len(faults) > 20
+  for path, name in named:
+    assert re.search(rf"^ *def {name}\(", (ROOT / "tests" / path).read_text(), re.M), (
+      name
+    )
+  for path in re.findall(r"\| `([\w/]+\.py)` \|", page):
+    assert (ROOT / "jmoe" / path).exists(), path
+
+
 @pytest.mark.parametrize("name", ["main", "test"])
 def test_commands_are_one_line_that_sets_itself_up(name):
   found = re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)```", README, re.DOTALL)
