@@ -139,7 +139,11 @@ def _read(folder: epath.Path, step: int | None) -> Saved:
       found = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
       raise BadCheckpoint(f"{folder} holds {which}; steps there: {found}.")
     found, arrays, _ = _newest_whole(
-      manager, folder, args={"state": ocp.args.StandardRestore()}, only=step
+      manager,
+      folder,
+      args={"state": ocp.args.StandardRestore()},
+      only=step,
+      remedy="give another run, or restore this one from a copy",
     )
   finally:
     manager.close()
@@ -174,6 +178,7 @@ def _newest_whole(
   facts: dict[str, Any] | None = None,
   position: Callable[[], str] | None = None,
   only: int | None = None,
+  remedy: str = "delete the folder to start anew, or restore it from a copy",
 ) -> tuple[int, dict[str, np.ndarray], list[int]]:
   """(step, arrays by name, later steps that are broken); the latter named on stderr.
 
@@ -184,6 +189,7 @@ def _newest_whole(
     facts: that must be those saved; None: whatever they are.
     position: digest of the data position, after restoring.
     only: the one step to look at.
+    remedy: if none is whole.
   """
   steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
   broken: list[int] = []
@@ -195,7 +201,7 @@ def _newest_whole(
       broken.append(step)
   raise BadCheckpoint(
     f"{folder} holds no whole checkpoint (steps {', '.join(map(str, steps))} are "
-    "broken); delete the folder to start anew, or restore it from a copy."
+    f"broken); {remedy}."
   )
 
 

@@ -97,7 +97,7 @@ class Profile:
       )
 
   def before(self, step: int) -> None:
-    if step == self._first:
+    if step == self._first <= self._last:
       jax.profiler.start_trace(str(self._folder))
       self._running = True
 

@@ -266,13 +266,12 @@ class _Clock:
 
 def _started(run: Run, made: Program) -> states.TrainState:
   """The state before the first step; with another run's model if it says so."""
-  state = made.init()
   if not run.start_from:
-    return state
+    return made.init()
   saved = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
   try:
     return states.restarted(
-      state, saved.params, saved.balance, optimizer=made.optimizer
+      made.init(), saved.params, saved.balance, optimizer=made.optimizer
     )
   except ValueError as error:
     raise BadCheckpoint(str(error)) from error

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from jmoe import _id_checks
+from jmoe._tree_checks import buffers, params as params
 from jmoe.contexts import check as check_context
 from jmoe.types import Context, Params, State, num_groups
 from jmoe.use import Use, fact, shown
@@ -61,11 +62,6 @@ def flag(name: str, value: Any) -> None:
     )
   if not isinstance(value, bool | np.bool_):
     raise TypeError(f"{name}={shown(value)} must be True or False.")
-
-
-def params(given: Any, config: Any) -> None:
-  """Raises unless these are the parameters of a layer."""
-  _tree("params", given, _param_shapes(config))
 
 
 def random_key(name: str, key: Any) -> None:
@@ -154,55 +150,6 @@ def _axes(axes: Any) -> None:
     ) from None
 
 
-@functools.lru_cache(maxsize=64)
-def _param_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-  """Path -> shape of every parameter of a layer."""
-  from jmoe.layer import param_shapes
-
-  return _shapes(param_shapes(config))
-
-
-@functools.lru_cache(maxsize=64)
-def _buffer_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-  """The same for what a gate keeps in `State.gate`."""
-  from jmoe.layer import param_shapes
-
-  buffers = fact(config.gate, "buffers")
-  if buffers is None:
-    return {}
-  return _shapes(jax.eval_shape(buffers, param_shapes(config)["experts"]))
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-
-
-def _tree(name: str, given: Any, expected: dict[str, tuple[int, ...]]) -> None:
-  remedy = "make it with moe_init(key, config)"
-  if name != "params":
-    remedy = "make it with init_state(config, params)"
-  try:
-    leaves = jax.tree_util.tree_leaves_with_path(dict(given))
-  except (TypeError, ValueError):
-    raise TypeError(f"{name}={shown(given)} is not a dict; {remedy}.") from None
-  found = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-  for path, shape in expected.items():
-    leaf = found.pop(path, None)
-    if leaf is None:
-      raise ValueError(f"{name}{path} {shape} is missing; {remedy}.")
-    if getattr(leaf, "shape", ()) != shape:
-      raise ValueError(
-        f"{name}{path} has shape {getattr(leaf, 'shape', ())}; the configuration needs "
-        f"{shape}: {remedy}, or change the configuration."
-      )
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-      raise ValueError(f"{name}{path} has dtype {dtype}; expected a float dtype.")
-  for path in found:
-    raise ValueError(f"{name}{path} is not part of the configured layer; remove it.")
-
-
 def _array(name: str, array: Any, shape: tuple[Any, ...], kind: Any) -> None:
   if not (hasattr(array, "shape") and hasattr(array, "dtype")):
     raise TypeError(f"{name}={shown(array)} is not an array; pass one of {shape}.")
@@ -277,7 +224,7 @@ def _state(state: State, config: Any) -> None:
     raise ValueError(
       f"{config.gate.name} reads State.gate; pass state=init_state(config, params)."
     )
-  _tree("state.gate", state.gate, _buffer_shapes(config))
+  buffers(state.gate, config)
   if config.balance is not None and state.bias is None:
     raise ValueError("balance needs State.bias; pass state=init_state(config, params).")
   if state.bias is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jmoe.types import Context, num_groups
 from jmoe.use import fact
@@ -95,6 +96,6 @@ def _read(array: Any) -> np.ndarray | None:
   """The values of an array that is neither traced nor spread over other hosts."""
   if isinstance(array, int | np.ndarray):
     return np.asarray(array)
-  if not isinstance(array, Array) or isinstance(array, jax.core.Tracer):
+  if not isinstance(array, Array) or isinstance(array, Tracer):
     return None
   return np.asarray(jax.device_get(array)) if array.is_fully_addressable else None

@@ -26,7 +26,7 @@ def model_config(config: Any) -> None:
   _count("ModelConfig: d_model", config.d_model)
   _choice("ModelConfig: norm", config.norm, _NORMS)
   _choice("ModelConfig: dtype", config.dtype, _DTYPES)
-  if config.dtype == "float64" and not jax.config.jax_enable_x64:
+  if config.dtype != jax.dtypes.canonicalize_dtype(config.dtype):
     raise ValueError(
       "ModelConfig: dtype='float64' needs jax.config.update('jax_enable_x64', True); "
       "without it activations would be float32, so use 'float32'."

@@ -6,6 +6,8 @@ arguments against what the layer passes, its keywords against their annotations.
 # SPDX-License-Identifier: Apache-2.0
 
 import inspect
+import math
+import numbers
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Union, get_args, get_origin
@@ -43,6 +45,25 @@ _WITHIN: dict[str, tuple[str, str]] = {
   "eval_rule": ("jmoe.assign.capacity", "tokens, num_experts, k, factor"),
 }
 _COUNTS = ("num_", "d_", "slots_per_", "vocab_size", "block", "multiple_of")
+
+
+def positive(name: str, value: Any) -> None:
+  """Raises unless a value is a whole number of at least one."""
+  if not whole(value):
+    raise ValueError(f"{name}={shown(value)} must be a whole number of at least 1.")
+
+
+def whole(value: Any) -> bool:
+  """Whether a value is a whole number of at least one."""
+  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  return whole and value >= 1  # type: ignore[operator]
+
+
+def finite_positive(name: str, value: Any, remedy: str = "") -> None:
+  """Raises unless a value is a positive, finite number."""
+  good = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not good or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type]
+    raise ValueError(f"{name}={shown(value)} must be a positive number{remedy}.")
 
 
 def family(field: str, use: Use) -> None:

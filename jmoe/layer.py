@@ -107,9 +107,9 @@ def apply(
 
 
 def _call(params, x, config, context, state, key, train, arrays, axes, with_plan):
-  context = checks.call(
-    params, x, config, context, state, key, train, *arrays, axes, with_plan
-  )
+  residual, logits, forced = arrays
+  given = (residual, logits, forced, axes, with_plan)
+  context = checks.call(params, x, config, context, state, key, train, *given)
   static = dict(config=config, train=bool(train), axes=axes, with_plan=bool(with_plan))
   return _moe(dict(params), x, context, state, key, arrays, **static)
 

@@ -1,6 +1,6 @@
 """Numbers out of range, functions in the wrong place, misspelt names: one line each.
 
-What fields of a configuration mean together is in `bad_input_test`.
+What fields of a configuration mean together is in `contradictions_test`.
 """
 # SPDX-License-Identifier: Apache-2.0
 

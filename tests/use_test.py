@@ -113,7 +113,7 @@ def test_a_deep_copy_is_equal_even_with_jitted_activations(name):
 def test_a_changed_field_makes_another_value():
   config = everything()
   others = [
-    dataclasses.replace(config, router=config.router.replace(k=3)),
+    dataclasses.replace(config, router=config.router.replace(scale=3.0)),
     dataclasses.replace(config, losses=config.losses[:1]),
     dataclasses.replace(config, d_model=32),
     dataclasses.replace(config, group_size=4),

@@ -28,9 +28,9 @@ def layer(
   Left out by the paper, taken from DeepSpeed (`moe/sharded_moe.py`): the capacity rule,
   at least 4 slots, factors of 1, one flat batch for the loss, and that selection is
   random in evaluation too (in a causal decoder later tokens then decide who is
-  dropped, which wants `ModelConfig(future_drops=True)`).  Its input jitter and its noise
-  on the choice (`select_noise=use(noise.gumbel)`) are off by default there and here.
-  Sizes (d_model 1024, d_ff 4096) and ReLU are reconstructed.
+  dropped, which wants `ModelConfig(future_drops=True)`).  Its input jitter and its
+  noise on the choice (`select_noise=use(noise.gumbel)`) are off by default there and
+  here.  Sizes (d_model 1024, d_ff 4096) and ReLU are reconstructed.
   """
   return MoEConfig(
     d_model,

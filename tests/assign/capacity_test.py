@@ -70,6 +70,13 @@ def test_an_expert_has_no_more_slots_than_its_group_has_tokens(member, slots):
     assert plan.rows.tolist() == [[served, 0]] * 2
 
 
+def test_a_huge_factor_gives_a_number_of_slots():
+  for rule in (*capacity.RULES, capacity.fairseq_eval):
+    assert 10 <= int(rule(10, 2, 1, 1e30)) <= 2**31, rule
+  chosen = routers.expert_choice(*[jnp.zeros((10, 2))] * 3, capacity_factor=1e30)
+  assert chosen.capacity == 10 and chosen.live.all()
+
+
 def test_the_worked_value_of_every_rule():
   T, E, k, factor = (oracle.WORKED[n] for n in ("tokens", "experts", "k", "factor"))
   for rule in capacity.RULES:

@@ -1,0 +1,110 @@
+"""What a run does before its first step."""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+import os
+
+import pytest
+from etils import epath
+
+from experiments import loop, program, settings, sitting
+from experiments.checkpoint import Checkpoints, digests
+from experiments.errors import BadCheckpoint
+from experiments.remote import place
+from experiments.signals import Stop
+from experiments.sitting import Options, Sitting
+
+
+class Begun(Exception):
+  """Training began with a state."""
+
+
+@pytest.fixture
+def begin(job, texts, encoded, cache, monkeypatch):
+  """What a run begins with in a folder; nothing is trained, and little compiled."""
+
+  def train(state, batches, **kwargs):
+    raise Begun(state)
+
+  def made(run, **kwargs):
+    if run.model != job.run.model:
+      return program.program(run, **kwargs)
+    return program.Program(job.blueprint, job.optimizer, job.init, print, print)
+
+  monkeypatch.setattr(loop, "train", train)
+  monkeypatch.setattr(sitting, "program", made)
+
+  def begun(run, folder):
+    with place(epath.Path(folder)) as where, pytest.raises(Begun) as found:
+      options = Options(cache)
+      more = {"baselines": {}, "options": options, "stop": Stop()}
+      Sitting(run, where, texts, encoded, **more).finished()
+    return found.value.args[0]
+
+  return begun
+
+
+@pytest.fixture(scope="module")
+def trained(job, tmp_path_factory):
+  """The folder of a run, and its state after two steps."""
+  folder = tmp_path_factory.mktemp("trained")
+  state, batches = job.init(), job.batches()
+  for _ in range(2):
+    state, *_ = job.train_step(state, next(batches))
+  checkpoints = Checkpoints(folder / "checkpoints", {})
+  checkpoints.save(state, batches)
+  checkpoints.close()
+  return folder, state
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_again(
+  job, begin, tmp_path, capsys
+):
+  first = begin(job.run, tmp_path / "run")
+  files = {"config.json", "manifest.json", "checkpoints", "metrics.jsonl"}
+  assert set(os.listdir(tmp_path / "run")) >= files
+  assert digests(begin(job.run, tmp_path / "run")) == digests(first)
+  assert digests(first) == digests(job.init())
+
+
+def test_a_run_starts_with_the_parameters_of_another_at_step_zero(
+  job, begin, trained, tmp_path
+):
+  folder, state = trained
+  run = dataclasses.replace(job.run, start_from=str(folder))
+  found = begin(run, tmp_path / "run")
+  assert int(found.step) == 0 and digests(found.params) == digests(state.params)
+  assert digests(found.optimizer) == digests(job.init().optimizer)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    (["start_from=nowhere"], "nowhere/checkpoints holds no checkpoint"),
+    (["model.segments.0.0.0.ff.d_ff=8"], "of another shape: segments.0.0.ff.down"),
+  ],
+)
+def test_a_start_that_cannot_be_is_one_line_and_leaves_nothing(
+  job, begin, trained, tmp_path, changes, said
+):
+  run = dataclasses.replace(job.run, start_from=str(trained[0]))
+  with pytest.raises(BadCheckpoint) as caught:
+    begin(settings.with_settings(run, changes), tmp_path / "run")
+  assert said in str(caught.value) and "\n" not in str(caught.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_start_is_refused(job, begin, trained, tmp_path, capsys):
+  place_of = trained[0] / "checkpoints" / "2" / "state"
+  path = max(place_of.rglob("d/*"), key=lambda p: p.stat().st_size)
+  whole = path.read_bytes()
+  middle = len(whole) // 2
+  path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+  run = dataclasses.replace(job.run, start_from=str(trained[0]))
+  try:
+    with pytest.raises(BadCheckpoint, match="steps 2 are broken.*give another run"):
+      begin(run, tmp_path / "run")
+  finally:
+    path.write_bytes(whole)
+  assert "2 is broken" in capsys.readouterr().err
+  assert (trained[0] / "checkpoints" / "2").exists()
