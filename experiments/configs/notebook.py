@@ -1,9 +1,9 @@
 """A sparse model for one chip of 16 GB and ten minutes: what the notebook trains.
 
 27 million parameters, 5 million of them met by a token: eight layers of sixteen
-experts, two a token, in buckets of capacity 1.25, which every accelerator multiplies at full
-speed.  The text is the `handbook` corpus: manuals, code and a dictionary in many
-languages (needs apt, which Colab has).
+experts, two a token, in buckets of capacity 1.25, which every accelerator multiplies
+at full speed.  The text is the `handbook` corpus: manuals, code and a dictionary in
+many languages (needs apt, which Colab has).
 
   python -m experiments.main --config notebook --workdir runs/notebook
 """

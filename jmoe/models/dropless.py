@@ -20,14 +20,14 @@ def dropless(config: ModelConfig) -> ModelConfig:
     config: of the trained model.
 
   Returns:
-    The model with `capacity=None` and `max_rows=None` in every sparse layer, and
-    `dispatch.sort` where the layer's dispatch needs a capacity.
+    The model with `capacity=None` and `max_rows=None` in every sparse layer,
+    `dispatch.sort` where the layer's dispatch needs a capacity, and no `future_drops`.
   """
   segments = tuple(
     (tuple(_block(block) for block in blocks), repeat)
     for blocks, repeat in config.segments
   )
-  return dataclasses.replace(config, segments=segments)
+  return dataclasses.replace(config, segments=segments, future_drops=False)
 
 
 def _block(block: BlockConfig) -> BlockConfig:

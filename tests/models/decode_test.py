@@ -176,7 +176,7 @@ def test_a_model_with_capacities_decodes_without_them_and_with_its_parameters():
     TOP_2, ff=simple(D, 12, num_experts=4, k=2, capacity_factor=4.0)
   )
   bounded = dataclasses.replace(TOP_2, ff=dataclasses.replace(TOP_2.ff, max_rows=0.5))
-  trained = model(((DENSE, roomy), 2), ((bounded,), 1))
+  trained = model(((DENSE, roomy), 2), ((bounded,), 1), future_drops=True)
   config = models.dropless(trained)
   assert config == model(((DENSE, TOP_2), 2), ((TOP_2,), 1))
   assert models.dropless(config) == config
@@ -224,7 +224,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_decoded_is_refused_by_block(case):
   block, said = REFUSED[case]
-  config = model(((DENSE,), 1), ((DENSE, block), 2))
+  config = model(((DENSE,), 1), ((DENSE, block), 2), future_drops=True)
   with pytest.raises(ValueError, match=r"^segments\[1\], block 1: " + said) as error:
     models.empty_cache(config, jnp.zeros(2, jnp.int32), size=4)
   assert "\n" not in str(error.value)

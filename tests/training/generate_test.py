@@ -36,19 +36,21 @@ def nucleus_by_hand(probability_V, p) -> list[bool]:
 
 
 @st.composite
-def distributions(pick) -> np.ndarray:
-  """f64[7] with many ties, and zeros."""
-  step = pick(st.sampled_from([1, 64]))
-  bounds = st.lists(st.integers(0, SIZE // step), min_size=6, max_size=6)
-  bounds = sorted(step * n for n in pick(bounds))
-  return np.diff([0, *bounds, SIZE]) / SIZE
+def cases(pick) -> tuple[np.ndarray, float]:
+  """f64[7] probabilities with many ties and zeros, and p, often the sum of some."""
+  step = pick(st.sampled_from([1, 64, 128]))
+  whole = st.integers(0, SIZE // step)
+  bounds = sorted(step * n for n in pick(st.lists(whole, min_size=6, max_size=6)))
+  p = step * pick(st.integers(1, SIZE // step - 1))
+  return np.diff([0, *bounds, SIZE]) / SIZE, p / SIZE
 
 
-@hypothesis.given(distributions(), st.integers(1, SIZE - 1))
+@hypothesis.given(cases())
 @hypothesis.settings(max_examples=60)
-def test_a_nucleus_is_that_of_the_definition(probability_V, p):
-  found_1V = nucleus(np.float32(probability_V)[None], np.float32(p / SIZE))
-  assert found_1V[0].tolist() == nucleus_by_hand(probability_V, p / SIZE)
+def test_a_nucleus_is_that_of_the_definition(case):
+  probability_V, p = case
+  found_1V = nucleus(np.float32(probability_V)[None], np.float32(p))
+  assert found_1V[0].tolist() == nucleus_by_hand(probability_V, p)
 
 
 def test_ties_go_to_the_lower_id_and_with_p_of_one_all_tokens_are_in():
@@ -169,6 +171,8 @@ def test_a_text_does_not_depend_on_those_beside_it(model):
   texts = model(PROMPTS, temperature=1.0)
   others = model(["a", "", "b" * 19, "ü"], temperature=1.0)
   assert texts[1::2] == others[1::2] and texts[0].text != others[0].text
+  longer = model(["a" * 40, *PROMPTS[1:]], temperature=1.0)  # more padding for all
+  assert longer[1:] == texts[1:]
   assert model(PROMPTS, temperature=1.0, seed=1)[1] != texts[1]
   alike = model(["x", "x", "x", "y" * 20], temperature=1.0)[:3]
   assert len({text.text for text in alike}) == 3
@@ -182,6 +186,7 @@ def test_no_other_prompt_or_setting_compiles_anew(model):
   assert sample._continued._cache_size() == before
   # Up to 16 tokens, the begin of the document among them, have a program of their own.
   model(["y" * 15, "z", "", "a"])
+  model([""] * 4)
   assert sample._continued._cache_size() == before + 1
 
 
@@ -194,19 +199,23 @@ def test_prompts_beyond_one_batch_get_texts_of_their_own(model, greedy, monkeypa
   assert len({text.text for text in alike}) == 6
 
 
-def test_a_row_ends_with_its_document_and_the_others_go_on(model, greedy):
+def test_a_row_ends_with_its_document_and_the_others_go_on(model, greedy, monkeypatch):
   counts = {t: sum(t in row for row in greedy) for row in greedy for t in row}
   end = next(t for t, count in counts.items() if 0 < count < len(greedy))
 
   class Ending(Ids):
     eos = end
 
-  for row, text in zip(
-    greedy, model(PROMPTS, temperature=0, vocabulary=Ending()), strict=True
-  ):
+  whole, made = sample._continued, []
+  monkeypatch.setattr(
+    sample, "_continued", lambda *a, **k: made.append(whole(*a, **k)) or made[-1]
+  )
+  texts = model(PROMPTS, temperature=0, vocabulary=Ending())
+  for row, text, made_N in zip(greedy, texts, made[0].tolist(), strict=True):
     expected = row[: row.index(end)] if end in row else row
     assert text.ended == (end in row) and text.tokens == len(expected)
     assert text.text == "".join(map(chr, expected))
+    assert made_N == expected + [end] * (12 - len(expected))  # nothing more is made
 
 
 def test_only_tokens_of_the_vocabulary_are_drawn(model):
@@ -229,6 +238,8 @@ def test_capacities_are_left_out_and_that_is_said_once(job, capsys):
   assert sample.decodable(trained) == job.run.model
   said = capsys.readouterr().err
   assert said.count("\n") == 1 and "without the capacities" in said
+  texts = sample.texts({}, {}, [], model=trained, vocabulary=Bytes(), tokens=1)
+  assert texts == [] and capsys.readouterr().err == said
   assert sample.decodable(job.run.model) == job.run.model
   assert capsys.readouterr().err == ""
 
