@@ -79,6 +79,8 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
       f"--seeds {arguments.seeds}: give integers separated by commas, as in 0,1,2."
     ) from None
   out = workdir.opened(arguments.out)
+  if not workdir.is_local(out):
+    raise ValueError(f"--out {out} is not local; give a local folder.")
   found = []
   for name in arguments.arms.split(","):
     run = arms.arm(base, name)

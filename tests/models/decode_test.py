@@ -230,6 +230,13 @@ def test_what_cannot_be_decoded_is_refused_by_block(case):
   assert "\n" not in str(error.value)
 
 
+def test_what_is_random_in_training_alone_is_decoded():
+  router = use(routers.top_2, policy="random", eval_policy="threshold")
+  block = BlockConfig(MANY, dataclasses.replace(TOP_2.ff, router=router))
+  cache = models.empty_cache(model(((block,), 2)), jnp.zeros(3, jnp.int32), size=4)
+  assert cache.size == 4 and cache.keys[0].shape == (2, 3, 4, 4, 4)
+
+
 @pytest.mark.parametrize("shape", [(3, 4), (2, 5)])
 def test_tokens_that_a_cache_has_no_room_for_are_refused(shape):
   config = CONFIGS["dense, tied"]
