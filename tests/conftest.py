@@ -6,6 +6,11 @@ environment variable, so that a subprocess started by a test has one device.
 # SPDX-License-Identifier: Apache-2.0
 
 import os
+import signal
+
+# What a shell starts in the background ignores Ctrl-C, and so do all its children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator run sets it
 # Tests compile much and compute little: without LLVM's optimizations they take half the

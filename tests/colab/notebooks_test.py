@@ -46,7 +46,7 @@ def test_the_readme_leads_to_the_notebooks():
     assert f"blob/main/colab/{script.stem}.ipynb" in readme
 
 
-@pytest.mark.slow
+@pytest.mark.notebook
 @pytest.mark.parametrize("script", build.scripts(), ids=lambda path: path.stem)
 def test_notebook_runs(script, tmp_path, monkeypatch):
   """On a CPU; the training one with the smallest configuration."""
