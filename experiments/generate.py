@@ -28,17 +28,12 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from experiments import extras
+from experiments.parser import Parser
 
 _NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    print(f"error: {message}; see --help.", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  made = _Parser(
+  made = Parser(
     prog="python -m experiments.generate",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -158,7 +157,8 @@ class Report:
     Raises:
       Diverged: too many steps in a row were skipped.
     """
-    values = {name: float(np.asarray(value)) for name, value in metrics_.items()}
+    # One transfer for all of them.
+    values = {name: float(value) for name, value in jax.device_get(metrics_).items()}
     self.step = step
     self._times.append(time.perf_counter())
     if len(self._times) > 1:

@@ -14,9 +14,9 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from experiments import configs, extras
+from experiments.parser import Parser
 
 _NEEDED = {
   "optax": "train",
@@ -29,15 +29,9 @@ _NEEDED = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    print(f"error: {message}; see --help.", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code: 2 for bad input, 1 if it diverged."""
-  parser = _Parser(
+  parser = Parser(
     prog="python -m experiments.main",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,21 +13,15 @@ Exit codes: 0 done, 2 bad input.
 
 import argparse
 import sys
-from typing import NoReturn
 
 from experiments import extras
 from experiments.errors import BadData
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    print(f"error: {message}; see --help.", file=sys.stderr)
-    raise SystemExit(2)
+from experiments.parser import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code."""
-  parser = _Parser(
+  parser = Parser(
     prog="python -m experiments.report",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -32,10 +32,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from experiments import intervals
 from experiments.errors import BadData
+from experiments.parser import Parser
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 PAGE = "RESULTS.md"
@@ -219,15 +220,9 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
     os.close(handle)
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    print(f"error: {message}; see --help.", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code."""
-  parser = _Parser(
+  parser = Parser(
     prog="python -m experiments.results",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import configs, extras
+from experiments.parser import Parser
 
 
 class Arm(NamedTuple):
@@ -39,7 +40,7 @@ class Arm(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m experiments.series",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -181,7 +182,8 @@ def _trained(arm: Arm, texts: Any, encoded: Any, command: list[str]) -> None:
   tokens = first.data.batch * first.data.seq
 
   def report(step: int, found: Any) -> None:
-    values, routing = jax.device_get(found)
+    values, routing = found
+    values = jax.device_get(values)
     times.append(time.perf_counter())
     if len(times) > 20:
       speeds.append(20 * tokens / (times[-1] - times[-21]))

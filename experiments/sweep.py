@@ -20,20 +20,14 @@ Exit codes: 0 all finished (or listed, or written), 1 some failed, 2 bad input,
 import argparse
 import pathlib
 import sys
-from typing import NoReturn
 
 from experiments import configs, extras
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    print(f"error: {message}; see --help.", file=sys.stderr)
-    raise SystemExit(2)
+from experiments.parser import Parser
 
 
 def parser() -> argparse.ArgumentParser:
   """Of the command line."""
-  made = _Parser(
+  made = Parser(
     prog="python -m experiments.sweep",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

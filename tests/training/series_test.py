@@ -129,3 +129,10 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
   shown = capsys.readouterr().err
   assert said in shown and shown.count("\n") == 1
   assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_command_line_is_one_line_too(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    series.main(["--config", "micor", "--arms", "sparse", "--out", "x"])
+  shown = capsys.readouterr().err
+  assert stopped.value.code == 2 and shown.count("\n") == 1 and "micor" in shown
