@@ -28,6 +28,7 @@ class Data:
 
   def __post_init__(self):
     _at_least("data", self, max_bytes=1, seq=2, batch=1, eval_context=0, num_workers=0)
+    _seed("data", self)
     _number("data", self, "temperature near_duplicates")
     if self.eval_context >= self.seq:
       raise ValueError(
@@ -75,6 +76,11 @@ class Optim:
       ):
         raise ValueError(f"optim.{name}={value!r}; give a number of 0 to 1.")
     _pairs("optim.role_factors", self.role_factors)
+    for entry in self.freeze:
+      if not isinstance(entry, str):
+        raise ValueError(
+          f"optim.freeze holds {entry!r}; give roles, or experts as in 'experts:0,3'."
+        )
     _one_of("optim", self, kind=("adamw", "adafactor", "muon"))
     _one_of("optim", self, schedule=("cosine", "linear", "constant"))
 
@@ -100,8 +106,11 @@ class Run:
   sample_bytes: int = 160
 
   def __post_init__(self):
-    _at_least("run", self, steps=1, save_every=1, seed=0, sample_bytes=0)
+    if not self.name.strip():
+      raise ValueError(f"name={self.name!r}; give one that can be seen.")
+    _at_least("run", self, steps=1, save_every=1, sample_bytes=0)
     _at_least("run", self, watch_every=1, max_skipped=0)
+    _seed("run", self)
     _number("run", self, "logits_z_loss")
     _one_of("run", self, param_dtype=("float32", "bfloat16"))
     if self.optim.warmup_steps >= self.steps:
@@ -138,6 +147,13 @@ def _at_least(where: str, config: Any, **least: int) -> None:
       raise ValueError(f"{where}.{name}={value!r}; give an integer >= {bound}.")
 
 
+def _seed(where: str, config: Any) -> None:
+  """A random key takes 32 bits, and would silently leave out those above."""
+  _at_least(where, config, seed=0)
+  if config.seed >= 2**32:
+    raise ValueError(f"{where}.seed={config.seed}; give an integer under 2**32.")
+
+
 def _one_of(where: str, config: Any, **allowed: tuple[str, ...]) -> None:
   for name, names in allowed.items():
     if (value := getattr(config, name)) not in names:
@@ -150,6 +166,10 @@ def _pairs(where: str, pairs: Any) -> None:
       case (str(), int() | float() as weight) if math.isfinite(weight) and weight >= 0:
         continue
     raise ValueError(f"{where} holds {pair!r}; give pairs of a name and a number >= 0.")
+  names = [name for name, _ in pairs]
+  for name in names:
+    if names.count(name) > 1:
+      raise ValueError(f"{where} names {name!r} twice; give it one number.")
 
 
 def _number(where: str, config: Any, names: str) -> None:

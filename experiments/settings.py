@@ -50,8 +50,8 @@ def _change(setting: str) -> tuple[list[str], Any, str]:
     raise ValueError(f"--set {setting}: write path=value, e.g. --set steps=100.")
   try:
     return path.split("."), ast.literal_eval(text), setting
-  except (ValueError, SyntaxError):
-    return path.split("."), text, setting
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    return path.split("."), text, setting  # no literal: `{[]: 1}` has a list as a key
 
 
 def _replaced(

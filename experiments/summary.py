@@ -93,5 +93,12 @@ def hardware() -> dict[str, Any]:
     "devices": jax.device_count(),
     "processes": jax.process_count(),
     "machine": platform.machine(),
-    "cores": len(os.sched_getaffinity(0)),
+    "cores": _cores(),
   }
+
+
+def _cores() -> int | None:
+  """That this process may use; of the machine where nobody can say."""
+  if hasattr(os, "sched_getaffinity"):  # Linux has it, macOS does not
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count()

@@ -49,7 +49,17 @@ def nothing(job, folder):
     (["--config", "micro", "--set", "optim.clp=1"], nothing, "did you mean 'clip'?"),
     (["--config", "micro", "--set", "steps"], nothing, "write path=value"),
     (["--config", "micro", "--set", "steps=many"], nothing, "is a str"),
+    (["--config", "micro", "--set", "steps={[]: 1}"], nothing, "--set steps={[]: 1}"),
     (["--config", "micro", "--set", "steps=0"], nothing, "run.steps=0"),
+    (["--config", "micro", "--set", "seed=4294967296"], nothing, "under 2**32"),
+    (["--config", "micro", "--set", "data.seed=-1"], nothing, "data.seed=-1"),
+    (["--config", "micro", "--set", "name= "], nothing, "name=' '"),
+    (["--config", "micro", "--set", "optim.freeze=(3,)"], nothing, "holds 3"),
+    (
+      ["--config", "micro", "--set", "loss_weights.1.0=load_balance"],
+      nothing,
+      "loss_weights names 'load_balance' twice",
+    ),
     (["--config", "micro", "--set", "loss_weights=(('z', 1.0),)"], nothing, "'z'"),
     (
       ["--config", "micro", "--set", "model.segments.0.0.1.ff.router.k=5"],
