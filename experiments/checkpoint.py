@@ -81,7 +81,7 @@ class Checkpoints:
       BadCheckpoint: none is whole, or they are of another run; nothing was changed.
     """
     target = ocp.args.StandardRestore(named(like))
-    step, state, broken = _newest_whole(
+    step, state, _, broken = _newest_whole(
       self._manager,
       self._folder,
       facts=self._facts,
@@ -112,6 +112,7 @@ class Saved(NamedTuple):
   step: int
   params: dict[str, np.ndarray]
   balance: dict[str, np.ndarray]
+  facts: dict[str, Any]  # of the run, as `Checkpoints` was given them
 
 
 def read(folder: epath.Path, step: int | None = None) -> Saved:
@@ -138,7 +139,7 @@ def _read(folder: epath.Path, step: int | None) -> Saved:
       which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
       found = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
       raise BadCheckpoint(f"{folder} holds {which}; steps there: {found}.")
-    found, arrays, _ = _newest_whole(
+    found, arrays, facts, _ = _newest_whole(
       manager,
       folder,
       args={"state": ocp.args.StandardRestore()},
@@ -151,7 +152,7 @@ def _read(folder: epath.Path, step: int | None) -> Saved:
     {n.removeprefix(kind): x for n, x in arrays.items() if n.startswith(kind)}
     for kind in ("params/", "balance/")
   )
-  return Saved(found, params, balance)
+  return Saved(found, params, balance, facts)
 
 
 def _manager(folder: epath.Path, *, ours: bool) -> ocp.CheckpointManager:
@@ -179,8 +180,8 @@ def _newest_whole(
   position: Callable[[], str] | None = None,
   only: int | None = None,
   remedy: str = "delete the folder to start anew, or restore it from a copy",
-) -> tuple[int, dict[str, np.ndarray], list[int]]:
-  """(step, arrays by name, later steps that are broken); the latter named on stderr.
+) -> tuple[int, dict[str, np.ndarray], dict[str, Any], list[int]]:
+  """(step, arrays by name, facts, later steps that are broken, named on stderr).
 
   Args:
     manager: of the folder.
@@ -195,7 +196,7 @@ def _newest_whole(
   broken: list[int] = []
   for step in steps:
     try:
-      return step, _whole(manager, folder, step, args, facts, position), broken
+      return step, *_whole(manager, folder, step, args, facts, position), broken
     except _Broken as error:
       print(f"checkpoint {folder / str(step)} is broken: {error}", file=sys.stderr)
       broken.append(step)
@@ -205,8 +206,10 @@ def _newest_whole(
   )
 
 
-def _whole(manager, folder, step, args, facts, position) -> dict[str, np.ndarray]:
-  """The arrays of one checkpoint, all of them compared with their digests."""
+def _whole(
+  manager, folder, step, args, facts, position
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """The arrays and facts of one checkpoint, all compared with their digests."""
   try:
     meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
     saved = manager.restore(step, args=meta)["meta"]
@@ -235,7 +238,7 @@ def _whole(manager, folder, step, args, facts, position) -> dict[str, np.ndarray
       + (f"and {len(wrong) - 1} more differ" if len(wrong) > 1 else "differs")
       + " from the digest saved with it"
     )
-  return arrays
+  return arrays, body["facts"]
 
 
 def _set_aside(folder: epath.Path, step: int) -> epath.Path:

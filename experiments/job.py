@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from etils import epath
 
@@ -14,37 +15,72 @@ from experiments import (
   state as states,
   tokens,
   vocabulary,
+  workdir,
 )
 from experiments.config import Run
-from experiments.errors import BadConfig
+from experiments.errors import BadCheckpoint, BadConfig, Unreachable
 from experiments.remote import place
 from experiments.signals import Stop
 from experiments.sitting import Options, Sitting, Trained
 
 
-def loaded(run: Run, cache: Path) -> tuple[dataset.Texts, tokens.Encoded]:
+def loaded(
+  run: Run, cache: Path, folder: epath.Path | None = None
+) -> tuple[dataset.Texts, tokens.Encoded]:
   """The data of a run, built first if the cache does not hold it.
 
+  Args:
+    run: whose data; a model that starts from another's keeps that one's vocabulary.
+    cache: of data sets.
+    folder: of the run, which holds its vocabulary once it has begun.
+
   Raises:
-    BadData: see `experiments.dataset`.
+    BadData: see `experiments.dataset` and `experiments.vocabulary`.
   """
   texts = dataset.load(cache, run.data)
-  words = vocabulary.of(run.data.tokenizer, cache, texts)
+  if run.start_from and run.data.tokenizer != "bytes":
+    own = None if folder is None else folder / "vocabulary"
+    start = workdir.opened(run.start_from, "start_from") / "vocabulary"
+    # It reads like a Path, in an object store too.
+    place = cast(Path, own if own is not None and own.exists() else start)
+    words = vocabulary.load(place, run.data.tokenizer)
+  else:
+    words = vocabulary.of(run.data.tokenizer, cache, texts)
   return texts, tokens.load(cache, texts, words)
 
 
 def check(runs: Sequence[tuple[Run, epath.Path]]) -> None:
-  """Whether optimizers fit models, before any data is built.
+  """Whether optimizers fit models and starts are there, before any data is built.
 
   Raises:
-    BadConfig: they do not.
+    BadConfig: an optimizer does not fit.
+    BadCheckpoint: a new run would start from a folder without checkpoints.
+    Unreachable: an object store cannot be read.
   """
-  for run, _ in runs:
+  for run, folder in runs:
     try:
+      _check_start(run, folder)
       _, shapes = states.blueprint(run.model, run.param_dtype)
       optim.optimizer(run.optim, steps=run.steps, params=shapes)
+    except (BadCheckpoint, Unreachable):
+      raise
     except ValueError as error:
       raise BadConfig(str(error)) from error
+
+
+def _check_start(run: Run, folder: epath.Path) -> None:
+  """A run that has begun needs what it started from no more."""
+  if not run.start_from:
+    return
+  start = workdir.opened(run.start_from, "start_from") / "checkpoints"
+  with workdir.reaching(folder):
+    begun = (folder / "config.json").exists()
+  with workdir.reaching(start):
+    if not begun and not start.is_dir():
+      raise BadCheckpoint(
+        f"start_from={run.start_from!r}: {start} holds no checkpoint; give the folder "
+        "of a run."
+      )
 
 
 def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
@@ -54,7 +90,7 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
     BadConfig, BadData, BadCheckpoint, Diverged, Stopped: see there.
   """
   check(runs)
-  texts, encoded = loaded(runs[0][0], options.cache)
+  texts, encoded = loaded(runs[0][0], options.cache, runs[0][1])
   held_out = list(texts.held_out)
   baselines = {
     "gzip -9": evaluate.gzip_bits(held_out, texts.domains, alone=False),

@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
   try:
     if arguments.dry_run:
       job.check(runs)
-      for run, _ in runs:
-        dry_run.show(run, *job.loaded(run, arguments.cache))
+      for run, folder in runs:
+        dry_run.show(run, *job.loaded(run, arguments.cache, folder))
     else:
       job.execute(runs, options)
   except (

@@ -23,11 +23,11 @@ from experiments import (
 )
 from experiments.config import Run
 from experiments.errors import BadCheckpoint, Diverged, Stopped
-from experiments.program import Program, program
+from experiments.program import program
 from experiments.remote import Place
 from experiments.signals import Stop
 from experiments.summary import summary
-from experiments.workdir import claim, write_json
+from experiments.workdir import claim, held, write_json
 from jmoe.analysis import cost
 from jmoe.use import to_jsonable
 
@@ -88,17 +88,22 @@ class Sitting:
     """Trains what is missing, evaluates, and writes the folder's files.
 
     Raises:
-      BadCheckpoint, Diverged, Stopped, Unreachable: see there.
+      BadCheckpoint, BadConfig, Diverged, Stopped, Unreachable: see there.
     """
+    begun = (self.folder / "config.json").exists()
+    state = None if begun else self._started()  # it may be refused
+    claim(self.run, self.folder)  # a folder that is killed from now on is this run's
+    with held(self.folder):
+      return self._finished(state)
+
+  def _finished(self, state: states.TrainState | None) -> Trained:
+    """The same, from the state of a new run if this is one."""
     run, folder = self.run, self.folder
-    begun = (folder / "config.json").exists()
-    state = None if begun else _started(run, self.program)  # it may be refused
-    claim(run, folder)  # before all else: a folder that is killed now is this run's
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", self._facts())
     if checkpoints.latest is not None:
       state = checkpoints.restore(jax.eval_shape(self.program.init), self.batches)
     elif state is None:
-      state = _started(run, self.program)
+      state = self._started()
     write_json(folder / "manifest.json", self.texts.manifest)
     self.encoded.vocabulary.save(Path(folder / "vocabulary"))
     self._send()  # a store that takes nothing is found before an hour is spent
@@ -161,6 +166,25 @@ class Sitting:
       self._send()
       raise
     return report, state
+
+  def _started(self) -> states.TrainState:
+    """The state before the first step; with another run's model if it says so."""
+    run, made = self.run, self.program
+    if not run.start_from:
+      return made.init()
+    saved = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
+    words = self.encoded.vocabulary.digest
+    if saved.facts.get("vocabulary", words) != words:
+      raise BadCheckpoint(
+        f"start_from={run.start_from!r}: that run has another vocabulary than "
+        f"data.tokenizer={run.data.tokenizer!r} gives here; give its tokenizer."
+      )
+    try:
+      return states.restarted(
+        made.init(), saved.params, saved.balance, optimizer=made.optimizer
+      )
+    except ValueError as error:
+      raise BadCheckpoint(str(error)) from error
 
   def _send(self) -> None:
     """Brings the store up to the folder, where they are two."""
@@ -262,19 +286,6 @@ class _Clock:
   def seconds(self) -> float:
     now = time.perf_counter() if self._end is None else self._end
     return self._before + now - self._begin
-
-
-def _started(run: Run, made: Program) -> states.TrainState:
-  """The state before the first step; with another run's model if it says so."""
-  if not run.start_from:
-    return made.init()
-  saved = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
-  try:
-    return states.restarted(
-      made.init(), saved.params, saved.balance, optimizer=made.optimizer
-    )
-  except ValueError as error:
-    raise BadCheckpoint(str(error)) from error
 
 
 def _headline(run: Run) -> str:

@@ -19,8 +19,10 @@ Local, or `gs://...` and `s3://...`, which `experiments.remote` brings here and 
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +30,7 @@ from etils import epath
 
 from experiments import extras
 from experiments.config import Run
-from experiments.errors import Unreachable
+from experiments.errors import BadConfig, Unreachable
 from experiments.settings import with_settings
 from jmoe.analysis import cost
 from jmoe.use import to_jsonable
@@ -89,6 +91,32 @@ def claim(run: Run, folder: epath.Path) -> None:
     write_json(folder / "config.json", to_jsonable(run))
 
 
+@contextlib.contextmanager
+def held(folder: epath.Path) -> Iterator[None]:
+  """Keeps other processes out of a claimed folder; the kernel lets go of one that died.
+
+  What is in an object store is worked on in a copy, which keeps nobody out.
+
+  Raises:
+    BadConfig: another process trains in it; nothing was written.
+  """
+  with open(folder / "config.json", "r+") as file:  # NFS locks what can be written
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise BadConfig(
+        f"--workdir {folder}: another process trains in it; wait for it or stop it, or "
+        "give another folder."
+      ) from None
+    except OSError as error:
+      print(
+        f"note: the file system of {folder} has no locks ({error.strerror}); see that "
+        "no other process trains in it.",
+        file=sys.stderr,
+      )
+    yield
+
+
 def write_json(path: epath.Path, value: Any) -> None:
   """A whole file, or the old one."""
   write_text(path, json.dumps(value, indent=2) + "\n")
@@ -106,8 +134,12 @@ def is_local(path: epath.Path) -> bool:
   return "://" not in str(path)
 
 
-def opened(workdir: str) -> epath.Path:
+def opened(workdir: str, argument: str = "--workdir") -> epath.Path:
   """A folder by its name, which may begin with gs:// or s3://.
+
+  Args:
+    workdir: its name.
+    argument: that gave it, for messages.
 
   Raises:
     ValueError: another scheme, or a package that this one needs is missing.
@@ -115,10 +147,10 @@ def opened(workdir: str) -> epath.Path:
   scheme, separator, _ = workdir.partition("://")
   if separator and scheme not in _PACKAGES:
     raise ValueError(
-      f"--workdir {workdir}: unknown scheme; give a local folder, gs:// or s3://."
+      f"{argument} {workdir}: unknown scheme; give a local folder, gs:// or s3://."
     )
   if separator:
-    extras.check(_PACKAGES[scheme], scheme, needed_by=f"--workdir {workdir}")
+    extras.check(_PACKAGES[scheme], scheme, needed_by=f"{argument} {workdir}")
   return epath.Path(workdir)
 
 

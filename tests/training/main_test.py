@@ -84,6 +84,16 @@ def nothing(job, folder):
       nothing,
       "a dense model cannot start from there",
     ),
+    (
+      ["--config", "micro", "--set", "start_from=nowhere"],
+      nothing,
+      "start_from='nowhere': nowhere/checkpoints holds no checkpoint",
+    ),
+    (
+      ["--config", "micro", "--set", "start_from=hf://a/b", "--dry-run"],
+      nothing,
+      "start_from hf://a/b: unknown scheme",
+    ),
   ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(

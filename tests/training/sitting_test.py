@@ -7,12 +7,13 @@ import os
 import pytest
 from etils import epath
 
-from experiments import loop, program, settings, sitting
+from experiments import job as job_of, loop, program, settings, sitting, vocabulary
 from experiments.checkpoint import Checkpoints, digests
-from experiments.errors import BadCheckpoint
+from experiments.errors import BadCheckpoint, BadConfig
 from experiments.remote import place
 from experiments.signals import Stop
 from experiments.sitting import Options, Sitting
+from experiments.workdir import held
 
 
 class Begun(Exception):
@@ -92,6 +93,41 @@ def test_a_start_that_cannot_be_is_one_line_and_leaves_nothing(
     begin(settings.with_settings(run, changes), tmp_path / "run")
   assert said in str(caught.value) and "\n" not in str(caught.value)
   assert not (tmp_path / "run").exists()
+
+
+def test_a_start_with_another_vocabulary_is_refused(job, begin, tmp_path):
+  other = Checkpoints(tmp_path / "other" / "checkpoints", {"vocabulary": "words"})
+  other.save(job.init(), job.batches())
+  other.close()
+  run = dataclasses.replace(job.run, start_from=str(tmp_path / "other"))
+  with pytest.raises(BadCheckpoint, match="another vocabulary than data.tokenizer='by"):
+    begin(run, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_starts_from_another_keeps_its_vocabulary(job, texts, cache):
+  model = dataclasses.replace(job.run.model, vocab_size=300)
+  words = dataclasses.replace(job.run.data, tokenizer="bpe:300")
+  run = dataclasses.replace(job.run, model=model, data=words)
+  other = vocabulary.trained("bpe:300", [b"abcabc " * 99])
+  other.save(cache / "start" / "vocabulary")
+  other.save(cache / "begun" / "vocabulary")
+  for start, folder in (("start", "new"), ("gone", "begun")):
+    tuned = dataclasses.replace(run, start_from=str(cache / start))
+    _, found = job_of.loaded(tuned, cache, epath.Path(cache / folder))
+    assert found.vocabulary.digest == other.digest
+  _, found = job_of.loaded(run, cache)
+  assert found.vocabulary.digest != other.digest
+
+
+def test_a_second_process_is_kept_out_of_a_folder(job, begin, tmp_path):
+  begin(job.run, tmp_path / "run")
+  files = {p: p.stat() for p in (tmp_path / "run").rglob("*")}
+  with held(epath.Path(tmp_path / "run")):
+    with pytest.raises(BadConfig, match="run: another process trains in it; wait"):
+      begin(job.run, tmp_path / "run")
+  assert {p: p.stat() for p in (tmp_path / "run").rglob("*")} == files
+  begin(job.run, tmp_path / "run")
 
 
 def test_a_damaged_start_is_refused(job, begin, trained, tmp_path, capsys):
