@@ -16,7 +16,7 @@ A corpus is named by `KIND` or `KIND:ARGUMENT`, with options behind a question m
 
 import dataclasses
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +30,8 @@ from experiments.corpora import (
   synthetic,
   tfds,
 )
-from experiments.corpora.types import Document, Found, digest, number
+from experiments.corpora.types import Document, Found, Sized, digest, number
+from experiments.errors import BadData
 from jmoe.use import nearest
 
 __all__ = ["KINDS", "Choice", "Document", "Spec", "chosen", "digest", "parse", "split"]
@@ -104,24 +105,31 @@ def chosen(choice: Choice) -> tuple[list[Document], dict[str, Any]]:
   of a domain, in the order of a hash, until there is nearly `max_bytes` of it.
 
   Raises:
-    BadData: what is named is not there, or cannot be read.
+    BadData: what is named is not there, or cannot be read; or a domain or a text
+      cannot be written as lines of UTF-8.
   """
   spec = parse(choice.corpus)
   found: Found = spec.module.found(
     spec.argument, max_bytes=choice.max_bytes, **dict(spec.options)
   )
-  dropped: dict[str, Any] = {}
-  docs = [
-    doc
-    for domain, some in found.domains.items()
-    for doc in _that_fit(some, choice.max_bytes, domain, dropped)
-  ]
+  dropped: dict[str, dict[str, int]] = {}
+  docs = []
+  for domain, some in found.domains.items():
+    if not domain.strip() == domain != "" or not domain.isprintable():
+      raise BadData(
+        f"data.corpus={choice.corpus}: a domain is called {domain!r}; give it a name "
+        "that can be printed, without spaces around it."
+      )
+    docs += _that_fit(some, choice.max_bytes, domain, dropped)
   docs.sort(key=lambda doc: doc.id)
   if choice.near_duplicates:
     docs, counts = near_duplicates.removed(docs, choice.near_duplicates)
     dropped["near duplicates"] = counts
   facts = dict(found.facts)
-  facts["dropped"] = facts.get("dropped", {}) | dropped
+  known = facts.get("dropped", {})
+  facts["dropped"] = known | {
+    why: _added(known.get(why, {}), counts) for why, counts in dropped.items()
+  }
   return docs, facts
 
 
@@ -146,23 +154,39 @@ def _is_out(doc: Document, out: set[str]) -> bool:
   return doc.source in out if doc.held_out is None else doc.held_out
 
 
+def _added(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+  return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
+
+
 def _that_fit(
-  docs: Iterable[Document], max_bytes: int, domain: str, dropped: dict[str, Any]
+  docs: Sized | Sequence[Document],
+  max_bytes: int,
+  domain: str,
+  dropped: dict[str, dict[str, int]],
 ) -> Iterator[Document]:
   """Those of a domain that fit; no more are read once nine tenths are full."""
+
+  def drop(why: str, count: int = 1) -> None:
+    counts = dropped.setdefault(why, {})
+    counts[domain] = counts.get(domain, 0) + count
+
   used = 0
-  for doc in docs:
-    if not doc.text.strip():
-      empty = dropped.setdefault("empty", {})
-      empty[domain] = empty.get(domain, 0) + 1
-      continue
-    size = len(doc.text.encode())
-    if used + size <= max_bytes:
-      used += size
-      yield doc
+  for place, doc in enumerate(docs, 1):
+    try:
+      text = doc.text.encode()
+    except UnicodeEncodeError as error:
+      raise BadData(
+        f"document {doc.id}: character {error.start} is half of a surrogate pair; "
+        "write whole characters."
+      ) from None
+    if not text[doc.unscored :].strip():
+      drop("empty")
+    elif used + len(text) > max_bytes:
+      drop("over max_bytes")
     else:
-      more = dropped.setdefault("over max_bytes", {})
-      more[domain] = more.get(domain, 0) + 1
+      used += len(text)
+      yield doc
     if used > 0.9 * max_bytes:
-      dropped.setdefault("not read further", []).append(domain)
+      if place < len(docs):
+        drop("not read further", len(docs) - place)
       return

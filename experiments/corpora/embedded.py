@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.corpora.types import Document, Found, by_hash
+from experiments.corpora.types import Document, Found, Sized, by_hash
 
 ARGUMENT, OPTIONS = "", ()
 
@@ -32,16 +32,20 @@ def found(argument: str, *, max_bytes: int) -> Found:
   """Documents whose sources are topics, paths of modules and parts of files."""
   del argument, max_bytes
   parsed = functools.cache(_parsed)  # two domains read the same modules
-  files = by_hash(modules())
+  files, notices = by_hash(modules()), by_hash(_notices())
+  topics = by_hash(_topics().items())
   texts = {
-    "prose": _prose(),
-    "docstrings": _once((name, parsed(path)[0]) for name, path in files),
-    "code": ((name, parsed(path)[1]) for name, path in files),
-    "notices": by_hash(_notices()),
+    "prose": (topics, _once((name, text.split("\n\n")) for name, text in topics)),
+    "docstrings": (files, _once((name, parsed(path)[0]) for name, path in files)),
+    "code": (files, ((name, parsed(path)[1]) for name, path in files)),
+    "notices": (notices, notices),
   }
   version = ".".join(map(str, sys.version_info[:3]))
   return Found(
-    {domain: _documents(domain, pairs) for domain, pairs in texts.items()},
+    {
+      domain: Sized(len(some), _documents(domain, pairs))
+      for domain, (some, pairs) in texts.items()
+    },
     {"versions": {"python": version}},
   )
 
@@ -64,10 +68,10 @@ def _once(texts: Iterable[tuple[str, list[str]]]) -> Iterator[tuple[str, str]]:
     yield source, "\n\n".join(new)
 
 
-def _prose() -> Iterator[tuple[str, str]]:
+def _topics() -> dict[str, str]:
   from pydoc_data.topics import topics
 
-  yield from _once((name, text.split("\n\n")) for name, text in by_hash(topics.items()))
+  return topics
 
 
 def modules() -> Iterator[tuple[str, Path]]:

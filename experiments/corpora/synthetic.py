@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.corpora.types import Document, Found
+from experiments.corpora.types import Document, Found, Sized
 
 ARGUMENT, OPTIONS = "", ()
 
@@ -38,7 +38,10 @@ def found(argument: str, *, max_bytes: int) -> Found:
   del argument, max_bytes
   domains = [f"language-{n}" for n in range(NUM_DOMAINS)]
   facts = {"ideal_nats": IDEAL_NATS, "letter_nats": LETTER_NATS}
-  return Found({name: _documents(n, name) for n, name in enumerate(domains)}, facts)
+  return Found(
+    {name: Sized(_DOCUMENTS, _documents(n, name)) for n, name in enumerate(domains)},
+    facts,
+  )
 
 
 def _documents(domain: int, name: str) -> Iterator[Document]:

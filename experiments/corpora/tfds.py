@@ -4,17 +4,19 @@
 TFDS_DATA_DIR (`~/tensorflow_datasets` if it is not set).  It must be in array_record
 files, which need no TensorFlow.  The text is the feature `text`, or the only one that
 is text, or that of `?text=NAME`; `?domain=NAME` names a feature, of text or of labels,
-that tells domains apart.  A split named validation, test or held_out is held out.
+that tells domains apart.  The first split named validation, test or held_out is held
+out; splits that are neither this nor train are not read, but counted in the manifest.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.corpora.types import Document, Found, by_hash
+from experiments.corpora.types import Document, Found, Sized, by_hash
 from experiments.errors import BadData
 from jmoe.use import nearest
 
@@ -22,6 +24,8 @@ ARGUMENT, OPTIONS = "NAME_OR_FOLDER", ("text", "domain")
 
 _INFO = "dataset_info.json"
 _HELD_OUT = ("validation", "test", "held_out")  # the first that there is
+_SHOWN = 4  # of several data sets
+_UNLABELLED = "unlabelled"  # a label of -1 says that there is none
 
 
 def state(argument: str) -> str:
@@ -40,19 +44,22 @@ def found(argument: str, *, max_bytes: int, text: str = "", domain: str = "") ->
     "tensorflow_datasets", "data", needed_by=f"corpus tfds:{argument}"
   )
   folder = _folder(argument)
-  builder = tfds.builder_from_directory(folder)
   where = f"data.corpus=tfds:{argument}"
-  written = builder.info.file_format.value
+  with _reading(where, folder):
+    builder = tfds.builder_from_directory(folder)
+    written = builder.info.file_format.value
   if written != "array_record":
     raise BadData(
       f"{where} is in {written} files; prepare it with file_format='array_record'."
     )
-  splits = list(builder.info.splits)
-  if "train" not in splits:
-    raise BadData(f"{where} has the splits {', '.join(splits)}, but no train.")
+  counts = {name: split.num_examples for name, split in builder.info.splits.items()}
+  if "train" not in counts:
+    raise BadData(
+      f"{where} has the splits {', '.join(counts)}, but no train; give another."
+    )
   features = builder.info.features
   strings = sorted(n for n, f in features.items() if isinstance(f, tfds.features.Text))
-  text = text or _text(strings, where)
+  text = text or _text(strings, list(features), where)
   labels = [n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
   for option, name, known in (
     ("text", text, strings),
@@ -61,51 +68,81 @@ def found(argument: str, *, max_bytes: int, text: str = "", domain: str = "") ->
     if name and name not in known:
       raise BadData(f"{where}: ?{option}={name} is none of its; {nearest(name, known)}")
   names = features[domain].names if domain in labels else None
-  held_out = [name for name in _HELD_OUT if name in splits][:1]
-  sources = {name: builder.as_data_source(name) for name in ["train", *held_out]}
+  read = ["train", *[name for name in _HELD_OUT if name in counts][:1]]
+  with _reading(where, folder):
+    sources = {name: builder.as_data_source(name) for name in read}
 
   def domain_of(record: Any) -> str:
     if not domain:
       return builder.name
-    return names[record[domain]] if names else record[domain].decode()
+    if names is None:
+      return record[domain].decode()
+    return names[record[domain]] if record[domain] >= 0 else _UNLABELLED
 
   def documents() -> Iterator[Document]:
     places = ((f"{s}/{n}", (s, n)) for s in sources for n in range(len(sources[s])))
     for place, (split, n) in by_hash(places):
-      record = sources[split][n]
+      with _reading(where, folder):
+        record = sources[split][n]
       try:
         name, string = domain_of(record).replace("/", "-"), record[text].decode()
       except UnicodeDecodeError as error:
         raise BadData(
-          f"{where}, record {place}: byte {error.start} is not UTF-8."
+          f"{where}, record {place}: byte {error.start} is not UTF-8; prepare the data "
+          "set anew, from text in UTF-8."
         ) from None
-      side = split != "train" if held_out else None
+      side = split != "train" if len(read) > 1 else None
       yield Document(name, place, string, held_out=side)
 
-  facts = {"versions": {builder.info.full_name: str(builder.version)}}
+  facts: dict[str, Any] = {"versions": {builder.info.full_name: str(builder.version)}}
+  if unread := {name: n for name, n in counts.items() if name not in read}:
+    facts["dropped"] = {"splits": unread}
   if not domain:
-    return Found({builder.name: documents()}, facts)
-  return Found(_sorted_out(documents(), max_bytes), facts)
+    count = sum(len(source) for source in sources.values())
+    return Found({builder.name: Sized(count, documents())}, facts)
+  return Found(_sorted_out(documents(), max_bytes, facts), facts)
+
+
+@contextlib.contextmanager
+def _reading(where: str, folder: Path) -> Iterator[None]:
+  try:
+    yield
+  except ImportError:
+    raise
+  except Exception as error:  # tfds and array_record raise many kinds
+    raise BadData(
+      f"{where}: {folder} cannot be read ({type(error).__name__}: "
+      f"{' '.join(str(error).split())[:200]}); prepare the data set anew."
+    ) from error
 
 
 def _sorted_out(
-  documents: Iterator[Document], max_bytes: int
+  documents: Iterator[Document], max_bytes: int, facts: dict[str, Any]
 ) -> dict[str, list[Document]]:
   """By domain, in the order that they came; what can not be taken is not kept."""
   domains: dict[str, list[Document]] = {}
   sizes: dict[str, int] = {}
+  over: dict[str, int] = {}
   for doc in documents:
-    if sizes.get(doc.domain, 0) <= max_bytes:
-      sizes[doc.domain] = sizes.get(doc.domain, 0) + len(doc.text.encode())
-      domains.setdefault(doc.domain, []).append(doc)
+    some, used = domains.setdefault(doc.domain, []), sizes.get(doc.domain, 0)
+    size = len(doc.text.encode())
+    if used + size <= max_bytes:
+      sizes[doc.domain] = used + size
+      some.append(doc)
+    else:
+      over[doc.domain] = over.get(doc.domain, 0) + 1
+  if over:
+    facts["dropped"] = facts.get("dropped", {}) | {"over max_bytes": over}
   return dict(sorted(domains.items()))
 
 
-def _text(strings: list[str], where: str) -> str:
+def _text(strings: list[str], features: list[str], where: str) -> str:
   if "text" in strings or len(strings) == 1:
     return "text" if "text" in strings else strings[0]
   if not strings:
-    raise BadData(f"{where} has no feature of text.")
+    raise BadData(
+      f"{where} has no feature of text, but {', '.join(features)}; give another."
+    )
   raise BadData(
     f"{where} has several texts; choose one: ?text={' or ?text='.join(strings)}."
   )
@@ -119,11 +156,21 @@ def _folder(argument: str) -> Path:
   for start in (Path(argument), root / name):
     infos = [start / _INFO, *start.glob(f"*/{_INFO}"), *start.glob(f"*/*/{_INFO}")]
     folders = [info.parent for info in infos if info.is_file()]
+    # One folder, or versions of one configuration, that lie side by side.
+    choices = sorted(
+      {folder.parent if folder != start else start for folder in folders}
+    )
+    if len(choices) > 1:
+      names = " or ".join(f"tfds:{folder}" for folder in choices[:_SHOWN])
+      more = f" or {len(choices) - _SHOWN} others" if len(choices) > _SHOWN else ""
+      raise BadData(
+        f"data.corpus=tfds:{argument} is several data sets; choose one: {names}{more}."
+      )
     if folders:
       return max(folders, key=lambda folder: (_version(folder), folder.as_posix()))
   raise BadData(
     f"data.corpus=tfds:{argument}: no such data set on disk (looked for {argument} and "
-    f"{root / name}); nothing is downloaded here."
+    f"{root / name}); nothing is downloaded here, so prepare it first."
   )
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
@@ -23,14 +23,27 @@ class Document(NamedTuple):
     return f"{self.domain}/{self.source}"
 
 
+class Sized:
+  """Documents that are made as they are read, and how many they will be."""
+
+  def __init__(self, count: int, documents: Iterable[Document]):
+    self._count, self._documents = count, documents
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __iter__(self) -> Iterator[Document]:
+    return iter(self._documents)
+
+
 class Found(NamedTuple):
   """A corpus before anything is left out of it.
 
-  Iterables are read once, in order, and only as far as there is room for their domain;
+  Documents are read once, in order, and only as far as there is room for their domain;
   so `facts` may still grow while they are.
   """
 
-  domains: Mapping[str, Iterable[Document]]
+  domains: Mapping[str, Sized | Sequence[Document]]
   facts: dict[str, Any]  # for the manifest: where it comes from, what is not there
 
 

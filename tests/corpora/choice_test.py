@@ -4,7 +4,8 @@
 import pytest
 
 from experiments import corpora
-from experiments.corpora.types import Document, number
+from experiments.corpora.types import Document, Found, number
+from experiments.errors import BadData
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,42 @@ def test_a_domain_stops_at_its_size_and_says_so(tmp_path):
   docs, facts = corpora.chosen(corpora.Choice(name, 1050))
   assert len(whole) == 20 and len(docs) == 10
   assert set(docs) < set(whole)
-  assert facts["dropped"]["not read further"] == ["a"]
+  dropped = facts["dropped"]
+  empty = dropped.get("empty", {}).get("a", 0)
+  assert dropped["not read further"] == {"a": 21 - 10 - empty}  # each is counted
   _, facts = corpora.chosen(corpora.Choice(name, 1 << 20))
   assert facts["dropped"] == {"empty": {"a": 1}}
+
+
+@pytest.mark.parametrize("name", ["", " ", "a ", "a\nb", "a\x00b"])
+def test_a_domain_whose_name_would_not_come_back_is_refused(monkeypatch, name):
+  found = Found({name: documents(3, name), "z": documents(3, "z")}, {})
+  monkeypatch.setattr(corpora.synthetic, "found", lambda *_, **__: found)
+  with pytest.raises(BadData, match="a domain is called .*give it a name") as error:
+    corpora.chosen(corpora.Choice("synthetic", 100))
+  assert repr(name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_half_a_surrogate_pair_is_named_with_its_document(monkeypatch):
+  docs = [Document("a", "x", "ab\ud800")]
+  monkeypatch.setattr(
+    corpora.synthetic, "found", lambda *_, **__: Found({"a": docs}, {})
+  )
+  with pytest.raises(BadData, match="document a/x: character 2 is half of a surrogate"):
+    corpora.chosen(corpora.Choice("synthetic", 100))
+
+
+def test_a_prompt_without_an_answer_counts_as_empty(monkeypatch):
+  docs = [Document("a", "1", "ask", 3), Document("a", "2", "ask it", 3)]
+  monkeypatch.setattr(
+    corpora.synthetic, "found", lambda *_, **__: Found({"a": docs}, {})
+  )
+  kept, facts = corpora.chosen(corpora.Choice("synthetic", 100))
+  assert kept == docs[1:] and facts["dropped"] == {"empty": {"a": 1}}
+
+
+def test_embedded_text_counts_all_that_it_leaves():
+  some, facts = corpora.chosen(corpora.Choice("embedded", 20_000))
+  whole, _ = corpora.chosen(corpora.Choice("embedded", 1 << 40))
+  left = sum(sum(counts.values()) for counts in facts["dropped"].values())
+  assert len(some) + left >= len(whole) > 2 * len(some)

@@ -1,9 +1,12 @@
 """Data sets of tensorflow-datasets that are on disk already."""
 # SPDX-License-Identifier: Apache-2.0
 
+import shutil
+
 import pytest
 import tensorflow_datasets as tfds
 
+from experiments import corpora
 from experiments.errors import BadData
 
 
@@ -70,3 +73,84 @@ def test_what_is_not_there_is_named(root, chosen, monkeypatch, name, said):
   with pytest.raises(BadData) as error:
     chosen(name)
   assert said in str(error.value) and "\n" not in str(error.value)
+
+
+class Notes(tfds.core.GeneratorBasedBuilder):
+  BUILDER_CONFIGS = [
+    tfds.core.BuilderConfig(name=name, version=tfds.core.Version("1.0.0"))
+    for name in ("de", "en")
+  ]
+  code_path = None
+
+  def _info(self):
+    features = {
+      "kind": tfds.features.ClassLabel(names=["memo", "letter"]),
+      "text": tfds.features.Text(),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    names = ("train", "validation", "test", "unsupervised")
+    return {name: self._generate_examples() for name in names}
+
+  def _generate_examples(self):
+    for n in range(30):
+      yield n, {"kind": n % 3 - 1, "text": "long " * 40 if n % 2 else f"short {n}"}
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("notes")
+  for config in ("de", "en"):
+    Notes(
+      data_dir=str(folder), config=config, file_format="array_record"
+    ).download_and_prepare()
+  return folder
+
+
+def test_several_configurations_are_a_choice(notes, chosen, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(notes))
+  with pytest.raises(BadData, match="choose one: tfds:.*notes/de or tfds:.*notes/en"):
+    chosen("tfds:notes")
+  assert len(chosen("tfds:notes/en")) == len(chosen("tfds:notes/de:1.0.0")) == 60
+
+
+def test_splits_that_are_not_read_are_counted(notes):
+  _, facts = corpora.chosen(corpora.Choice(f"tfds:{notes / 'notes/de'}", 1 << 20))
+  assert facts["dropped"] == {"splits": {"test": 30, "unsupervised": 30}}
+
+
+def test_a_record_without_a_label_is_of_no_labels_domain(notes, chosen):
+  docs = chosen(f"tfds:{notes / 'notes/de'}?domain=kind")
+  domains = [doc.domain for doc in docs]
+  assert {name: domains.count(name) for name in domains} == {
+    "letter": 20,
+    "memo": 20,
+    "unlabelled": 20,
+  }
+
+
+def test_a_document_over_max_bytes_does_not_take_the_others_with_it(notes):
+  name = f"tfds:{notes / 'notes/de'}?domain=kind"
+  docs, facts = corpora.chosen(corpora.Choice(name, 150))
+  assert {doc.domain for doc in docs} == {"letter", "memo", "unlabelled"}
+  assert all(doc.text.startswith("short") for doc in docs) and len(docs) == 30
+  assert facts["dropped"]["over max_bytes"] == dict.fromkeys(
+    ("letter", "memo", "unlabelled"), 10
+  )
+
+
+def test_a_broken_data_set_is_one_line(notes, chosen, tmp_path):
+  folder = shutil.copytree(notes / "notes/de/1.0.0", tmp_path / "1.0.0")
+  (file,) = folder.glob("*train.array_record*")
+  file.write_bytes(file.read_bytes()[:100])
+  with pytest.raises(
+    BadData, match="cannot be read .*prepare the data set anew"
+  ) as error:
+    chosen(f"tfds:{folder}")
+  assert "\n" not in str(error.value)
+  (folder / "dataset_info.json").write_text("{")
+  with pytest.raises(BadData, match="cannot be read .*prepare the data set anew"):
+    chosen(f"tfds:{folder}")
