@@ -31,7 +31,7 @@ SPLITS = ("train", "held_out")
 class TextDomains(tfds.core.GeneratorBasedBuilder):
   """Documents of a corpus: their text, domain and id; splits train and held_out."""
 
-  VERSION = tfds.core.Version("2.0.0")
+  VERSION = tfds.core.Version("2.1.0")
   # Nothing is downloaded, so there are no checksums beside this file; tfds looks for
   # them with a package (importlib_resources) that it does not install.
   code_path = None
@@ -162,7 +162,14 @@ def _build(folder: Path, choice: corpora.Choice) -> None:
   except OSError as error:
     raise BadData(f"corpus {choice.corpus} cannot be read ({error}).") from error
   documents = corpora.split(found)
-  if len({doc.held_out for doc in documents}) < 2:
+  sides = {doc.held_out for doc in documents}
+  if len(sides) < 2 and all(doc.held_out is not None for doc in found) and documents:
+    side = "held out" if True in sides else "to be trained on"
+    raise BadData(
+      f"all {len(documents)} documents of corpus {choice.corpus} say that they are "
+      f"{side}; state the other side for some, or leave it out."
+    )
+  if len(sides) < 2:
     raise BadData(
       f"data.max_bytes={choice.max_bytes} leaves {len(documents)} documents of corpus "
       f"{choice.corpus}, too few to hold one out; make it larger, or add documents."

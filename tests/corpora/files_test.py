@@ -1,7 +1,10 @@
 """Corpora of a user's own files: folders of text, and lines of JSON."""
 # SPDX-License-Identifier: Apache-2.0
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 
 import pytest
@@ -44,6 +47,63 @@ def test_an_undecodable_byte_is_named_with_its_file_and_place(tmp_path, chosen):
     doc.source: doc.text for doc in chosen(f"folder:{tmp_path}?encoding=latin-1")
   }
   assert found["alt.txt"] == "abc Grüße"
+
+
+def test_links_are_followed_and_what_is_not_read_is_counted(tmp_path):
+  root = tmp_path / "texts"
+  write(tmp_path / "elsewhere" / "a.txt", "one")
+  write(root / "b" / "b.txt", "two")
+  write(root / "b" / ".hidden", "not this")
+  write(root / ".git" / "config", "nor this")
+  (root / "a").symlink_to("../elsewhere")
+  (root / "b" / "same.txt").symlink_to("b.txt")
+  (root / "b" / "round").symlink_to("..")
+  (root / "gone").symlink_to("nowhere")
+  os.mkfifo(root / "b" / "pipe")
+  docs, facts = corpora.chosen(corpora.Choice(f"folder:{root}", 1000))
+  assert [doc.id for doc in docs] == ["a/a.txt", "b/b.txt", "b/same.txt"]
+  assert facts["dropped"] == {
+    "hidden names": 2,
+    "links back": [f"{root}/b/round"],
+    "links to nothing, pipes and devices": [f"{root}/b/pipe", f"{root}/gone"],
+  }
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path, chosen):
+  write(tmp_path / "f" / "a" / "x.txt", "\ufeffGrüße")
+  assert [doc.text for doc in chosen(f"folder:{tmp_path / 'f'}")] == ["Grüße"]
+  write(tmp_path / "x.jsonl", '\ufeff{"text": "one"}\r\n{"text": "two"}')
+  assert [doc.text for doc in chosen(f"jsonl:{tmp_path / 'x.jsonl'}")] == ["one", "two"]
+
+
+def test_two_files_that_would_be_one_document_are_named(tmp_path, chosen):
+  write(tmp_path / "files" / "x.txt", "one")
+  write(tmp_path / "x.txt", "two")
+  with pytest.raises(BadData, match="x.txt and .*x.txt would both .*rename one"):
+    chosen(f"folder:{tmp_path}")
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path, chosen):
+  (tmp_path / "a").mkdir()
+  with open(os.fsencode(tmp_path / "a") + b"/caf\xe9", "wb") as file:
+    file.write(b"text")
+  with pytest.raises(BadData, match=r"a/caf\\udce9': its name is not UTF-8; rename it"):
+    chosen(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("encoding", ["base64", "rot13", "undefined", "", "a%00b"])
+def test_what_is_no_encoding_of_text_is_refused(tmp_path, chosen, encoding):
+  write(tmp_path / "a" / "x", "text")
+  with pytest.raises(BadData, match="unknown encoding .*give a name that Python knows"):
+    chosen(f"folder:{tmp_path}?encoding={encoding}")
+
+
+def test_an_encoding_that_does_not_say_where_it_fails_is_still_one_line(
+  tmp_path, chosen
+):
+  write(tmp_path / "a" / "x", "a-!!")
+  with pytest.raises(BadData, match="a/x: is not punycode; convert the file"):
+    chosen(f"folder:{tmp_path}?encoding=punycode")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +163,40 @@ def test_a_folder_of_lines_has_a_domain_for_each_file(tmp_path, chosen):
   assert [doc.id for doc in chosen(f"jsonl:{tmp_path}")] == ["a/1", "a/2", "b/1"]
 
 
+@pytest.mark.parametrize("module", [bz2, gzip, lzma])
+def test_lines_may_be_packed_and_a_cut_file_is_named(tmp_path, chosen, module):
+  path = tmp_path / f"x.jsonl.{ {bz2: 'bz2', gzip: 'gz', lzma: 'xz'}[module] }"
+  whole = module.compress("\n".join(f'{{"text": "{n}"}}' for n in range(999)).encode())
+  write(path, whole)
+  assert {doc.domain for doc in chosen(f"jsonl:{path}")} == {"x"}
+  assert len(chosen(f"jsonl:{tmp_path}")) == 999
+  for broken in (whole[:-9], b"no packed text"):
+    write(path, broken)
+    with pytest.raises(
+      BadData, match=f"{path}: cut short, altered or not .{path.suffix[1:]}"
+    ):
+      chosen(f"jsonl:{path}")
+
+
+def test_what_a_folder_of_lines_holds_beside_them_is_named(tmp_path):
+  write(tmp_path / "a.jsonl", '{"text": "one"}')
+  write(tmp_path / "b" / "c.jsonl", '{"text": "not this"}')
+  write(tmp_path / ".d.jsonl", '{"text": "nor this"}')
+  docs, facts = corpora.chosen(corpora.Choice(f"jsonl:{tmp_path}", 1000))
+  assert [doc.id for doc in docs] == ["a/1"]
+  assert facts["dropped"] == {"not *.jsonl": [".d.jsonl", "b"]}
+
+
+@pytest.mark.parametrize(("side", "said"), [(True, "held out"), (False, "trained on")])
+def test_lines_that_are_all_on_one_side_are_refused(tmp_path, side, said):
+  lines = (json.dumps({"text": str(n), "held_out": side}) for n in range(9))
+  write(tmp_path / "x.jsonl", "\n".join(lines))
+  name = f"jsonl:{tmp_path / 'x.jsonl'}"
+  config = Data(max_bytes=1000, seq=8, batch=1, eval_context=0, corpus=name)
+  with pytest.raises(BadData, match=f"all 9 documents .*{said}; state the other side"):
+    dataset.load(tmp_path / "cache", config)
+
+
 @pytest.mark.parametrize(
   ("line", "said"),
   [
@@ -114,6 +208,13 @@ def test_a_folder_of_lines_has_a_domain_for_each_file(tmp_path, chosen):
     (b'{"prompt": "a"}', "no 'answer'"),
     (b'{"prompt": "a", "answer": "b", "text": "c"}', "write one of them"),
     (b'{"text": "a", "domain": "x/y"}', "without a slash"),
+    (b'{"text": "a", "domain": null}', '"domain" is None; write a text'),
+    (b'{"text": "a", "id": {"x": 1}}', "leave it out"),
+    (b'{"text": "a", "id": true}', "leave it out"),
+    (b'{"text": "a", "domain": "\\ud800"}', "half of a surrogate pair"),
+    (b'{"text": "a", "text": "b"}', "a key is there twice"),
+    (b'{"lines_sha256": "a"}', "give packed:FILE"),
+    (b"[" * 100_000, "nested too deeply"),
     (b'{"text": "a", "held_out": 1}', "write true or false"),
     (b'{"text": "\xff"}', "its byte 10 is not UTF-8"),
     (b'{"text": "\\ud800"}', "half of a surrogate pair"),
