@@ -8,6 +8,7 @@ of.  Any corpus can be packed.  Exit codes: 0 written, 2 bad input or nothing to
 import argparse
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 from experiments import corpora
@@ -15,13 +16,14 @@ from experiments.corpora import packed
 from experiments.corpora.manifest import manifest
 from experiments.errors import BadData
 from experiments.extras import MissingExtra
+from experiments.parser import Parser
 
 _ALL = 1 << 62  # bytes of a domain
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m experiments.corpora",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -29,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
   add = parser.add_argument
   add("corpus", help=f"KIND or KIND:ARGUMENT; kinds: {', '.join(corpora.KINDS)}")
   add("--out", required=True, type=Path, help="FILE.jsonl.xz or FILE.jsonl.gz")
-  add("--max-bytes", type=int, default=_ALL, metavar="N", help="of a domain at most")
+  add("--max-bytes", type=_size, default=_ALL, metavar="N", help="of a domain at most")
   add(
     "--near-duplicates",
-    type=float,
+    type=_similarity,
     default=0.0,
     metavar="SIMILARITY",
     help="leave out documents so similar to one kept, for instance 0.8",
@@ -45,13 +47,16 @@ def main(argv: list[str] | None = None) -> int:
       raise BadData(f"--out {out}: the suffix says how to pack; end it in .xz or .gz.")
     if not out.parent.is_dir():
       raise BadData(f"--out {out}: there is no folder {out.parent}; make it.")
-    if arguments.encoding:
-      name += f"{'&' if '?' in name else '?'}encoding={arguments.encoding}"
+    if arguments.encoding is not None:
+      value = urllib.parse.quote(arguments.encoding)
+      name += f"{'&' if '?' in name else '?'}encoding={value}"
     start = time.perf_counter()
     chosen = corpora.Choice(name, arguments.max_bytes, arguments.near_duplicates)
     documents, facts = corpora.chosen(chosen)
     if not documents:
-      raise BadData(f"corpus {name} has no documents; nothing was written.")
+      left_out = {why: some for why, some in facts["dropped"].items() if some}
+      why = f" that can be taken; left out: {left_out}" if left_out else ""
+      raise BadData(f"corpus {name} has no documents{why}; nothing was written.")
     about = manifest(corpora.split(documents), facts, chosen)
     packed.write(out, documents, about)
   except (ValueError, MissingExtra, OSError) as error:
@@ -68,6 +73,22 @@ def main(argv: list[str] | None = None) -> int:
     f"{time.perf_counter() - start:.0f} s"
   )
   return 0
+
+
+def _size(text: str) -> int:
+  if not text.isdecimal() or int(text) == 0:
+    raise argparse.ArgumentTypeError(f"{text!r}; give a number of bytes over 0")
+  return int(text)
+
+
+def _similarity(text: str) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    value = -1.0
+  if not 0 <= value <= 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is a similarity; give one of 0 to 1")
+  return value
 
 
 if __name__ == "__main__":

@@ -47,9 +47,17 @@ def found(argument: str, *, max_bytes: int) -> Found:
     with _reader(path) as file:
       manifest, documents = _read(file)
   except FileNotFoundError as error:
-    raise BadData(f"data.corpus=packed:{path}: there is no such file.") from error
-  except OSError as error:  # of gzip too, where a byte differs
-    raise _broken(path, error.strerror or str(error)) from error
+    raise BadData(
+      f"data.corpus=packed:{path}: there is no such file; build it with `python -m "
+      "experiments.corpora`, or copy it here."
+    ) from error
+  except OSError as error:
+    if error.errno is None:  # gzip's, where a byte differs
+      raise _broken(path, str(error)) from error
+    raise BadData(
+      f"data.corpus=packed:{path}: cannot be read ({error.strerror}); give a file made "
+      "by `python -m experiments.corpora`."
+    ) from error
   except (EOFError, lzma.LZMAError, zlib.error) as error:
     raise _broken(path, str(error)) from error
   except (ValueError, KeyError, TypeError) as error:

@@ -96,6 +96,13 @@ def test_an_altered_line_is_refused_by_its_digest(tmp_path, source, chosen):
     (["packed:{}/none", "--out", "{}/x.gz"], "there is no such file"),
     (["packed:{}/old.txt", "--out", "{}/x.gz"], "cut short or altered"),
     (["jsonl:{}/empty.jsonl", "--out", "{}/x.gz"], "no documents; nothing was written"),
+    (["packed:{}", "--out", "{}/x.gz"], "cannot be read (Is a directory); give a file"),
+    (
+      ["synthetic", "--max-bytes", "9", "--out", "{}/x.gz"],
+      "left out: {{'over max_byt",
+    ),
+    (["folder:{}", "--encoding", "", "--out", "{}/x.gz"], "unknown encoding ''"),
+    (["folder:{}", "--encoding", "a&b", "--out", "{}/x.gz"], "unknown encoding 'a&b'"),
   ],
 )
 def test_a_build_that_cannot_be_is_one_line_and_no_file(
@@ -106,8 +113,25 @@ def test_a_build_that_cannot_be_is_one_line_and_no_file(
   files = sorted(tmp_path.rglob("*"))
   assert build.main([part.format(tmp_path) for part in arguments]) == 2
   shown = capsys.readouterr()
-  assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+  assert said.format() in shown.err and shown.err.count("\n") == 1 and shown.out == ""
   assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--max-bytes", "0"], "--max-bytes: '0'; give a number of bytes over 0"),
+    (["--max-bytes", "1e6"], "--max-bytes: '1e6'; give a number"),
+    (["--near-duplicates", "2"], "'2' is a similarity; give one of 0 to 1"),
+    (["--near-duplicates", "nan"], "'nan' is a similarity"),
+    (["--encodin"], "expected one argument"),
+  ],
+)
+def test_a_bad_argument_of_a_build_is_one_line(tmp_path, capsys, arguments, said):
+  with pytest.raises(SystemExit) as stopped:
+    build.main(["synthetic", "--out", str(tmp_path / "x.gz"), *arguments])
+  shown = capsys.readouterr().err
+  assert stopped.value.code == 2 and said in shown and shown.count("\n") == 1
 
 
 def test_an_encoding_reaches_the_folder(tmp_path, chosen):
