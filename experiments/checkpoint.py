@@ -228,6 +228,8 @@ def _whole(
     arrays = {name: np.asarray(x) for name, x in restored.items()}
   except Exception as error:
     raise _Broken(f"it cannot be read ({_line(error)})") from error
+  if (of := arrays.get("step")) is None or int(of) != step:
+    raise _Broken(f"it holds the state of step {of}")
   found = digests(arrays)
   wrong = [name for name, value in body["digests"].items() if found.get(name) != value]
   if position is not None and position() != body["data"]:

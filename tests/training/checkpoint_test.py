@@ -132,6 +132,14 @@ def test_a_missing_item_is_passed_over(job, copy):
   assert int(restored(job, copy)[0].step) == 2
 
 
+def test_a_copy_under_another_step_is_passed_over(job, saved, copy, capsys):
+  shutil.copytree(copy / "4", copy / "5")
+  state, _ = restored(job, copy)
+  assert digests(state) == saved[1][4]
+  assert "5 is broken: it holds the state of step 4" in capsys.readouterr().err
+  assert (copy.parent / "broken" / "5").exists() and not (copy / "5").exists()
+
+
 def test_a_moved_data_position_is_found(job, copy, capsys):
   (path,) = (copy / "4" / "data").glob("*.json")
   text = path.read_text()
