@@ -19,7 +19,8 @@ def compared(runs: Sequence[Recorded]) -> dict[str, Any]:
   """All that is to be said of runs, as JSON has it.
 
   `arms`: for each, `runs`, `seeds`, `finished`, and the intervals of its values;
-  `against` the first arm, for each other one: `bits_per_byte` differences by domain,
+  `against` the first arm, for each other one: `same_text`, without which the rest says
+  little, `bits_per_byte` differences by domain,
   `pooled_deviations` of that of all domains, `compute_to_equal_loss`, and `config`
   differences.
 
@@ -56,6 +57,7 @@ def _alone(arm: Arm) -> dict[str, Any]:
   return {
     "runs": [str(run.path) for run in runs],
     "seeds": [run.seed for run in runs],
+    "same_text": grouping.same_text(runs),
     "finished": all(run.finished for run in runs),
     "steps": max(run.step for run in runs),
     "bits_per_byte": {
@@ -82,6 +84,7 @@ def _against(arm: Arm, first: Arm) -> dict[str, Any]:
   one, other = ([x for x in xs if x is not None] for xs in (one, other))
   return {
     "paired_seeds": [arm[seed].seed for seed in shared],
+    "same_text": grouping.same_text([*arm.values(), *first.values()]),
     "bits_per_byte": {domain: _difference(pairs, domain) for domain in domains},
     "pooled_deviations": (
       intervals.pooled_deviations(one, other) if one and other else None

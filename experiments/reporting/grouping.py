@@ -17,6 +17,15 @@ def seed_of(run: Recorded) -> Seed:
   return run.seed, int(run.config.get("data", {}).get("seed", 0))
 
 
+def same_text(runs: Sequence[Recorded]) -> bool:
+  """Whether bits per byte compare: False if runs are known to have other texts.
+
+  A configuration does not tell: the files that it names may have changed since.
+  """
+  digests = {run.summary.get("data", {}).get("digest") for run in runs}
+  return len(digests - {None}) < 2
+
+
 def arms(runs: Sequence[Recorded]) -> dict[str, dict[Seed, Recorded]]:
   """Runs by arm and seed, in order; an arm is named after its runs.
 

@@ -29,6 +29,11 @@ def table(found: Mapping[str, Any]) -> str:
   rows.append(["tokens a second", *(short(s and s["mean"]) for s in speeds)])
   blocks = [aligned(rows)]
   blocks += [
+    f"{name}: its seeds have different texts; their bits per byte do not compare."
+    for name, arm in arms.items()
+    if not arm["same_text"]
+  ]
+  blocks += [
     _against(name, found["first"], against)
     for name, against in found["against"].items()
   ]
@@ -62,6 +67,8 @@ def _against(name: str, first: str, found: Mapping[str, Any]) -> str:
   seeds = found["paired_seeds"]
   of = f"over seeds {', '.join(map(str, seeds))}" if seeds else "of different seeds"
   lines = [f"{name} against {first}, {of}"]
+  if not found["same_text"]:
+    lines.append("  their texts are different: bits per byte do not compare")
   rows = [
     [f"  bits/byte, {domain}", _interval(difference, 4, sign=True)]
     for domain, difference in found["bits_per_byte"].items()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.reporting import grouping
 from experiments.reporting.read import Recorded
 from experiments.reporting.table import short
 
@@ -31,17 +32,19 @@ def bits(named: Sequence[tuple[str, Recorded]]) -> dict[str, Any] | None:
   for _, run in named:
     for name, bits in run.summary.get("baselines", {}).items():
       columns.setdefault(name, bits)
+  same = grouping.same_text([run for _, run in named])
+  several = same and trained > 1
   domains = dict.fromkeys(d for bits in columns.values() for d in bits if d != "all")
   rows = []
   for domain in (*domains, "all"):
     values = [bits.get(domain) for bits in columns.values()]
     least = min((v for v in values[:trained] if v is not None), default=None)
     cells = [
-      (NONE if v is None else f"{v:.3f}", trained > 1 and v is not None and v == least)
+      (NONE, False) if v is None else (f"{v:.3f}", several and v == least)
       for v in values
     ]
     rows.append((domain, cells))
-  return {"head": list(columns), "rows": rows}
+  return {"head": list(columns), "rows": rows, "same_text": same}
 
 
 def alarms(runs: Sequence[Recorded]) -> list[tuple[str, list[str]]]:

@@ -114,6 +114,26 @@ def test_runs_of_different_seeds_are_not_called_paired(runs, capsys):
   assert "bits/byte, all +0.2500\n" in re.sub(" +", " ", out)
 
 
+def test_runs_of_different_texts_are_not_said_to_compare(runs, capsys):
+  folders = [runs(n, name=n, seed=s) for n, s in (("a", 0), ("a1", 1), ("b", 0))]
+  said = "  their texts are different: bits per byte do not compare\n"
+  assert said not in printed(capsys, *folders)[1]
+  summary = json.loads((folders[2] / "summary.json").read_text())
+  write(folders[2] / "summary.json", summary | {"data": {"digest": "another"}})
+  _, out, _ = printed(capsys, *folders)
+  assert out.count(said) == 1 and f"b against a, over seeds 0\n{said}" in out
+  found = json.loads(printed(capsys, *folders, "--json")[1])
+  same = {name: arm["same_text"] for name, arm in found["against"].items()}
+  assert same == {"a1": True, "b": False}
+
+
+def test_seeds_of_one_arm_on_different_texts_are_named(runs, capsys):
+  folders = [runs("0", seed=0), runs("1", seed=1)]
+  summary = json.loads((folders[1] / "summary.json").read_text())
+  write(folders[1] / "summary.json", summary | {"data": {"digest": "another"}})
+  assert "\nsparse: its seeds have different texts;" in printed(capsys, *folders)[1]
+
+
 def test_a_run_still_going_on_shows_what_it_has(runs, capsys):
   whole, part = runs("whole", name="whole"), runs("part", name="part", finished=False)
   with (part / "metrics.jsonl").open("a") as file:

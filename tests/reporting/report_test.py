@@ -202,6 +202,18 @@ def test_losses_and_loads_that_are_not_numbers_are_left_out(runs, page):
   assert "steps skipped, their loss not finite 2" in page(run).words
 
 
+def test_the_best_of_different_texts_is_not_marked(runs, page):
+  folders = [runs("a", name="a", end_bits=2.0), runs("b", name="b")]
+  said = "The runs have different texts"
+  assert said not in page(*folders).words
+  assert page(*folders).source.count("class=best") == len(DOMAINS) + 1
+  summary = json.loads((folders[1] / "summary.json").read_text())
+  summary["data"]["digest"] = "another"
+  (folders[1] / "summary.json").write_text(json.dumps(summary))
+  found = page(*folders)
+  assert said in found.words and "class=best" not in found.source
+
+
 def test_no_name_becomes_markup(runs, page):
   name = "<script>alert('x')</script> & \"$\\frac{$ --> ü"
   run = runs("run", name=name)
