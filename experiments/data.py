@@ -7,14 +7,18 @@ from the token before it.
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
+import sys
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
+from experiments.errors import BadData
 from experiments.tokens import Tokens
 
 Batch = dict[str, np.ndarray]  # i32[B,S] each: see `batches`
+_FEW = 1 << 10  # windows
+_LEAST = 1e-9  # of the tokens, for a domain
 _FEATURES = ("inputs", "targets", "scored", "domain")
 
 
@@ -126,6 +130,7 @@ def batches(
 
   Raises:
     ValueError: the rows cannot be divided among the processes.
+    BadData: a temperature that leaves nothing of a domain.
   """
   if batch % process_count:
     raise ValueError(
@@ -148,7 +153,8 @@ def batches(
 def shares(windows: Windows, temperature: float) -> np.ndarray:
   """f64[domains] part of the training tokens that is of each domain."""
   sizes = windows.tokens_by_domain.astype(np.float64)
-  powers = np.where(sizes > 0, sizes ** (1 / temperature), 0.0)
+  # The largest is 1, so that no power is too large.
+  powers = np.where(sizes > 0, (sizes / sizes.max()) ** (1 / temperature), 0.0)
   return powers / powers.sum()
 
 
@@ -157,17 +163,50 @@ def _order(
 ) -> grain.MapDataset:
   """Windows without end, those of one process."""
   if temperature == 1:
-    return grain.MapDataset.source(windows).seed(seed).shuffle().repeat()[part]
+    return _epochs(windows, seed)[part]
   counts = windows.windows_by_domain
   (present,) = np.nonzero(counts)
   # Windows are what is drawn, and tokens what is promised.
   lengths = windows.tokens_by_domain[present] / counts[present]
-  weights = shares(windows, temperature)[present] / lengths
-  domains = [
-    grain.MapDataset.source(windows.of(domain)).seed(seed).shuffle().repeat()[part]
-    for domain in present.tolist()
-  ]
-  return grain.MapDataset.mix(domains, weights.tolist())
+  drawn = shares(windows, temperature)[present]
+  if drawn.min() < _LEAST:
+    raise BadData(
+      f"data.temperature={temperature} leaves a domain {drawn.min():.1e} of the "
+      "tokens, so that it is never drawn; give a temperature nearer to 1, or leave out "
+      "the domain."
+    )
+  domains = [_epochs(windows.of(d), seed)[part] for d in present.tolist()]
+  return grain.MapDataset.mix(domains, (drawn / lengths).tolist())
+
+
+def _epochs(windows: Windows | OfDomain, seed: int) -> grain.MapDataset:
+  """Every window once an epoch, without end."""
+  if len(windows) < _FEW:
+    return grain.MapDataset.source(_FewWindows(windows, seed))
+  return grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+
+
+class _FewWindows:
+  """What grain's shuffle and repeat are, which take milliseconds where few are drawn.
+
+  (Its shuffle walks through numbers of 16 bits until one is a place.)
+  """
+
+  def __init__(self, windows: Windows | OfDomain, seed: int):
+    self._windows, self._seed = windows, seed
+    self._epoch, self._places = -1, np.zeros(0, np.int64)
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, index: int) -> Batch:
+    """As of `Windows`."""
+    epoch, place = divmod(int(index), len(self._windows))
+    if epoch != self._epoch:
+      # Raw bits are the same in every version of NumPy; draws need not be.
+      bits = np.random.PCG64([self._seed, epoch]).random_raw(len(self._windows))
+      self._epoch, self._places = epoch, np.argsort(bits, kind="stable")
+    return self._windows[int(self._places[place])]
 
 
 def one_pass(windows: Windows, *, batch: int, seq: int) -> Iterator[Batch]:

@@ -5,12 +5,14 @@ import collections
 import itertools
 import json
 import pickle
+import time
 
 import chex
 import numpy as np
 import pytest
 
 from experiments import data, tokens
+from experiments.errors import BadData
 from experiments.vocabulary import Bytes
 
 SEQ = 8
@@ -73,6 +75,45 @@ def test_hosts_share_the_windows_of_each_domain_under_a_temperature():
   assert not {*parts[0]} & {*parts[1]} and len({*parts[0], *parts[1]}) == 64
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_hosts_share_a_number_of_windows_that_they_do_not_divide(temperature):
+  windows = windows_of([SEQ - 1] * 61)
+  parts = [
+    rows(windows, 64, temperature=temperature, process_index=n, process_count=2)
+    for n in (0, 1)
+  ]
+  # Two hosts take turns; what waits for a row at the end is of the next epoch.
+  counts = collections.Counter([*parts[0], *parts[1]])
+  assert len(counts) == 61 and set(counts.values()) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 61])
+def test_few_windows_are_drawn_at_once_and_once_an_epoch(count):
+  windows = windows_of([SEQ - 1] * count)
+  begin = time.perf_counter()
+  order = data._epochs(windows, seed=0)
+  epochs = [
+    [bytes(order[epoch * count + n]["targets"]) for n in range(count)]
+    for epoch in range(2000 // count)
+  ]
+  assert time.perf_counter() - begin < 4  # it was up to 24 ms for each
+  assert all(len(set(epoch)) == count for epoch in epochs)
+  assert count == 1 or len({tuple(epoch) for epoch in epochs}) > 1
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.01, 0.1])
+def test_a_temperature_that_leaves_nothing_of_a_domain_is_refused(temperature):
+  windows = windows_of([150] * 40, [1], [])
+  with np.errstate(over="raise", invalid="raise"), pytest.raises(BadData) as error:
+    data.batches(windows, batch=4, seq=SEQ, seed=0, temperature=temperature)
+  assert f"data.temperature={temperature} leaves a domain" in str(error.value)
+
+
+def test_a_very_large_temperature_draws_domains_equally():
+  windows = windows_of([150] * 40, [1], [])
+  np.testing.assert_allclose(data.shares(windows, 1e308), [0.5, 0.5])
+
+
 def test_rows_that_hosts_cannot_share_are_refused(full):
   with pytest.raises(ValueError, match="data.batch=4 is not divisible by the 3 proc"):
     data.batches(full, batch=4, seq=SEQ, seed=0, process_count=3)
@@ -101,7 +142,9 @@ def test_a_temperature_of_one_gives_every_window_once_an_epoch():
   assert set(counts.values()) == {2} and len(counts) == 64
 
 
-@pytest.mark.parametrize(("num_workers", "temperature"), [(0, 1.0), (0, 2.0), (1, 2.0)])
+@pytest.mark.parametrize(
+  ("num_workers", "temperature"), [(0, 1.0), (0, 2.0), (1, 2.0), (2, 1.0)]
+)
 def test_a_position_amid_an_epoch_is_restored(num_workers, temperature):
   windows = windows_of(list(range(1, 60)), list(range(5, 25)))
 
