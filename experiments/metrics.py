@@ -49,13 +49,13 @@ def kept(path: epath.Path, step: int) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   found = []
-  for line in path.read_text().splitlines(keepends=True):
+  for line in path.read_bytes().split(b"\n")[:-1]:
     try:
       record = json.loads(line)
       known = record["step"] <= step
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # no JSON, or not even text
       continue
-    if known and line.endswith("\n"):
+    if known:
       found.append(record)
   return found
 

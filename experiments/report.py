@@ -15,7 +15,7 @@ import argparse
 import sys
 
 from experiments import extras
-from experiments.errors import BadData
+from experiments.errors import BadConfig, BadData, Unreachable
 from experiments.parser import Parser
 
 
@@ -33,16 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     for module in ("matplotlib", "jinja2"):
       extras.check(module, "viz", needed_by="experiments.report")
     extras.check("etils", "train", needed_by="experiments.report")
-    from etils import epath
 
+    from experiments import workdir
     from experiments.reporting import page, read
 
+    out = workdir.opened(arguments.out, "--out")
     runs = read.read_all(arguments.workdirs)
-    out = epath.Path(arguments.out)
-    if not out.parent.exists():
+    if workdir.is_local(out) and not out.parent.exists():
       raise BadData(f"--out {out}: there is no folder {out.parent}; make it first.")
-    out.write_text(page.page(runs), encoding="utf-8")
-  except (BadData, extras.MissingExtra, OSError) as error:
+    if workdir.is_local(out) and out.is_dir():
+      raise BadData(f"--out {out} is a folder; give a file.")
+    with workdir.reaching(out):
+      out.write_text(page.page(runs), encoding="utf-8")
+  except (BadConfig, BadData, Unreachable, extras.MissingExtra, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   print(f"{arguments.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}")

@@ -22,7 +22,7 @@ from experiments import (
   tokens,
 )
 from experiments.config import Run
-from experiments.errors import BadCheckpoint, Diverged, Stopped
+from experiments.errors import BadCheckpoint, BadData, Diverged, Stopped
 from experiments.program import program
 from experiments.remote import Place
 from experiments.signals import Stop
@@ -277,7 +277,12 @@ class _Clock:
 
   def __init__(self, folder: epath.Path):
     path = folder / "summary.json"
-    self._before = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    try:
+      self._before = float(json.loads(path.read_bytes())["seconds"])
+    except FileNotFoundError:
+      self._before = 0.0
+    except (ValueError, KeyError, TypeError):
+      raise BadData(f"{path} is not the summary of a run; remove it.") from None
     self._begin, self._end = time.perf_counter(), None
 
   def stop(self) -> None:

@@ -142,11 +142,12 @@ def opened(workdir: str, argument: str = "--workdir") -> epath.Path:
     argument: that gave it, for messages.
 
   Raises:
-    ValueError: another scheme, or a package that this one needs is missing.
+    BadConfig: another scheme.
+    MissingExtra: a package that this one needs is not installed.
   """
   scheme, separator, _ = workdir.partition("://")
   if separator and scheme not in _PACKAGES:
-    raise ValueError(
+    raise BadConfig(
       f"{argument} {workdir}: unknown scheme; give a local folder, gs:// or s3://."
     )
   if separator:

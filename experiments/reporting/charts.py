@@ -88,10 +88,11 @@ def curves(runs: Sequence[Recorded]) -> str:
     _titled(norm, "norm of gradients")
     _titled(speed, "tokens a second")
     _past_the_start(loss, runs)
-    norm.set_yscale("log")
-    norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    norm.yaxis.set_minor_formatter(NullFormatter())
+    if any((run.metrics.get("gradient_norm", np.zeros(0)) > 0).any() for run in runs):
+      norm.set_yscale("log")
+      norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+      norm.yaxis.set_minor_formatter(NullFormatter())
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, norm, speed):

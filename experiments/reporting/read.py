@@ -16,6 +16,8 @@ from etils import epath
 from experiments import workdir
 from experiments.errors import BadData
 
+_NUMBER = int | float
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -112,6 +114,7 @@ def read(path: epath.Path) -> Recorded:
   name, seed = config.get("name"), config.get("seed")
   if not isinstance(name, str) or not isinstance(seed, int):
     raise BadData(f"{path / 'config.json'} has no name and seed; give a --workdir.")
+  _fits(path / "config.json", config, {"data": dict})
   evaluation = path / "evaluation.json"
   summary = path / "summary.json"
   return Recorded(
@@ -122,7 +125,7 @@ def read(path: epath.Path) -> Recorded:
     metrics=_columns(path / "metrics.jsonl"),
     routing=_routing(path / "routing.jsonl"),
     evaluation=_evaluation(evaluation) if evaluation.exists() else None,
-    summary=_json(summary) if summary.exists() else {},
+    summary=_summary(summary) if summary.exists() else {},
   )
 
 
@@ -189,6 +192,29 @@ def _evaluation(path: epath.Path) -> Evaluation:
       f"{path} is not an evaluation: it needs bits_per_byte, domains, and layers with "
       "a load of each domain."
     ) from None
+
+
+def _summary(path: epath.Path) -> dict[str, Any]:
+  found = _json(path)
+  groups = ("bits_per_byte", "baselines", "parameters", "flops", "alarms", "policy")
+  _fits(path, found, dict.fromkeys((*groups, "data", "versions", "hardware"), dict))
+  _fits(path, found, dict.fromkeys(("steps", "seconds", "tokens_per_second"), _NUMBER))
+  for name in ("bits_per_byte", "parameters", "flops", "alarms"):
+    group = found.get(name, {})
+    _fits(path, group, dict.fromkeys(group, _NUMBER))
+  for name, bits in found.get("baselines", {}).items():
+    _fits(path, {name: bits}, {name: dict})
+    _fits(path, bits, dict.fromkeys(bits, _NUMBER))
+  return found
+
+
+def _fits(path: epath.Path, found: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+  """Raises if what is there, and not null, is of another kind."""
+  for name, kind in kinds.items():
+    if not isinstance(found.get(name), kind | None):
+      raise BadData(
+        f"{path}: {name!r} is a {type(found[name]).__name__}, which no run writes."
+      )
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ pytest.importorskip("jinja2")
 
 from experiments import report
 
-from .conftest import DOMAINS, write_lines
+from .conftest import DOMAINS, write, write_lines
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 MOST = 3_000_000  # bytes
@@ -260,10 +260,38 @@ def test_bad_input_is_one_line_and_leaves_no_page(runs, tmp_path, capsys):
     ([tmp_path / "none", "--out", out], "none: no such folder"),
     ([tmp_path, "--out", out], "holds no run"),
     ([run, "--out", tmp_path / "no" / "r.html"], "there is no folder"),
+    ([run, "--out", tmp_path], "is a folder; give a file"),
+    ([run, "--out", "hf://a/b.html"], "--out hf://a/b.html: unknown scheme"),
   ):
     code, printed, err = outcome(capsys, *arguments)
     assert (code, printed, err.count("\n")) == (2, "", 1), err
     assert said in err and not out.exists()
+
+
+@pytest.mark.parametrize(
+  ("file", "change"),
+  [
+    ("config.json", {"data": 3}),
+    ("summary.json", {"flops": {"trained": "many"}}),
+    ("summary.json", {"alarms": [1]}),
+    ("summary.json", {"baselines": {"gzip": {"all": "3"}}}),
+    ("summary.json", {"tokens_per_second": "fast"}),
+  ],
+)
+def test_files_that_no_run_writes_are_named(runs, tmp_path, capsys, file, change):
+  run = runs("run")
+  write(run / file, json.loads((run / file).read_text()) | change)
+  code, printed, err = outcome(capsys, run, "--out", tmp_path / "report.html")
+  assert (code, printed, err.count("\n")) == (2, "", 1), err
+  assert f"{run / file}: '" in err and "which no run writes" in err
+
+
+def test_norms_that_are_all_zero_have_a_page(runs, page):
+  run = runs("run")
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+  lines = [line | {"gradient_norm": 0.0} for line in lines]
+  write_lines(run / "metrics.jsonl", lines)
+  page(run)
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])

@@ -404,6 +404,7 @@ REFUSED = [
   (whole_run, ["--prompt", "a", "--top-p", 0], "'0' is not a number over 0, at most 1"),
   (whole_run, ["--prompt", "a", "--temperature", "nan"], "'nan' is not a number >= 0"),
   (whole_run, ["--prompt", "a", "--temprature", 1], "unrecognized arguments"),
+  (whole_run, ["--prompt", "a", "--workdir", "hf://a/b"], "hf://a/b: unknown scheme"),
 ]
 
 

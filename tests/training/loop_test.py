@@ -158,8 +158,8 @@ def test_a_resumed_report_lists_no_step_twice(report, tmp_path):
   for step in range(1, 8):
     first(step, BATCH, values(step), stack([4, 4, 4, 4]))
   first.close()
-  with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 8, "lo')  # the line that a kill cut short
+  with (tmp_path / "metrics.jsonl").open("ab") as file:
+    file.write(b'\xff\n{"step": 8, "lo')  # the last line is one that a kill cut short
   second = report(5)
   for step in range(6, 11):
     second(step, BATCH, values(step, loss=7.0), stack([4, 4, 4, 4]))

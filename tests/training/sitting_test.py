@@ -9,7 +9,7 @@ from etils import epath
 
 from experiments import job as job_of, loop, program, settings, sitting, vocabulary
 from experiments.checkpoint import Checkpoints, digests
-from experiments.errors import BadCheckpoint, BadConfig
+from experiments.errors import BadCheckpoint, BadConfig, BadData
 from experiments.remote import place
 from experiments.signals import Stop
 from experiments.sitting import Options, Sitting
@@ -128,6 +128,16 @@ def test_a_second_process_is_kept_out_of_a_folder(job, begin, tmp_path):
       begin(job.run, tmp_path / "run")
   assert {p: p.stat() for p in (tmp_path / "run").rglob("*")} == files
   begin(job.run, tmp_path / "run")
+
+
+def test_a_summary_that_is_none_is_named(job, begin, tmp_path):
+  begin(job.run, tmp_path / "run")
+  path = tmp_path / "run" / "summary.json"
+  for text in ("{", "[]", "{}", '{"seconds": null}'):
+    path.write_text(text)
+    with pytest.raises(BadData, match="summary.json is not the summary of a run; rem"):
+      begin(job.run, tmp_path / "run")
+    assert path.read_text() == text
 
 
 def test_a_damaged_start_is_refused(job, begin, trained, tmp_path, capsys):
