@@ -106,6 +106,11 @@ def _attention(where: str, attention: Any, d_model: int) -> None:
   if not hasattr(attention, "num_heads"):
     raise TypeError(f"{where}: attention={attention!r} is not an Attention.")
   _flag(f"{where}: attention.causal", attention.causal)
+  if attention.implementation not in (None, "xla", "cudnn"):
+    raise ValueError(
+      f"{where}: attention.implementation={attention.implementation!r}; use None, "
+      "'xla' or 'cudnn'."
+    )
   heads, kv_heads = attention.num_heads, attention.num_kv_heads
   head_dim = attention.head_dim
   _count(f"{where}: attention.num_heads", heads)

@@ -200,6 +200,7 @@ class Attention:
   head_dim: int | None = None  # None: d_model // num_heads
   rope_theta: float = 10_000.0
   causal: bool = True
+  implementation: str | None = None  # "xla", "cudnn"; None: see `models.attention`
 
 
 @checks.named

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from jmoe import config as configs
+from jmoe.models.attention import attention
 from jmoe.nnx import MoE
 from jmoe.types import Context, Info
 
@@ -42,12 +43,13 @@ class SelfAttention(nnx.Module):
 
   def __call__(self, x_BSD: Array, position_BS: Array, segment_BS=None) -> Array:
     """f[B,S,D]; tokens see earlier tokens (if causal) of their own segment."""
-    mask_B1SS = None
-    if segment_BS is not None:
-      # Padding is segment 0 and sees itself: no row of the mask is empty, so no NaN.
-      mask_B1SS = (segment_BS[:, :, None] == segment_BS[:, None, :])[:, None]
-    qkv = self.project(x_BSD, position_BS)
-    return self.attend(*qkv, mask_B1SS, is_causal=self.config.causal)
+    y_BSHd = attention(
+      *self.project(x_BSD, position_BS),
+      segment_BS,
+      is_causal=self.config.causal,
+      implementation=self.config.implementation,
+    )
+    return self.out(y_BSHd.reshape(*x_BSD.shape[:2], -1))
 
   def project(self, x_BSD: Array, position_BS: Array) -> tuple[Array, Array, Array]:
     """(queries f[B,S,H,d], keys f[B,S,N,d], values f[B,S,N,d]), turned by position."""
@@ -59,15 +61,11 @@ class SelfAttention(nnx.Module):
     q_BSHd = rotary(q_BSHd, position_BS, theta=theta)
     return q_BSHd, rotary(k_BSNd, position_BS, theta=theta), v_BSNd
 
-  def attend(
-    self, q_BSHd: Array, k_BMNd: Array, v_BMNd: Array, mask, *, is_causal: bool = False
-  ) -> Array:
-    """f[B,S,D]; `mask` is bool[B,1,S,M], true where query s may see key m, or None."""
+  def attend(self, q_BSHd: Array, k_BMNd: Array, v_BMNd: Array, mask: Array) -> Array:
+    """f[B,S,D]; `mask` is bool[B,1,S,M], true where query s may see key m."""
     # jax's own code mixes bfloat16 and float32, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
-      y_BSHd = jax.nn.dot_product_attention(
-        q_BSHd, k_BMNd, v_BMNd, mask=mask, is_causal=is_causal
-      )
+      y_BSHd = jax.nn.dot_product_attention(q_BSHd, k_BMNd, v_BMNd, mask=mask)
     return self.out(y_BSHd.reshape(*q_BSHd.shape[:2], -1))
 
 

@@ -1,0 +1,222 @@
+"""A whole training step: time, share of the chip's matmul rate, memory, where it goes.
+
+  python -m experiments.benchmarks.step --config small --arms sparse,dense --seeds 3
+  python -m experiments.benchmarks.step --config small --table 30 \
+      --set model.segments.0.0.0.attention.implementation=xla
+
+Each arm is trained for some steps on random tokens packed as four documents a row, as
+`experiments.series` trains it: several seeds in one vmapped program.  The bound is the
+rate of bfloat16 8192^3 products, the median of five, measured before every arm; FLOPs
+are those of `jmoe.analysis.cost`, so that padding and recomputation count as lost.
+
+`--table N` traces three steps more and lists the N operations that took longest, with
+the place in the program that they come from.  It turns off command buffers, which the
+profiler cannot look into.
+
+Exit codes: 0 done, 2 bad arguments.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+import collections
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments import configs
+from experiments.parser import Parser
+
+_KEPT = 3  # traced steps
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  parser = Parser(
+    prog="python -m experiments.benchmarks.step",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--config", required=True, choices=configs.names(), metavar="NAME")
+  add("--arms", default="sparse", help="separated by commas; see experiments.arms")
+  add("--seeds", type=int, default=1, help="in one program")
+  add("--steps", type=int, default=10, help="timed, after three that are not")
+  add("--set", action="append", default=[], metavar="PATH=VALUE")
+  add("--table", type=int, default=0, metavar="N", help="operations to list")
+  add("--out", type=Path, help="JSON file for the figures")
+  arguments = parser.parse_args(argv)
+  if arguments.table:
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
+  from experiments import arms, settings
+
+  found = []
+  try:
+    base = settings.with_settings(configs.load(arguments.config), arguments.set)
+    runs = [arms.arm(base, name) for name in arguments.arms.split(",")]
+  except (ValueError, TypeError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  for run in runs:
+    found.append(_measured(run, arguments))
+  if arguments.out:
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+  return 0
+
+
+def _measured(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+  """One arm: its figures, printed too."""
+  import dataclasses
+
+  import jax
+  import numpy as np
+
+  from experiments import program, seeds
+  from jmoe.analysis import cost
+
+  num, data = arguments.seeds, run.data
+  made = [
+    program.program(
+      dataclasses.replace(run, seed=n),
+      byte_lengths=np.ones(run.model.vocab_size, np.int32),
+      num_domains=1,
+    )
+    for n in range(num)
+  ]
+  batch = _batch(np.random.default_rng(0), num, data.batch, data.seq)
+  state = seeds.stack([one.init() for one in made])
+  begin = time.perf_counter()
+  step = seeds.jitted(made[0].train_step).lower(state, batch).compile()
+  compiling = time.perf_counter() - begin
+  memory = step.memory_analysis()
+  ceiling = _ceiling()
+  batch = jax.device_put(batch)
+  times = []
+  for n in range(3 + arguments.steps):
+    begin = time.perf_counter()
+    state, metrics, _ = step(state, batch)
+    jax.block_until_ready(state)
+    if n >= 3:
+      times.append(time.perf_counter() - begin)
+  seconds = statistics.median(times)
+  flops = (
+    3 * cost.flops_per_token(run.model, seq=data.seq) * num * data.batch * data.seq
+  )
+  figures = {
+    "arm": run.name,
+    "seeds": num,
+    "ms": 1e3 * seconds,
+    "ms_all": [1e3 * t for t in times],
+    "tokens_per_second": num * data.batch * data.seq / seconds,
+    "tflops": flops / seconds / 1e12,
+    "ceiling_tflops": ceiling / 1e12,
+    "share": flops / seconds / ceiling,
+    "compile_s": compiling,
+    "arguments_gib": memory.argument_size_in_bytes / 2**30,
+    "temporary_gib": memory.temp_size_in_bytes / 2**30,
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+  }
+  print(
+    f"{run.name:<16}{figures['ms']:9.1f} ms ({1e3 * min(times):.1f} to "
+    f"{1e3 * max(times):.1f}){figures['tokens_per_second'] / 1e3:9.0f}k tokens/s"
+    f"{figures['tflops']:8.1f} TFLOP/s, {figures['share']:.3f} of "
+    f"{figures['ceiling_tflops']:.0f}{figures['temporary_gib']:8.1f} GiB temporary, "
+    f"compiled in {compiling:.0f} s",
+    flush=True,
+  )
+  if arguments.table:
+    rows = _table(step, state, batch)
+    total = sum(ms for ms, *_ in rows)
+    print(f"  traced: {total:.1f} ms of operations a step")
+    for ms, count, name, where in rows[: arguments.table]:
+      print(f"  {ms:8.2f} ms {ms / total:6.1%} {count:5.0f} x {name:<34}{where}")
+    figures["table"] = [list(row) for row in rows[: arguments.table]]
+  return figures
+
+
+def _batch(rng: Any, num: int, rows: int, seq: int) -> dict[str, Any]:
+  """Random bytes, four documents a row."""
+  import numpy as np
+
+  shape = (num, rows, seq)
+  place = np.arange(seq, dtype=np.int32)
+  quarter = max(1, seq // 4)
+  return {
+    "inputs": rng.integers(0, 256, shape, dtype=np.int32),
+    "targets": rng.integers(0, 256, shape, dtype=np.int32),
+    "scored": np.ones(shape, np.int32),
+    "domain": np.zeros(shape, np.int32),
+    "segment": np.broadcast_to(place // quarter + 1, shape).astype(np.int32),
+    "position": np.broadcast_to(place % quarter, shape).astype(np.int32),
+  }
+
+
+def _ceiling(size: int = 8192) -> float:
+  """FLOP/s of bfloat16 products of random matrices; small where there is no GPU."""
+  import jax
+  import jax.numpy as jnp
+
+  if jax.default_backend() == "cpu":
+    size = 1024
+  a, b = (
+    jax.random.normal(jax.random.key(n), (size, size), jnp.bfloat16) for n in (0, 1)
+  )
+  product = jax.jit(jnp.matmul)
+  product(a, b).block_until_ready()
+  times = []
+  for _ in range(5):
+    begin = time.perf_counter()
+    for _ in range(10):
+      last = product(a, b)
+    last.block_until_ready()
+    times.append((time.perf_counter() - begin) / 10)
+  return 2 * size**3 / statistics.median(times)
+
+
+def _table(step: Any, state: Any, batch: Any) -> list[tuple[float, float, str, str]]:
+  """(ms of a step, times a step, operation, place in the program), longest first."""
+  import jax
+
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(_KEPT):
+        state, *_ = step(state, batch)
+      jax.block_until_ready(state)
+    (path,) = Path(folder).rglob("*.xplane.pb")
+    found = jax.profiler.ProfileData.from_file(str(path))
+  places = dict(
+    re.findall(r"%?([\w.-]+) = [^\n]*?op_name=\"([^\"]*)\"", step.as_text())
+  )
+  spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+  for plane in found.planes:
+    if not plane.name.startswith("/device:"):
+      continue
+    for line in plane.lines:
+      if not line.name.startswith("Stream"):
+        continue
+      for event in line.events:
+        name = dict(event.stats).get("hlo_op", event.name)
+        spent[str(name)][0] += event.duration_ns / 1e6 / _KEPT
+        spent[str(name)][1] += 1 / _KEPT
+  rows = [
+    (ms, count, name[:33], _short(places.get(name, "")))
+    for name, (ms, count) in spent.items()
+  ]
+  return sorted(rows, reverse=True)
+
+
+def _short(place: str) -> str:
+  """The end of a place, without the transformations around it."""
+  return "/".join(place.split("/")[-5:])[-100:]
+
+
+if __name__ == "__main__":
+  sys.exit(main())
