@@ -6,12 +6,13 @@ another name, which Orbax ignores.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -48,7 +49,12 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
-    """Saves in the background; waits for a save that is still under way."""
+    """Saves in the background; waits for a save that is still under way.
+
+    Raises:
+      BadCheckpoint: this one or the last could not be written, as on a full disk; those
+        before it are whole.
+    """
     self.wait()
     # A copy: the next step may reuse the buffers that a view would show.
     host = jax.tree.map(lambda x: np.array(x), state)
@@ -57,15 +63,16 @@ class Checkpoints:
       "digests": digests(host),
       "data": _position(batches),
     }
-    self._manager.save(
-      int(host.step),
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(named(host)),
-        data=CheckpointSave(batches),
-        meta=ocp.args.JsonSave({"body": body, "sha256": _of_json(body)}),
-      ),
-      force=True,  # also when it is not later than one that was found broken
-    )
+    with self._writing():
+      self._manager.save(
+        int(host.step),
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(named(host)),
+          data=CheckpointSave(batches),
+          meta=ocp.args.JsonSave({"body": body, "sha256": _of_json(body)}),
+        ),
+        force=True,  # also when it is not later than one that was found broken
+      )
 
   def restore(self, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
     """The newest whole state; `batches` is set to where it was.
@@ -97,13 +104,24 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
   def wait(self) -> None:
-    """Until the last save is whole."""
-    self._manager.wait_until_finished()
+    """Until the last save is whole; raises as `save`."""
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the last save."""
+    """Waits for the last save; raises as `save`."""
     self.wait()
     self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # a full disk is a ValueError of TensorStore
+      raise BadCheckpoint(
+        f"{self._folder}: a checkpoint cannot be written ({_line(error)}); make room "
+        "or mend it, and the same command goes on from the last whole one."
+      ) from error
 
 
 class Saved(NamedTuple):
@@ -286,4 +304,8 @@ def _of_json(value: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-  return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+  """Its first line; of a long one the begin, and the end, which has the reason."""
+  lines = str(error).strip().splitlines()
+  text = lines[0] if lines else ""
+  text = text if len(text) <= 220 else f"{text[:100]} ... {text[-115:]}"
+  return f"{type(error).__name__}: {text}"

@@ -149,6 +149,21 @@ def test_a_moved_data_position_is_found(job, copy, capsys):
   assert "the data position differs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["save", "wait_until_finished"])
+def test_a_save_that_fails_is_one_line(job, copy, monkeypatch, part):
+  checkpoints = Checkpoints(copy, FACTS)
+
+  def full(*args, **kwargs):
+    raise ValueError("RESOURCE_EXHAUSTED: no space\nSource locations: ...")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints._manager, part, full)
+    with pytest.raises(BadCheckpoint, match="no space.; make room or mend it") as error:
+      checkpoints.save(job.init(), job.batches())
+  assert "\n" not in str(error.value)
+  checkpoints.close()
+
+
 def test_if_none_is_whole_nothing_changes(job, copy):
   for step in ("2", "4"):
     flip(biggest(copy / step), biggest(copy / step).stat().st_size // 2)
