@@ -8,9 +8,6 @@ it is whole, and is read back and compared before it is used.
 import contextlib
 import hashlib
 import io
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +21,7 @@ from experiments.corpora import Document
 from experiments.corpora.manifest import manifest
 from experiments.errors import BadData
 from experiments.extras import MissingExtra
+from experiments.whole import whole
 
 SPLITS = ("train", "held_out")
 
@@ -120,7 +118,7 @@ def _loaded(cache: Path, config: Data) -> Texts:
     domains = tuple(builder.info.features["domain"].names)
     train, held_out = map(builder.as_data_source, SPLITS)
     texts = Texts(train, held_out, domains, about["digest"], about)
-    whole = corpora.digest(_documents(texts)) == texts.digest
+    is_whole = corpora.digest(_documents(texts)) == texts.digest
   except ImportError:
     raise
   except Exception as error:  # tfds raises many kinds
@@ -128,7 +126,7 @@ def _loaded(cache: Path, config: Data) -> Texts:
       f"data set {folder} cannot be read ({type(error).__name__}); delete this folder, "
       "and it is built anew."
     ) from error
-  if not whole:
+  if not is_whole:
     raise BadData(
       f"data set {folder} does not hold what was written; delete this folder, and it "
       "is built anew."
@@ -175,21 +173,20 @@ def _build(folder: Path, choice: corpora.Choice) -> None:
       f"{choice.corpus}, too few to hold one out; make it larger, or add documents."
     )
   about = {"manifest": manifest(documents, facts, choice)}
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-  try:
+  with whole(folder) as unfinished:
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # tfds announces each step
-      TextDomains(
-        documents=documents,
-        about=about,
-        data_dir=str(unfinished),
-        file_format="array_record",
-      ).download_and_prepare()
     try:
-      os.rename(unfinished, folder)
-    except OSError:
-      if not folder.exists():  # else another process was first; ours is the same
-        raise
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
+      with contextlib.redirect_stdout(io.StringIO()):  # tfds announces each step
+        TextDomains(
+          documents=documents,
+          about=about,
+          data_dir=str(unfinished),
+          file_format="array_record",
+        ).download_and_prepare()
+    except (ImportError, OSError):
+      raise
+    except Exception as error:  # array_record's, where a disk is full
+      raise BadData(
+        f"data set {folder} cannot be written ({type(error).__name__}: "
+        f"{' '.join(str(error).split())[:200]}); make room, or give another --cache."
+      ) from error

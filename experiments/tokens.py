@@ -7,9 +7,6 @@ workers of a pipeline share.
 
 import dataclasses
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +16,7 @@ import numpy as np
 from experiments.dataset import SPLITS, Texts
 from experiments.errors import BadData
 from experiments.vocabulary import Vocabulary
+from experiments.whole import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +91,7 @@ def load(cache: Path, texts: Texts, vocabulary: Vocabulary) -> Encoded:
     ) from error
   try:
     train, held_out = (_opened(folder / split) for split in SPLITS)
-    whole = all(
+    is_whole = all(
       _digest(t) == (folder / s / "sha256").read_text()
       for t, s in zip((train, held_out), SPLITS, strict=True)
     )
@@ -102,7 +100,7 @@ def load(cache: Path, texts: Texts, vocabulary: Vocabulary) -> Encoded:
       f"tokens {folder} cannot be read ({type(error).__name__}); delete this folder, "
       "and they are encoded anew."
     ) from error
-  if not whole:
+  if not is_whole:
     raise BadData(
       f"tokens {folder} are not those that were written; delete this folder, and they "
       "are encoded anew."
@@ -126,19 +124,10 @@ def _digest(some: Tokens) -> str:
 
 
 def _write(folder: Path, texts: Texts, vocabulary: Vocabulary) -> None:
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-  try:
+  with whole(folder) as unfinished:
     for split in SPLITS:
       some = encoded(getattr(texts, split), vocabulary)
       (unfinished / split).mkdir()
       for part in _PARTS:
         np.save(unfinished / split / f"{part}.npy", getattr(some, part))
       (unfinished / split / "sha256").write_text(_digest(some))
-    try:
-      os.rename(unfinished, folder)
-    except OSError:
-      if not folder.exists():  # else another process was first; ours is the same
-        raise
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Packs a corpus into one file: `python -m experiments.corpora handbook --out FILE`.
 
 The file is read by the corpus `packed:FILE`, on machines that lack what it was made
-of.  Any corpus can be packed.  Exit codes: 0 written, 2 bad input or nothing to pack.
+of.  Any corpus can be packed.  Exit codes: 0 written, 2 bad input or nothing to pack,
+130 stopped by Ctrl-C.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -58,10 +59,18 @@ def main(argv: list[str] | None = None) -> int:
       why = f" that can be taken; left out: {left_out}" if left_out else ""
       raise BadData(f"corpus {name} has no documents{why}; nothing was written.")
     about = manifest(corpora.split(documents), facts, chosen)
-    packed.write(out, documents, about)
+    try:
+      packed.write(out, documents, about)
+    except OSError as error:
+      raise BadData(
+        f"--out {out}: cannot be written ({error.strerror}); give another place."
+      ) from error
   except (ValueError, MissingExtra, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print(f"\nstopped; {out} was not written.", file=sys.stderr)
+    return 130
   print(f"{'domain':<16}{'documents':>10}{'MB':>9}{'held out':>10}")
   for domain, sides in about["domains"].items():
     size = sum(side["bytes"] for side in sides.values()) / 1e6

@@ -81,7 +81,7 @@ def write(path: Path, documents: Sequence[Document], manifest: dict[str, Any]) -
   for line in lines:
     total.update(line)
   head = manifest | {"documents": len(lines), "lines_sha256": total.hexdigest()}
-  unfinished = path.with_name(path.name + ".unfinished")
+  unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
   try:
     with _writer(unfinished, path.suffix) as file:
       file.write(json.dumps(head, ensure_ascii=False).encode() + b"\n")

@@ -1,6 +1,7 @@
 """A corpus in one file: the same after a round trip, refused when it is not whole."""
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 import gzip
 import json
 import lzma
@@ -8,7 +9,7 @@ import lzma
 import pytest
 
 from experiments import corpora
-from experiments.corpora import __main__ as build
+from experiments.corpora import __main__ as build, packed
 from experiments.corpora.types import number
 from experiments.errors import BadData
 
@@ -132,6 +133,44 @@ def test_a_bad_argument_of_a_build_is_one_line(tmp_path, capsys, arguments, said
     build.main(["synthetic", "--out", str(tmp_path / "x.gz"), *arguments])
   shown = capsys.readouterr().err
   assert stopped.value.code == 2 and said in shown and shown.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_named_and_so_is_an_end_by_ctrl_c(
+  tmp_path, capsys, monkeypatch
+):
+  def fail(error):
+    def write(*_):
+      raise error
+
+    monkeypatch.setattr(build.packed, "write", write)
+    code = build.main(["synthetic", "--max-bytes", "999", "--out", f"{tmp_path}/x.gz"])
+    return code, capsys.readouterr().err
+
+  code, shown = fail(OSError(28, "No space left on device"))
+  assert code == 2 and shown.count("\n") == 1
+  assert f"--out {tmp_path}/x.gz: cannot be written (No space left" in shown
+  code, shown = fail(KeyboardInterrupt())
+  assert code == 130 and "stopped; " in shown and "was not written" in shown
+
+
+def test_two_builds_at_once_do_not_write_into_each_other(
+  tmp_path, source, chosen, monkeypatch
+):
+  out, docs, writer = tmp_path / "x.jsonl.gz", chosen(source), packed._writer
+  pids = [2, 1]
+
+  @contextlib.contextmanager
+  def while_another_writes(path, suffix):
+    with writer(path, suffix) as file:
+      if pids:
+        packed.write(out, docs[:3], {})
+      yield file
+
+  monkeypatch.setattr(packed, "_writer", while_another_writes)
+  monkeypatch.setattr(packed.os, "getpid", lambda: pids.pop() if pids else 0)
+  packed.write(out, docs, {})
+  assert chosen(f"packed:{out}") == docs
+  assert {path.name for path in tmp_path.iterdir()} == {out.name, "lines.jsonl"}
 
 
 def test_an_encoding_reaches_the_folder(tmp_path, chosen):

@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import os
 
 import chex
 import numpy as np
@@ -12,6 +13,7 @@ from experiments import corpora, data, dataset, tokens
 from experiments.config import Data
 from experiments.errors import BadData
 from experiments.vocabulary import Bytes
+from experiments.whole import whole
 
 BOS, EOS = Bytes.bos, Bytes.eos
 
@@ -67,6 +69,36 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(BadData, match="No space left.*--cache"):
     dataset.load(tmp_path, some_data())
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+  def fail(self):
+    raise RuntimeError("Failed to finalize;\n write() failed: No space left on device")
+
+  monkeypatch.setattr(dataset.TextDomains, "download_and_prepare", fail)
+  with pytest.raises(BadData, match="No space left.*make room, or give") as error:
+    dataset.load(tmp_path, some_data())
+  assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_builds_left_is_removed_after_a_day(tmp_path):
+  old, new = (tmp_path / f".unfinished-{name}" for name in ("old", "new"))
+  for folder in (old, new):
+    folder.mkdir()
+    (folder / "part").write_text("half")
+  os.utime(old, (1, 1))
+  with whole(tmp_path / "made") as unfinished:
+    (unfinished / "file").write_text("all")
+  assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "made"]
+
+
+def test_of_two_builds_of_one_folder_the_first_stays(tmp_path):
+  with whole(tmp_path / "made") as first:
+    with whole(tmp_path / "made") as second:
+      (second / "file").write_text("second")
+    (first / "file").write_text("first")
+  assert (tmp_path / "made" / "file").read_text() == "second"
+  assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_batches_have_their_shape_and_dtype(job):
