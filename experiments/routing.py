@@ -35,14 +35,23 @@ def layers(config: ModelConfig, found: Sequence[Stack]) -> list[dict[str, Any]]:
   """A record for each sparse layer in order of depth, ready for JSON.
 
   Returns:
-    `{"name", "load": [E integers], "entropy": nats, "dropped": {cause: share}}` each.
+    `{"name", "choices": k or None, "load": [E integers], "entropy": nats, "dropped":
+    {cause: share}}` each.
   """
   host = jax.device_get([(s.load, s.entropy, dict(s.dropped)) for s in found])
+  choices = [
+    block.ff.k
+    for blocks, _ in config.segments
+    for block in blocks
+    if isinstance(block.ff, MoEConfig)
+  ]
   records = {}
-  for depths, (load, entropy, dropped) in zip(_depths(config), host, strict=True):
+  for k, depths, arrays in zip(choices, _depths(config), host, strict=True):
+    load, entropy, dropped = arrays
     for n, depth in enumerate(depths):
       records[depth] = {
         "name": _name(depth),
+        "choices": k,
         "load": load[n].tolist(),
         "entropy": float(entropy[n]),
         "dropped": {cause: float(share[n]) for cause, share in dropped.items()},

@@ -65,6 +65,26 @@ def test_a_load_over_the_bound_that_lasts_is_skewed(busiest, alarm):
     assert "the busiest expert of layer 1 had 4.0 times the mean load" in said[0]
 
 
+@pytest.mark.parametrize(
+  ("load", "choices", "alarm"),
+  [
+    ([98, 98, 1, 1, 1, 1], 2, True),  # 3 times is all that there can be
+    ([60, 60, 20, 20, 20, 20], 2, False),
+    ([99, 34, 34, 33], 2, True),
+    ([80, 40, 40, 40], 2, False),
+    ([10, 10, 10, 10], 4, False),
+    ([95, 1, 1, 1, 1, 1], 1, True),  # over 4 times
+    ([65, 7, 7, 7, 7, 7], 1, False),
+    ([98, 98, 1, 1, 1, 1], None, False),
+  ],
+)
+def test_a_skew_near_the_most_that_choices_allow_is_one(load, choices, alarm):
+  alarms = Alarms()
+  for step in range(2 * SKEW_LINES):
+    alarms.routing(step, [layer(load) | {"choices": choices}])
+  assert alarms.counts == ({"load skew": 1} if alarm else {})
+
+
 def test_a_layer_without_any_token_is_not_skewed():
   alarms = Alarms()
   for step in range(DEAD_LINES):

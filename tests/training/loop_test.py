@@ -184,6 +184,7 @@ def test_routing_is_watched_now_and_then(report, tmp_path):
   assert found[0]["layers"] == [
     {
       "name": "layer 1",
+      "choices": 2,
       "load": [1, 2, 3, 4],
       "entropy": 1.0,
       "dropped": {"capacity": 0},
@@ -196,14 +197,15 @@ def test_an_alarm_is_said_once_a_run_and_counted_in_all_sittings(report):
   for step in range(1, 9):
     first(step, BATCH, values(step, skipped=float(step == 3)), stack([8, 0, 0, 8]))
   first.close()
-  assert first.alarms.counts == {"dead experts": 2, "non-finite loss": 1}
+  counts = {"dead experts": 2, "load skew": 1, "non-finite loss": 1}
+  assert first.alarms.counts == counts
   second = report(8)
   assert second.alarms.counts == first.alarms.counts and second.skipped == 1
   second(9, BATCH, values(9, skipped=1.0), stack([8, 0, 0, 8]))
   second.close()
-  assert second.alarms.counts == {"dead experts": 2, "non-finite loss": 2}
+  assert second.alarms.counts == counts | {"non-finite loss": 2}
   said = [line for line in report.err.getvalue().splitlines() if "alarm: " in line]
-  assert len(said) == 2, said
+  assert len(said) == 3, said
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_even_over_a_resume(report):

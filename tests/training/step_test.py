@@ -77,6 +77,7 @@ def test_layers_are_told_in_order_of_depth():
   assert [layer["name"] for layer in told] == [f"layer {n}" for n in (1, 2, 4, 5, 7)]
   assert told[3] == {
     "name": "layer 5",
+    "choices": 2,
     "load": [50, 50, 50],
     "entropy": 5.0,
     "dropped": {"capacity": 0.625},
