@@ -16,7 +16,7 @@ geometric mean, with Student's interval of the logarithms.
 A run with a dense one in it (`--compare-dense`) is both.  Runs that still go on are
 shown with what they have.
 
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -26,7 +26,7 @@ import sys
 
 from experiments import extras
 from experiments.errors import BadData
-from experiments.parser import Parser
+from experiments.parser import Parser, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,4 +52,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run(main)

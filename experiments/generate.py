@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser
+from experiments.parser import Parser, run
 
 _NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
 
@@ -236,4 +236,4 @@ def _refused(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run(main)

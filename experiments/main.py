@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from experiments import configs, extras
-from experiments.parser import Parser
+from experiments.parser import Parser, run
 
 _NEEDED = {
   "optax": "train",
@@ -156,4 +156,4 @@ def _refused(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run(main)

@@ -1,8 +1,10 @@
-"""The command line's parser of every command: bad input is one line, exit code 2."""
+"""The ends of every command: bad input in one line, Ctrl-C, a reader that has gone."""
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -12,3 +14,20 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     print(f"error: {message}; see --help.", file=sys.stderr)
     raise SystemExit(2)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+  """Exits with the code of a command, with 130 at Ctrl-C before it minds one.
+
+  What is slow to import is imported by commands, and so is interrupted here.
+  """
+  try:
+    code = main()
+    sys.stdout.flush()
+  except KeyboardInterrupt:
+    print("\nstopped.", file=sys.stderr)
+    code = 130
+  except BrokenPipeError:  # as of `| head`; Python would flush once more at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code = 141
+  sys.exit(code)

@@ -7,7 +7,7 @@ Curves, load of every expert in every layer, drops by cause, entropy, dead exper
 which text each expert takes, alarms, costs; several runs beside each other.  A run may
 still go on, or be dense; a dense one inside a run (`--compare-dense`) is shown too.
 
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -16,7 +16,7 @@ import sys
 
 from experiments import extras
 from experiments.errors import BadConfig, BadData, Unreachable
-from experiments.parser import Parser
+from experiments.parser import Parser, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run(main)

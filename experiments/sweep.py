@@ -22,7 +22,7 @@ import pathlib
 import sys
 
 from experiments import configs, extras
-from experiments.parser import Parser
+from experiments.parser import Parser, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     extras.check("etils", "train", needed_by="experiments.sweep")
     # jax is behind these; a missing argument does not wait for it.
-    from experiments.sweeping import cells, run, slurm
+    from experiments.sweeping import cells, run as running, slurm
 
     found = cells.cells(
       arguments.config,
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
       )
       print(f"{arguments.slurm}: an array of {len(found)} tasks; submit it by sbatch.")
       return 0
-    return run.run(found, jobs=arguments.jobs or 1, cache=arguments.cache)
+    return running.run(found, jobs=arguments.jobs or 1, cache=arguments.cache)
   except (ValueError, TypeError, OSError, extras.MissingExtra) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -120,4 +120,4 @@ def _words(arguments: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run(main)

@@ -69,7 +69,14 @@ def cells(
       raise ValueError(
         f"--config {name}: unknown config; {nearest(name, configs.names())}"
       )
+  for setting in settings:
+    if setting.partition("=")[0] == "seed":
+      raise ValueError(f"--set {setting}: give --seeds {setting[5:]} instead.")
   axes = [_axis(grid) for grid in grids]
+  paths = [grid.partition("=")[0] for grid in grids]
+  for path in paths:
+    if paths.count(path) > 1:
+      raise ValueError(f"--grid {path} is given twice; write all values in one.")
   found = []
   for name, values, seed in itertools.product(
     names, itertools.product(*axes), _seeds(seeds)

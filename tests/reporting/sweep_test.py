@@ -241,6 +241,8 @@ def test_commas_in_brackets_belong_to_a_value(tmp_path):
     (["--config", "micro", "--grid", "optim.clip"], "write path=value,value"),
     (["--config", "micro", "--grid", "optim.clip=1,,2"], "write path=value,value"),
     (["--config", "micro", "--grid", "seed=1,2"], "give --seeds 1,2 instead"),
+    (["--config", "micro", "--set", "seed=3"], "--set seed=3: give --seeds 3 instead"),
+    (["--config", "micro", "--grid", "steps=4", "--grid", "steps=5"], "given twice"),
     (["--config", "micro", "--grid", "optim.clp=1"], "did you mean 'clip'?"),
     (["--config", "micro", "--set", "steps=0"], "run.steps=0"),
     (["--config", "micro", "--grid", f"prompt={'x' * 300}"], "name of 3"),

@@ -1,0 +1,44 @@
+"""How commands end that did not come to their own end."""
+# SPDX-License-Identifier: Apache-2.0
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.parser import run
+
+
+def interrupted() -> int:
+  raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_a_command_minds_it_is_one_line(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    run(interrupted)
+  assert stopped.value.code == 130
+  assert capsys.readouterr().err == "\nstopped.\n"
+
+
+def test_the_code_of_a_command_is_kept():
+  for code in (0, 2):
+    with pytest.raises(SystemExit) as done:
+      run(lambda code=code: code)
+    assert done.value.code == code
+
+
+def test_a_reader_that_has_gone_is_no_traceback():
+  code = "from experiments.parser import run; run(lambda: print('x' * 10**6) or 0)"
+  read, write = os.pipe()
+  os.close(read)
+  found = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=Path(__file__).parents[2],
+    stdout=write,
+    stderr=subprocess.PIPE,
+    check=False,
+  )
+  os.close(write)
+  assert (found.returncode, found.stderr) == (141, b"")
