@@ -1,10 +1,17 @@
 """What is known about a data set: origin, counts, digest and what was left out."""
 # SPDX-License-Identifier: Apache-2.0
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import Any
 
 from experiments.corpora import Choice, Document, digest
+
+_PACKAGES = (
+  *("array_record", "datasketch", "grain", "numpy", "tensorflow-datasets"),
+  "tokenizers",
+)
 
 
 def manifest(
@@ -29,6 +36,7 @@ def manifest(
     "corpus": choice.corpus,
     "max_bytes": choice.max_bytes,
     "near_duplicates": choice.near_duplicates,
+    "packages": dict(_installed()),
     **facts,
     "domains": counts,
     "digest": digest(documents),
@@ -39,3 +47,10 @@ def manifest(
       for side in ("train", "held_out")
     },
   }
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+  """(package, version) of what data is made with, where it is installed."""
+  for name in _PACKAGES:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      yield name, metadata.version(name)

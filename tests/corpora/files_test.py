@@ -8,6 +8,7 @@ import lzma
 import os
 
 import pytest
+import tensorflow_datasets as tfds
 
 from experiments import corpora, dataset
 from experiments.config import Data
@@ -249,3 +250,5 @@ def test_a_manifest_counts_what_is_there(tmp_path):
     },
   }
   assert made["digest"] == corpora.digest(docs)
+  assert made["packages"]["tensorflow-datasets"] == tfds.__version__
+  assert {"array_record", "datasketch", "grain", "tokenizers"} < set(made["packages"])
