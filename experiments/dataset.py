@@ -29,7 +29,7 @@ SPLITS = ("train", "held_out")
 class TextDomains(tfds.core.GeneratorBasedBuilder):
   """Documents of a corpus: their text, domain and id; splits train and held_out."""
 
-  VERSION = tfds.core.Version("2.1.0")
+  VERSION = tfds.core.Version("2.2.0")
   # Nothing is downloaded, so there are no checksums beside this file; tfds looks for
   # them with a package (importlib_resources) that it does not install.
   code_path = None

@@ -2,7 +2,8 @@
 
 Candidates come from MinHash and locality-sensitive hashing (Broder 1997, "On the
 resemblance and containment of documents"; the `datasketch` package), and are compared
-exactly: nothing is left out that is not as similar as asked.
+exactly: nothing is left out that is not as similar as asked, and of what is, not one in
+a thousand stays (from a similarity of 0.06 on; there are not enough hashes for less).
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -14,6 +15,7 @@ from experiments import extras
 from experiments.corpora.types import Document
 
 _PERMUTATIONS = 128
+_MISSED = 1e-3  # of the pairs that are as similar as asked
 _WORDS = 5  # of a shingle
 # A sign of a script without spaces counts as a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")
@@ -36,10 +38,7 @@ def removed(
     MissingExtra: datasketch is not installed.
   """
   datasketch = extras.require("datasketch", "data", needed_by="data.near_duplicates")
-  # What it finds too much is compared below, so it rather finds too much.
-  index = datasketch.MinHashLSH(
-    threshold=min(similarity, 0.9), num_perm=_PERMUTATIONS, weights=(0.1, 0.9)
-  )
+  index = datasketch.MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(similarity))
   kept: list[Document] = []
   sets: list[frozenset[int]] = []
   counts: dict[str, int] = {}
@@ -54,6 +53,18 @@ def removed(
     kept.append(doc)
     sets.append(some)
   return kept, counts
+
+
+def _bands(similarity: float) -> tuple[int, int]:
+  """(bands, hashes of each): two documents are compared if they agree in a band.
+
+  As many hashes of a band, and so as few comparisons, as miss few enough.
+  """
+  for hashes in range(_PERMUTATIONS // 2, 0, -1):
+    bands = _PERMUTATIONS // hashes
+    if (1 - similarity**hashes) ** bands <= _MISSED:
+      return bands, hashes
+  return _PERMUTATIONS, 1
 
 
 def shingles(text: str) -> frozenset[int]:

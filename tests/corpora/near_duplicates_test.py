@@ -48,6 +48,20 @@ def test_what_is_less_similar_than_asked_is_kept(planted):
   assert kept == docs and counts == {}
 
 
+@pytest.mark.parametrize("similarity", [0.3, 0.5, 0.8, 0.9, 1.0])
+def test_pairs_that_are_just_as_similar_as_asked_are_found(similarity):
+  words = random.Random(1)
+  docs, pairs = [], 0
+  for n in range(200):
+    body = text(words, 200)
+    copy = [*body, *text(words, int(200 * (1 / similarity - 1) * 0.97))]
+    some = [near_duplicates.shingles(" ".join(part)) for part in (body, copy)]
+    pairs += near_duplicates.jaccard(*some) >= similarity
+    docs += [Document("a", f"{n}-{m}", " ".join(p)) for m, p in enumerate((body, copy))]
+  kept, counts = near_duplicates.removed(docs, similarity)
+  assert pairs == 200 and counts["a"] >= 199 and len(kept) == 400 - counts["a"]
+
+
 def test_scripts_without_spaces_have_words_too():
   signs = [chr(0x4E00 + n) for n in range(400)]
   text = "".join(signs)
