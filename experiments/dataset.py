@@ -96,7 +96,7 @@ def load(cache: Path, config: Data) -> Texts:
     raise
   except ImportError as error:  # tfds imports some of what it needs when it needs it
     raise MissingExtra(
-      f"data sets need {error.name}; run: pip install 'jmoe[data]'"
+      f"data sets need {error.name or error}; run: pip install 'jmoe[data]'"
     ) from error
 
 

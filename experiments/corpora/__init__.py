@@ -15,6 +15,7 @@ A corpus is named by `KIND` or `KIND:ARGUMENT`, with options behind a question m
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import os
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -95,7 +96,10 @@ def parse(text: str) -> Spec:
     if option not in module.OPTIONS:
       known = nearest(option, module.OPTIONS) if module.OPTIONS else "it has none."
       raise ValueError(f"data.corpus={text!r}: unknown option {option!r}; {known}")
-  return Spec(kind, argument, tuple(options))
+  if len(dict(options)) < len(options):
+    raise ValueError(f"data.corpus={text!r}: an option is there twice; write it once.")
+  # A shell leaves a ~ behind a colon as it is.
+  return Spec(kind, os.path.expanduser(argument), tuple(options))
 
 
 def chosen(choice: Choice) -> tuple[list[Document], dict[str, Any]]:

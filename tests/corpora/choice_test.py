@@ -16,6 +16,7 @@ from experiments.errors import BadData
     ("embedded:here", "write embedded."),
     ("folder:here?encodng=latin-1", "'encodng'; did you mean 'encoding'?"),
     ("jsonl:here?encoding=latin-1", "unknown option 'encoding'; it has none."),
+    ("folder:here?encoding=ascii&encoding=latin-1", "twice; write it once."),
   ],
 )
 def test_a_name_that_is_none_is_refused_with_the_nearest(name, said):
@@ -27,6 +28,11 @@ def test_a_name_that_is_none_is_refused_with_the_nearest(name, said):
 def test_options_are_parted_from_a_path_with_colons():
   spec = corpora.parse("folder:a:b/c?encoding=cp1252")
   assert (spec.argument, spec.options) == ("a:b/c", (("encoding", "cp1252"),))
+
+
+def test_a_path_may_begin_at_the_home_folder(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  assert corpora.parse("folder:~/texts").argument == "/home/me/texts"
 
 
 def documents(count: int, domain: str = "a") -> list[Document]:
