@@ -5,6 +5,7 @@ An arm is a name, or `name=value`:
   sparse        the run as it is
   dense         the dense model of equal active FLOPs
   experts=N     N experts of the same active FLOPs; one expert is a dense layer
+  steps=F       the run as it is, planned to end after a share F of its steps
   balance=none  no balancing at all
   balance=loss  by the load-balance loss that the run has
   balance=bias  by DeepSeek-V3's bias instead of the loss
@@ -12,6 +13,7 @@ An arm is a name, or `name=value`:
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from experiments.config import Run
@@ -65,6 +67,18 @@ def _experts(run: Run, value: str | None) -> Run:
   return dataclasses.replace(run, model=_layers(run.model, change))
 
 
+def _steps(run: Run, value: str | None) -> Run:
+  try:
+    share = float(value or "")
+  except ValueError:
+    share = 0.0
+  if not 0 < share < math.inf or round(share * run.steps) < 1:
+    raise ValueError(
+      f"--arms steps={value}: give a share of the run's {run.steps} steps, as in 0.5."
+    )
+  return dataclasses.replace(run, steps=round(share * run.steps))
+
+
 def _balance(run: Run, value: str | None) -> Run:
   without = tuple(pair for pair in run.loss_weights if pair[0] != _LOSS)
   if value == "none":
@@ -107,5 +121,6 @@ _ARMS: dict[str, Callable[[Run, str | None], Run]] = {
   "sparse": _sparse,
   "dense": _dense,
   "experts": _experts,
+  "steps": _steps,
   "balance": _balance,
 }

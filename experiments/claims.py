@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,12 @@ QUANTITIES = {
   "compute": Quantity(
     "training FLOPs that the compared arm needs for its last loss, over what this "
     "arm needs for the same",
+    "times fewer FLOPs",
+    "log",
+  ),
+  "compute_planned": Quantity(
+    "training FLOPs of the compared arm, over those of a run of this arm that was "
+    "planned to end at the same held-out loss",
     "times fewer FLOPs",
     "log",
   ),
@@ -78,7 +84,33 @@ def measured(
         values["compute"] = equal_loss.factor(own, curves[run.seed])
       for name, value in values.items():
         found[name].setdefault(arm.name, {})[run.seed] = value
+  found["compute_planned"] = _planned(arms, base)
   return found
+
+
+def _planned(arms: Sequence[Any], base: Any) -> dict[str, dict[int, float]]:
+  """Quotient of FLOPs at the compared arm's end, from `sparse` and arms `steps=F`.
+
+  Between two lengths the loss is taken as a straight line over the logarithm of FLOPs;
+  a seed whose runs do not enclose the compared loss gives no value.
+  """
+  lengths = [a for a in arms if a.name == "sparse" or a.name.startswith("steps=")]
+  found: dict[int, float] = {}
+  if len(lengths) < 2 or base in lengths:
+    return {}
+  for n, run in enumerate(base.runs):
+    target, whole = _end(base.folders[n])
+    ends = sorted(_end(arm.folders[n]) for arm in lengths)
+    losses, logs = [bits for bits, _ in ends], [math.log(flops) for _, flops in ends]
+    if losses[0] <= target <= losses[-1]:
+      found[run.seed] = whole / math.exp(float(np.interp(target, losses, logs)))
+  return {"sparse": found} if found else {}
+
+
+def _end(folder: Any) -> tuple[float, float]:
+  """(held-out bits per byte, FLOPs of training)."""
+  summary = json.loads((folder / "summary.json").read_text())
+  return summary["bits_per_byte"]["all"], summary["flops"]["trained"]
 
 
 def append(
@@ -88,9 +120,17 @@ def append(
   against: str,
   folder: Path,
   name: str,
-  command: str,
+  command: Callable[[str], str],
 ) -> None:
   """Puts all values into FOLDER/NAME-QUANTITY.json.
+
+  Args:
+    found: from `measured`.
+    arms: with `name`, `runs` and `folders`, all finished.
+    against: name of the arm that the others are compared with.
+    folder: of claims.
+    name: begins the names of the files.
+    command: of an arm by its name.
 
   Raises:
     BadData: a file holds something else.
@@ -104,7 +144,8 @@ def append(
         if run.seed not in by_arm.get(arm.name, {}):
           continue
         summary = json.loads((place / "summary.json").read_text())
-        compared = quantity != "compute" and against in by_arm
+        config["data"]["digest"] = summary["data"]["digest"]
+        compared = against in by_arm
         results.append(
           folder / f"{name}-{quantity}.json",
           claim=about.claim,
@@ -114,7 +155,7 @@ def append(
           arm=arm.name,
           seed=run.seed,
           value=by_arm[arm.name][run.seed],
-          command=command,
+          command=command(arm.name),
           config=config,
           versions=summary["versions"],
           hardware=summary["hardware"],
@@ -143,11 +184,10 @@ def _values(folder: Any) -> dict[str, float]:
   together = summary["seeds_at_once"]
   run = json.loads((folder / "config.json").read_text())
   tokens = run["data"]["batch"] * run["data"]["seq"]
-  used = summary["memory"]["arguments"] + summary["memory"]["temporary"]
-  values = {
-    "bits_per_byte": summary["bits_per_byte"]["all"],
-    "memory_gib": used / together / 2**30,
-  }
+  values = {"bits_per_byte": summary["bits_per_byte"]["all"]}
+  if used := summary["memory"]:  # not known of a run that was only evaluated anew
+    bytes_ = used["arguments"] + used["temporary"]
+    values["memory_gib"] = bytes_ / together / 2**30
   if summary["tokens_per_second"]:
     values["step_ms"] = 1e3 * tokens / summary["tokens_per_second"] / together
   lines = _metrics(folder)

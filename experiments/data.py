@@ -9,6 +9,7 @@ from the token before it.
 import functools
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -148,6 +149,15 @@ def batches(
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers))
   return iter(dataset)
+
+
+def shapes(batch: int, seq: int, models: int | None = None) -> dict[str, Any]:
+  """What `batches` gives, as shapes; of several models at once, a stack of them."""
+  import jax
+
+  lead = () if models is None else (models,)
+  shape = jax.ShapeDtypeStruct((*lead, batch, seq), np.int32)
+  return dict.fromkeys((*_FEATURES, "segment", "position"), shape)
 
 
 def shares(windows: Windows, temperature: float) -> np.ndarray:

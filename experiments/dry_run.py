@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from experiments import dataset, settings, tokens
+from experiments import data, dataset, settings, tokens
 from experiments.config import Run
 from experiments.program import program
 from jmoe.analysis import cost
@@ -81,10 +80,9 @@ def _by_domain(documents: Sequence[Any]) -> Mapping[int | None, tuple[int, int]]
 
 def _temporary(run: Run, made: Any, state: Any) -> int:
   """Bytes that a compiled step needs beside its state."""
-  names = ("inputs", "targets", "scored", "domain", "segment", "position")
-  shape = jax.ShapeDtypeStruct((run.data.batch, run.data.seq), np.int32)
+  batch = data.shapes(run.data.batch, run.data.seq)
   step = jax.jit(made.train_step, donate_argnums=0)
-  compiled = step.lower(state, dict.fromkeys(names, shape)).compile()
+  compiled = step.lower(state, batch).compile()
   analysis = compiled.memory_analysis()
   assert analysis is not None  # CPU, GPU and TPU have one
   return analysis.temp_size_in_bytes

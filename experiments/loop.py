@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -55,7 +56,7 @@ def train(
     Stopped: a signal came; the state was saved.
   """
   waiting: tuple[int, Batch, dict[str, Any], Any] | None = None
-  for step in range(int(state.step) + 1, steps + 1):
+  for step in range(steps_of(state) + 1, steps + 1):
     if profile is not None:
       profile.before(step)
     batch = next(batches)
@@ -73,6 +74,11 @@ def train(
     if stopping:
       stop.check(step)
   return state
+
+
+def steps_of(state: TrainState) -> int:
+  """Steps done; of several seeds at once, which have all done as many."""
+  return int(np.ravel(state.step)[0])
 
 
 class Profile:
@@ -119,12 +125,13 @@ class Report:
     run: what is trained.
     folder: of the run.
     step: where the run starts; what the files hold of later steps is dropped.
+    shown: whether a bar shows how far it is.
 
   `step` is the last that was reported, `skipped` how many changed nothing, `speeds` the
   tokens a second of each, and `alarms` what was to be said.
   """
 
-  def __init__(self, run: Run, folder: epath.Path, *, step: int):
+  def __init__(self, run: Run, folder: epath.Path, *, step: int, shown: bool = True):
     self._run, self._folder = run, folder
     self.alarms = Alarms()
     self.skipped = self._skipped_in_a_row = 0
@@ -142,9 +149,14 @@ class Report:
     self._board = metrics.Board(folder / "tensorboard", step)
     # Seldom if the line cannot rewrite itself, as in a log.
     self._bar = tqdm(
-      total=run.steps, initial=step, desc=run.name, unit="step", dynamic_ncols=True
+      total=run.steps,
+      initial=step,
+      desc=run.name,
+      unit="step",
+      dynamic_ncols=True,
+      disable=not shown,
     )
-    if not self._bar.fp.isatty():
+    if shown and not self._bar.fp.isatty():
       self._bar.mininterval = self._bar.maxinterval = 10.0
     self._times: collections.deque[float] = collections.deque(maxlen=20)
     self.step = step

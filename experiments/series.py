@@ -3,25 +3,28 @@
   python -m experiments.series --config small --arms sparse,dense --against dense \
       --seeds 0,1,2 --out runs/series
 
-The seeds of an arm are one program: their states are stacked and the step is vmapped.
-Seed n draws its parameters and the order of its data from n, so that all arms see the
-same batches.  Each seed leaves a folder OUT/ARM/seed-n like that of a single run, for
-`experiments.report` and `experiments.compare`; an arm that is finished there is not
-trained again, so a series may take several sittings.  `experiments.arms` lists arms.
+The seeds of an arm are one program: their states are stacked and the step is vmapped;
+`--together N` for no more than N of them, where they do not fit.  Seed n draws its
+parameters and the order of its data from n, so that all arms see the same batches.
+Each seed leaves a folder OUT/ARM/seed-n like that of a single run, with checkpoints;
+what is finished there is not trained again, what was stopped goes on where it was, so a
+series may take several sittings.  `experiments.arms` lists arms.
 
-Claims are appended to RESULTS/NAME-*.json: bits per byte, compute to equal loss, time
-of a step, memory, drops and dead experts.
+Claims are appended to RESULTS/NAME-*.json: bits per byte, compute to equal loss (from
+the curves, and where there are arms `steps=F` from runs planned to be shorter), time of
+a step, memory, drops and dead experts.
 
-Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 a loss was no number too often, 2 bad input, 130 stopped by
+Ctrl-C, 143 by SIGTERM.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,20 +53,32 @@ def main(argv: list[str] | None = None) -> int:
   add("--arms", required=True, help="separated by commas")
   add("--against", help="the arm that the others are compared with; default: the last")
   add("--seeds", default="0,1,2", help="separated by commas")
+  add("--together", type=int, default=0, metavar="N", help="seeds a program; 0: all")
   add("--out", required=True, help="folder of the series")
+  add("--no-checkpoints", action="store_true", help="what is stopped begins anew")
   add("--set", action="append", default=[], metavar="PATH=VALUE")
   add("--results", type=Path, help="folder of claims; default: none are written")
   add("--name", help="of the claims; default: the config's")
   add("--cache", type=Path, default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
+  from experiments import errors
+
   try:
     found = _arms(arguments)
     _run(found, arguments, argv or sys.argv[1:])
+  except errors.Diverged as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   except (ValueError, TypeError, OSError, extras.MissingExtra) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except errors.Stopped as stopped:
+    print(f"\n{stopped}", file=sys.stderr)
+    return stopped.exit_code
   except KeyboardInterrupt:
-    print("\nstopped; finished arms are kept.", file=sys.stderr)
+    print(
+      "\nstopped; the same command goes on from the last checkpoints.", file=sys.stderr
+    )
     return 130
   return 0
 
@@ -79,7 +94,11 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
     raise ValueError(
       f"--seeds {arguments.seeds}: give integers separated by commas, as in 0,1,2."
     ) from None
-  out = workdir.opened(arguments.out)
+  if arguments.together < 0:
+    raise ValueError(f"--together {arguments.together}: give a number of seeds, or 0.")
+  if twice := [text for text in seeds if seeds.count(text) > 1]:
+    raise ValueError(f"--seeds {arguments.seeds}: {twice[0]} is given twice.")
+  out = workdir.opened(arguments.out, "--out")
   if not workdir.is_local(out):
     raise ValueError(f"--out {out} is not local; give a local folder.")
   found = []
@@ -102,148 +121,64 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
 def _run(found: list[Arm], arguments: argparse.Namespace, argv: list[str]) -> None:
   import jax
 
-  from experiments import claims, job
+  from experiments import claims, job, opening, together
+  from experiments.signals import Stop
 
   jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
   job.check([(run, folder) for a in found for run, folder in zip(a.runs, a.folders)])
-  texts, encoded = job.loaded(found[0].runs[0], arguments.cache)
-  for arm in found:
-    if all(_finished(folder) for folder in arm.folders):
-      print(f"{arm.name}: finished before", file=sys.stderr)
-      continue
-    _trained(arm, texts, encoded, ["python", "-m", "experiments.series", *argv])
+  first = found[0].runs[0]
+  texts, encoded = job.loaded(first, arguments.cache)
+  held_out = list(opening.held_out_batches(first, encoded))
+  reading = together.Reading(texts, encoded, held_out)
+  command = ["python", "-m", "experiments.series", *argv]
+  with Stop() as stop:
+    for arm in found:
+      missing = [
+        (run, folder)
+        for run, folder in zip(arm.runs, arm.folders, strict=True)
+        if not _finished(folder)
+      ]
+      if not missing:
+        print(f"{arm.name}: finished before", file=sys.stderr)
+      size = arguments.together or len(missing)
+      for begin in range(0, len(missing), size or 1):
+        runs, folders = zip(*missing[begin : begin + size], strict=True)
+        together.finish(
+          runs,
+          folders,
+          reading,
+          command=command,
+          stop=stop,
+          saved=not arguments.no_checkpoints,
+        )
   against = arguments.against or found[-1].name
   measured = claims.measured(found, against)
   claims.show(measured)
   if arguments.results is not None:
-    words = ["python", "-m", "experiments.series", "--config", arguments.config]
-    words += ["--against", against, *(w for s in arguments.set for w in ("--set", s))]
     claims.append(
       measured,
       found,
       against=against,
       folder=arguments.results,
       name=arguments.name or arguments.config,
-      command=shlex.join(words),
+      command=functools.partial(_command, arguments, against),
     )
+
+
+def _command(arguments: argparse.Namespace, against: str, arm: str) -> str:
+  """The command that measures an arm and the one it is compared with."""
+  arms = arm if arm == against else f"{arm},{against}"
+  words = ["python", "-m", "experiments.series", "--config", arguments.config]
+  words += ["--arms", arms, "--against", against]
+  words += [w for s in arguments.set for w in ("--set", s)]
+  if arguments.together:
+    words += ["--together", str(arguments.together)]
+  return shlex.join([*words, "--out", f"runs/{arguments.name or arguments.config}"])
 
 
 def _finished(folder: Any) -> bool:
   path = folder / "summary.json"
   return path.exists() and json.loads(path.read_text())["finished"]
-
-
-def _trained(arm: Arm, texts: Any, encoded: Any, command: list[str]) -> None:
-  """Trains and evaluates all seeds of an arm; writes their folders."""
-  import jax
-  import numpy as np
-  from tqdm import tqdm
-
-  from experiments import data, metrics, program, seeds, workdir
-  from experiments.alarms import Alarms
-  from experiments.routing import layers
-  from experiments.sitting import evaluated
-  from experiments.summary import summary
-
-  first = arm.runs[0]
-  made = [
-    program.program(
-      run,
-      byte_lengths=encoded.vocabulary.byte_lengths,
-      num_domains=len(texts.domains),
-    )
-    for run in arm.runs
-  ]
-  state = seeds.stack([one.init() for one in made])
-  windows = data.Windows(encoded.train, seq=first.data.seq)
-  batches = [
-    data.batches(
-      windows,
-      batch=first.data.batch,
-      seq=first.data.seq,
-      seed=run.data.seed,
-      num_workers=run.data.num_workers,
-      temperature=run.data.temperature,
-    )
-    for run in arm.runs
-  ]
-  lines, watched = [], []
-  for run, folder in zip(arm.runs, arm.folders, strict=True):
-    workdir.claim(run, folder)
-    workdir.write_json(folder / "manifest.json", texts.manifest)
-    encoded.vocabulary.save(folder / "vocabulary")
-    lines.append(metrics.Lines(folder / "metrics.jsonl", []))
-    watched.append(metrics.Lines(folder / "routing.jsonl", []))
-  alarms = [Alarms() for _ in arm.runs]
-  skipped, speeds, times = [0] * len(arm.runs), [], []
-  bar = tqdm(total=first.steps, desc=arm.name, unit="step", dynamic_ncols=True)
-  if not bar.fp.isatty():
-    bar.mininterval = bar.maxinterval = 10.0
-  tokens = first.data.batch * first.data.seq
-
-  def report(step: int, found: Any) -> None:
-    values, routing = found
-    values = jax.device_get(values)
-    times.append(time.perf_counter())
-    if len(times) > 20:
-      speeds.append(20 * tokens / (times[-1] - times[-21]))
-    for n in range(len(arm.runs)):
-      own = {name: float(value[n]) for name, value in values.items()}
-      own |= {"tokens_per_second": speeds[-1]} if speeds else {}
-      lines[n].add({"step": step} | own)
-      skipped[n] += bool(own["skipped"])
-      alarms[n].metrics(step, own)
-      if routing and (step % first.watch_every == 0 or step == 1):
-        one = layers(first.model, jax.tree.map(lambda x, n=n: x[n], routing))
-        watched[n].add({"step": step, "layers": one})
-        alarms[n].routing(step, one)
-    bar.set_postfix_str(
-      ", ".join(f"{x:.3f}" for x in values["bits_per_byte"]) + " bits/byte",
-      refresh=False,
-    )
-    bar.update()
-
-  joined = [next(b) for b in batches]
-  stacked = {n: np.stack([b[n] for b in joined]) for n in joined[0]}
-  step_fn = seeds.jitted(made[0].train_step).lower(state, stacked).compile()
-  memory = step_fn.memory_analysis()
-  begin, waiting = time.perf_counter(), None
-  for step in range(1, first.steps + 1):
-    if step > 1:
-      joined = [next(b) for b in batches]
-      stacked = {n: np.stack([b[n] for b in joined]) for n in joined[0]}
-    state, *found = step_fn(state, stacked)
-    if waiting is not None:
-      report(*waiting)
-    waiting = (step, found)
-  assert waiting is not None
-  report(*waiting)
-  bar.close()
-  seconds = time.perf_counter() - begin
-  eval_step = jax.jit(made[0].eval_step)
-  for n, one in enumerate(seeds.unstack(state)):
-    run, folder = arm.runs[n], arm.folders[n]
-    lines[n].close()
-    watched[n].close()
-    bits = evaluated(run, folder, one, eval_step, texts, encoded).bits
-    body = summary(
-      run,
-      step=first.steps,
-      seconds=seconds / len(arm.runs),
-      speeds=speeds,
-      skipped=skipped[n],
-      alarms=alarms[n].counts,
-      data={"corpus": run.data.corpus, "digest": texts.digest},
-      command=command,
-      bits=bits,
-    )
-    body["memory"] = {
-      "seeds_at_once": len(arm.runs),
-      "arguments": memory.argument_size_in_bytes,
-      "temporary": memory.temp_size_in_bytes,
-    }
-    body["seeds_at_once"] = len(arm.runs)
-    workdir.write_json(folder / "summary.json", body)
 
 
 if __name__ == "__main__":

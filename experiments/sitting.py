@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,19 @@ from experiments import (
   dataset,
   evaluate,
   loop,
+  opening,
   routing,
   state as states,
   tokens,
 )
 from experiments.config import Run
-from experiments.errors import BadCheckpoint, BadData, Diverged, Stopped
+from experiments.errors import Diverged, Stopped
 from experiments.program import program
 from experiments.remote import Place
 from experiments.signals import Stop
 from experiments.summary import summary
 from experiments.workdir import claim, held, write_json
 from jmoe.analysis import cost
-from jmoe.use import to_jsonable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Sitting:
       byte_lengths=encoded.vocabulary.byte_lengths,
       num_domains=len(texts.domains),
     )
-    self.batches = self._batches()
+    self.batches = opening.training_batches(run, encoded)
 
   def finished(self) -> Trained:
     """Trains what is missing, evaluates, and writes the folder's files.
@@ -99,7 +97,9 @@ class Sitting:
   def _finished(self, state: states.TrainState | None) -> Trained:
     """The same, from the state of a new run if this is one."""
     run, folder = self.run, self.folder
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", self._facts())
+    checkpoints = checkpoint.Checkpoints(
+      folder / "checkpoints", opening.facts(run, self.texts, self.encoded)
+    )
     if checkpoints.latest is not None:
       state = checkpoints.restore(jax.eval_shape(self.program.init), self.batches)
     elif state is None:
@@ -108,10 +108,12 @@ class Sitting:
     self.encoded.vocabulary.save(Path(folder / "vocabulary"))
     self._send()  # a store that takes nothing is found before an hour is spent
     print(_headline(run))
-    clock = _Clock(folder)
+    clock = opening.Clock(folder)
     report, state = self._trained(state, checkpoints, clock)
     step = jax.jit(self.program.eval_step)
-    found = evaluated(run, folder, state, step, self.texts, self.encoded, self.stop)
+    batches = opening.held_out_batches(run, self.encoded)
+    batches = self.stop.between(batches, int(state.step))
+    found = evaluated(run, folder, state, step, self.texts, batches)
     self._summarise(
       run.steps,
       report,
@@ -127,7 +129,7 @@ class Sitting:
     self,
     state: states.TrainState,
     checkpoints: checkpoint.Checkpoints,
-    clock: "_Clock",
+    clock: opening.Clock,
   ) -> tuple[loop.Report, states.TrainState]:
     """What was reported, and the last state."""
     run, folder, done = self.run, self.folder, int(state.step)
@@ -160,7 +162,7 @@ class Sitting:
           profile.close()
         report.close()
         checkpoints.close()
-        clock.stop()
+        clock.close()
     except (Diverged, Stopped):
       self._summarise(report.step, report, clock)
       self._send()
@@ -168,53 +170,15 @@ class Sitting:
     return report, state
 
   def _started(self) -> states.TrainState:
-    """The state before the first step; with another run's model if it says so."""
-    run, made = self.run, self.program
-    if not run.start_from:
-      return made.init()
-    saved = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
-    words = self.encoded.vocabulary.digest
-    if saved.facts.get("vocabulary", words) != words:
-      raise BadCheckpoint(
-        f"start_from={run.start_from!r}: that run has another vocabulary than "
-        f"data.tokenizer={run.data.tokenizer!r} gives here; give its tokenizer."
-      )
-    try:
-      return states.restarted(
-        made.init(), saved.params, saved.balance, optimizer=made.optimizer
-      )
-    except ValueError as error:
-      raise BadCheckpoint(str(error)) from error
+    return opening.started(self.run, self.program, self.encoded)
 
   def _send(self) -> None:
     """Brings the store up to the folder, where they are two."""
     self.where.send()
     self.where.wait()
 
-  def _facts(self) -> dict[str, Any]:
-    """What must be as it was for the run to go on."""
-    return {
-      "config": to_jsonable(self.run),
-      "text": self.texts.digest,
-      "vocabulary": self.encoded.vocabulary.digest,
-      "processes": jax.process_count(),  # the order of batches depends on their number
-    }
-
-  def _batches(self) -> Any:
-    of = self.run.data
-    return data.batches(
-      data.Windows(self.encoded.train, seq=of.seq),
-      batch=of.batch,
-      seq=of.seq,
-      seed=of.seed,
-      num_workers=of.num_workers,
-      temperature=of.temperature,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-
   def _summarise(
-    self, step: int, report: loop.Report, clock: "_Clock", **end: Any
+    self, step: int, report: loop.Report, clock: opening.Clock, **end: Any
   ) -> None:
     """Writes summary.json."""
     found = summary(
@@ -237,8 +201,7 @@ def evaluated(
   state: states.TrainState,
   eval_step: Any,
   texts: dataset.Texts,
-  encoded: tokens.Encoded,
-  stop: Stop | None = None,
+  batches: Iterable[data.Batch],
 ) -> evaluate.Evaluation:
   """One pass over the held-out documents, also written to evaluation.json.
 
@@ -248,18 +211,11 @@ def evaluated(
     state: at its end.
     eval_step: of its program, jitted.
     texts: the data set.
-    encoded: the same as tokens.
-    stop: asked between two batches.
-
-  Raises:
-    Stopped: a signal came; nothing was written.
+    batches: of `opening.held_out_batches`.
   """
-  of = run.data
-  windows = data.Windows(encoded.held_out, seq=of.seq, context=of.eval_context)
-  batches = data.one_pass(windows, batch=of.batch, seq=of.seq)
   found = evaluate.evaluation(
     lambda batch: eval_step(state.params, state.balance, batch),
-    batches if stop is None else stop.between(batches, int(state.step)),
+    batches,
     evaluate.domain_sizes(texts.held_out, texts.domains),
     texts.domains,
   )
@@ -270,27 +226,6 @@ def evaluated(
   body = {"bits_per_byte": found.bits, "layers": layers}
   write_json(folder / "evaluation.json", body | {"domains": list(texts.domains)})
   return found
-
-
-class _Clock:
-  """Seconds of training, those of earlier sittings included."""
-
-  def __init__(self, folder: epath.Path):
-    path = folder / "summary.json"
-    try:
-      self._before = float(json.loads(path.read_bytes())["seconds"])
-    except FileNotFoundError:
-      self._before = 0.0
-    except (ValueError, KeyError, TypeError):
-      raise BadData(f"{path} is not the summary of a run; remove it.") from None
-    self._begin, self._end = time.perf_counter(), None
-
-  def stop(self) -> None:
-    self._end = time.perf_counter()
-
-  def seconds(self) -> float:
-    now = time.perf_counter() if self._end is None else self._end
-    return self._before + now - self._begin
 
 
 def _headline(run: Run) -> str:

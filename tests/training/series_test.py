@@ -1,12 +1,17 @@
 """Arms change one thing; a series keeps what its runs did, and does not do it again."""
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
+from etils import epath
 
-from experiments import arms, claims, configs, results, series
+from experiments import arms, checkpoint, claims, configs, loop, results, series
 from experiments.config import sparse_layers
 from jmoe.analysis import cost
 
@@ -48,6 +53,8 @@ def test_arms_of_balance_change_the_loss_and_the_bias_alone():
     ("experts=0", "give the number of experts"),
     ("dense=3", "takes no value"),
     ("balance=lost", "give none, loss or bias"),
+    ("steps=0", "give a share of the run's 12 steps"),
+    ("steps=half", "give a share of the run's 12 steps"),
   ],
 )
 def test_a_bad_arm_is_named(text, said):
@@ -104,6 +111,110 @@ def test_finished_arms_are_not_trained_again(done, capsys):
   assert {p: p.stat().st_mtime_ns for p in (done[0] / "runs").rglob("*")} == files
 
 
+def ends(folder):
+  """Digests of the parameters of a seed, in its last checkpoint."""
+  saved = checkpoint.read(epath.Path(folder) / "checkpoints")
+  return checkpoint.digests(saved.params)
+
+
+def test_a_stopped_arm_goes_on_and_ends_as_if_it_never_was(done, tmp_path, monkeypatch):
+  """A signal at step 5; in a copy one seed loses its newest checkpoint as well."""
+  place = done[1].index("--out")
+  out = tmp_path / "runs"
+  arguments = [*done[1][: place + 1], str(out), *done[1][place + 4 :]]
+  arguments[arguments.index("--arms") + 1] = "sparse"
+  report = loop.Report.__call__
+
+  def reported(self, step, *rest):
+    report(self, step, *rest)
+    if step == 5 and self._folder.name == "seed-1":  # a second one would not wait
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Report, "__call__", reported)
+    assert series.main(arguments) == 130
+  saved = sorted(p.name for p in (out / "sparse" / "seed-0" / "checkpoints").iterdir())
+  assert saved == ["3", "6"]
+  uneven = tmp_path / "uneven"
+  shutil.copytree(out, uneven)
+  assert series.main(arguments) == 0
+  for seed in ("seed-0", "seed-1"):
+    assert ends(out / "sparse" / seed) == ends(done[0] / "runs" / "sparse" / seed)
+  # Two programs now, which round differently.
+  shutil.rmtree(uneven / "sparse" / "seed-1" / "checkpoints" / "6")
+  arguments[arguments.index("--out") + 1] = str(uneven)
+  assert series.main(arguments) == 0
+  for seed in ("seed-0", "seed-1"):
+    one, other = (
+      json.loads((folder / "sparse" / seed / "summary.json").read_text())
+      for folder in (out, uneven)
+    )
+    assert other["steps"] == 12
+    assert other["bits_per_byte"]["all"] == pytest.approx(
+      one["bits_per_byte"]["all"], rel=1e-2
+    )
+  lines = (uneven / "sparse" / "seed-1" / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
+
+
+def test_a_program_may_hold_fewer_seeds_and_more_may_come_later(done, tmp_path):
+  place = done[1].index("--out")
+  out = tmp_path / "runs"
+  arguments = [*done[1][: place + 1], str(out), *done[1][place + 4 :]]
+  arguments[arguments.index("--arms") + 1] = "dense"
+  arguments[arguments.index("--seeds") + 1] = "1"
+  assert series.main(arguments) == 0
+  first = (out / "dense" / "seed-1" / "summary.json").read_text()
+  arguments[arguments.index("--seeds") + 1] = "0,1"
+  assert series.main([*arguments, "--together", "1"]) == 0
+  assert (out / "dense" / "seed-1" / "summary.json").read_text() == first
+  for seed in ("seed-0", "seed-1"):
+    alone, beside = (
+      json.loads((folder / "dense" / seed / "summary.json").read_text())
+      for folder in (out, done[0] / "runs")
+    )
+    assert (alone["seeds_at_once"], beside["seeds_at_once"]) == (1, 2)
+    assert alone["bits_per_byte"]["all"] == pytest.approx(
+      beside["bits_per_byte"]["all"], rel=1e-3
+    )
+
+
+def test_a_series_may_keep_no_checkpoints(done, tmp_path):
+  place = done[1].index("--out")
+  arguments = [*done[1][: place + 1], str(tmp_path / "runs"), *done[1][place + 4 :]]
+  arguments[arguments.index("--arms") + 1] = "dense"
+  assert series.main([*arguments, "--no-checkpoints"]) == 0
+  seed = tmp_path / "runs" / "dense" / "seed-0"
+  assert (seed / "evaluation.json").exists()
+  assert not list((seed / "checkpoints").iterdir())
+
+
+def test_planned_compute_is_read_between_runs_of_two_lengths(tmp_path):
+  def arm(name, *ends):
+    folders = []
+    for seed, (bits, flops) in enumerate(ends):
+      folder = tmp_path / name / str(seed)
+      folder.mkdir(parents=True)
+      body = {"bits_per_byte": {"all": bits}, "flops": {"trained": flops}}
+      (folder / "summary.json").write_text(json.dumps(body))
+      folders.append(folder)
+    seeds = [dataclasses.replace(RUN, seed=n) for n in range(len(ends))]
+    return series.Arm(name, seeds, folders)
+
+  dense = arm("dense", (1.5, 100.0), (9.0, 100.0))
+  found = claims._planned(
+    [
+      arm("sparse", (1.4, 100.0), (1.4, 100.0)),
+      arm("steps=0.25", (1.6, 25.0), (1.6, 25)),
+      dense,
+    ],
+    dense,
+  )
+  # Half way in the loss is half way in the logarithm; the other seed is not enclosed.
+  assert found == {"sparse": {0: pytest.approx(2.0)}}
+  assert claims._planned([arm("other", (1.4, 1.0)), dense], dense) == {}
+
+
 def test_compute_to_equal_loss_counts_skipped_steps_as_unknown(tmp_path):
   (tmp_path / "summary.json").write_text(
     json.dumps({"flops": {"trained": 30.0}, "steps": 3})
@@ -121,6 +232,8 @@ def test_compute_to_equal_loss_counts_skipped_steps_as_unknown(tmp_path):
     (["--arms", "sprase"], "unknown arm 'sprase'"),
     (["--arms", "sparse", "--set", "steps=0"], "run.steps=0"),
     (["--arms", "sparse", "--seeds", "a"], "--seeds a"),
+    (["--arms", "sparse", "--seeds", "1,1"], "1 is given twice"),
+    (["--arms", "sparse", "--together", "-1"], "--together -1"),
   ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
