@@ -46,6 +46,7 @@ KINDS: dict[str, ModuleType] = {
   "synthetic": synthetic,
   "tfds": tfds,
 }
+_SUM = "all"  # what evaluations call it
 _HELD_OUT = 20  # one source of so many is held out
 
 
@@ -123,6 +124,11 @@ def chosen(choice: Choice) -> tuple[list[Document], dict[str, Any]]:
       raise BadData(
         f"data.corpus={choice.corpus}: a domain is called {domain!r}; give it a name "
         "that can be printed, without spaces around it."
+      )
+    if domain == _SUM and len(found.domains) > 1:
+      raise BadData(
+        f"data.corpus={choice.corpus}: a domain is called {domain!r}, as the sum of all "
+        "domains is; give it another name."
       )
     docs += _that_fit(some, choice.max_bytes, domain, dropped)
   docs.sort(key=lambda doc: doc.id)

@@ -88,6 +88,15 @@ def test_a_domain_whose_name_would_not_come_back_is_refused(monkeypatch, name):
   assert repr(name) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_domain_called_as_the_sum_of_all_is_alone_or_refused(monkeypatch):
+  found = {name: documents(3, name) for name in ("all", "z")}
+  monkeypatch.setattr(corpora.synthetic, "found", lambda *_, **__: Found(found, {}))
+  with pytest.raises(BadData, match="called 'all', as the sum .*give it another name"):
+    corpora.chosen(corpora.Choice("synthetic", 100))
+  del found["z"]
+  assert len(corpora.chosen(corpora.Choice("synthetic", 100))[0]) == 3
+
+
 def test_half_a_surrogate_pair_is_named_with_its_document(monkeypatch):
   docs = [Document("a", "x", "ab\ud800")]
   monkeypatch.setattr(
