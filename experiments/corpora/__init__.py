@@ -127,8 +127,8 @@ def chosen(choice: Choice) -> tuple[list[Document], dict[str, Any]]:
       )
     if domain == _SUM and len(found.domains) > 1:
       raise BadData(
-        f"data.corpus={choice.corpus}: a domain is called {domain!r}, as the sum of all "
-        "domains is; give it another name."
+        f"data.corpus={choice.corpus}: a domain is called {domain!r}, as the sum of "
+        "all domains is; give it another name."
       )
     docs += _that_fit(some, choice.max_bytes, domain, dropped)
   docs.sort(key=lambda doc: doc.id)
