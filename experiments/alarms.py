@@ -37,8 +37,8 @@ class Alarms:
       return []
     return self._raised(
       "non-finite loss",
-      f"step {step} was skipped: its loss or gradient is not finite; its batch is kept "
-      "in skipped/.",
+      f"step {step} was skipped: its loss or gradient is not finite; the first hundred "
+      "such batches are kept in skipped/.",
     )
 
   def routing(self, step: int, layers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -23,6 +23,8 @@ from experiments.errors import Diverged
 from experiments.signals import Stop
 from experiments.state import TrainState
 
+MOST_KEPT = 100  # batches that were skipped: no disk fills with them
+
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any], Any]]
 
 
@@ -189,12 +191,13 @@ class Report:
       self._bar.write(f"alarm: {message}", file=sys.stderr)
     self._bar.set_postfix_str(_shown(values), refresh=False)
     self._bar.update()
-    if values["skipped"]:
+    if values["skipped"] and self.skipped <= MOST_KEPT:
       metrics.keep_batch(self._folder / "skipped", step, batch, key=self._key(step))
     if self._skipped_in_a_row > self._run.max_skipped:
       raise Diverged(
         f"step {step}: loss or gradient not finite for {self._skipped_in_a_row} steps "
-        "in a row; lower optim.learning_rate, or look at the batches in "
+        "in a row; lower optim.learning_rate in a run of another folder (start_from= "
+        "gives it this one's model), or look at the batches in "
         f"{self._folder / 'skipped'}."
       )
 

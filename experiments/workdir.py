@@ -7,7 +7,7 @@
   routing.jsonl      a line each `watch_every` steps: load, entropy, drops by layer
   tensorboard/       the scalars again
   checkpoints/       the last whole ones; broken/ those that were found broken
-  skipped/           batches whose loss was no number
+  skipped/           batches whose loss was no number, the first hundred of them
   profile/           what `--profile` traced
   evaluation.json    bits per byte by domain, load by domain and expert
   summary.json       the end, or how far it came

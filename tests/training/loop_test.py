@@ -220,6 +220,21 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_even_over_a_resume(report):
   assert second.skipped == 5
 
 
+def test_no_more_batches_are_kept_than_the_first_hundred(report, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "MOST_KEPT", 3)
+  first = report(0)
+  for step in range(1, 5):  # steps 1 and 3
+    first(step, BATCH, values(step, skipped=float(step % 2)), stack([4, 4, 4, 4]))
+  first.close()
+  second = report(4)
+  for step in range(5, 11):  # and 5; then 7 and 9
+    second(step, BATCH, values(step, skipped=float(step % 2)), stack([4, 4, 4, 4]))
+  second.close()
+  kept = {path.name for path in (tmp_path / "skipped").iterdir()}
+  assert kept == {f"step-{step}.npz" for step in (1, 3, 5)}
+  assert second.skipped == 5
+
+
 def test_lines_hold_what_any_reader_of_json_knows(tmp_path):
   some = metrics.Lines(epath.Path(tmp_path) / "lines.jsonl", [])
   record = {"step": 1, "loss": float("nan"), "layers": [{"entropy": float("-inf")}]}
