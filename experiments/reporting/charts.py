@@ -189,12 +189,12 @@ def _curve(axes: Axes, step, values, colour, dash) -> None:
     values = _moving_mean(values, width)
   axes.plot(
     binned(step, _POINTS), binned(values, _POINTS),
-    linestyle=dash, **_line(step, colour),
+    linestyle=dash, **_line(step[np.isfinite(values)], colour),
   )  # fmt: skip
 
 
 def _line(step: np.ndarray, colour: Any) -> dict[str, Any]:
-  """How a line looks; one step alone is a dot."""
+  """How a line looks; one step alone is a dot, also among others without a number."""
   marker = "o" if len(step) == 1 else ""
   return {"color": colour, "linewidth": 1.3, "marker": marker, "markersize": 4}
 

@@ -286,6 +286,19 @@ def test_files_that_no_run_writes_are_named(runs, tmp_path, capsys, file, change
   assert f"{run / file}: '" in err and "which no run writes" in err
 
 
+def test_one_norm_among_others_that_are_no_numbers_is_a_dot(runs, page):
+  run = runs("run", steps=12)
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+  dots = []
+  for first in (None, 2.0):
+    norms = [first, *[None] * 11]
+    some = [x | {"gradient_norm": y} for x, y in zip(lines, norms, strict=True)]
+    write_lines(run / "metrics.jsonl", some)
+    found = re.findall(r"<use [^>]*style=\"fill: #0072b2", page(run).source)
+    dots.append(len(found))
+  assert dots[1] == dots[0] + 1
+
+
 def test_norms_that_are_all_zero_have_a_page(runs, page):
   run = runs("run")
   lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
