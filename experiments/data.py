@@ -7,7 +7,11 @@ from the token before it.
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -147,8 +151,22 @@ def batches(
 
     if not flags.FLAGS.is_parsed():  # grain's workers read absl's flags
       flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers))
+    options = grain.MultiprocessingOptions(num_workers)
+    dataset = dataset.mp_prefetch(options, functools.partial(_worker, os.getpid()))
   return iter(dataset)
+
+
+def _worker(parent: int, index: int, count: int) -> None:
+  """A worker leaves Ctrl-C to the run, and ends when the run is killed."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def watch() -> None:
+    while os.getppid() == parent:
+      time.sleep(1.0)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def shapes(batch: int, seq: int, models: int | None = None) -> dict[str, Any]:

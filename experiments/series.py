@@ -171,6 +171,8 @@ def _command(arguments: argparse.Namespace, against: str, arm: str) -> str:
   words = ["python", "-m", "experiments.series", "--config", arguments.config]
   words += ["--arms", arms, "--against", against]
   words += [w for s in arguments.set for w in ("--set", s)]
+  if arguments.name:
+    words += ["--name", arguments.name]
   if arguments.together:
     words += ["--together", str(arguments.together)]
   return shlex.join([*words, "--out", f"runs/{arguments.name or arguments.config}"])

@@ -42,6 +42,12 @@ def _section(path: pathlib.Path) -> str:
     ) from None
 
 
+def _series(path: pathlib.Path) -> str:
+  """'NAME: ' of NAME-QUANTITY.json, so that two series' sections differ in title."""
+  name, dash, _ = path.stem.rpartition("-")
+  return f"{name}: " if dash else ""
+
+
 def _claim(path: pathlib.Path, found: Mapping[str, Any]) -> str:
   log = found["scale"] == "log"
   rows = []
@@ -51,7 +57,7 @@ def _claim(path: pathlib.Path, found: Mapping[str, Any]) -> str:
     rows.append([arm, seeds, values, _interval(found["interval"][arm])])
   mean = "geometric mean" if log else "mean"
   parts = [
-    f"## {found['claim']}\n",
+    f"## {_series(path)}{found['claim']}\n",
     f"In {found['unit']}; [{path.name}]({path.name}).\n",
     _table(["arm", "seeds", "values", f"{mean}, 95 % interval"], rows),
   ]
