@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jmoe import checks, layer
 from jmoe.config import MoEConfig
 from jmoe.contexts import PER_TOKEN
+from jmoe.kernels import devices
 from jmoe.kernels.grouped_matmul import choose
 from jmoe.losses import loss_name
 from jmoe.types import Context, Groups, Rows
@@ -42,6 +43,7 @@ def explain(
   train: bool = False,
   device: str | None = None,
   num_rows: int = 1,
+  dtype: Any = "float32",
 ) -> str:
   """A table of the layer in the order in which a token meets its stages.
 
@@ -59,8 +61,9 @@ def explain(
     config: the layer.
     num_tokens: T of a call, padding included.
     train: capacity factors of training, and its noise.
-    device: "cpu", "gpu" or "tpu"; None: jax's default.
+    device: "cpu", "gpu", "hopper" or "tpu"; None: jax's default.
     num_rows: sequences or images that the tokens make, for routing by row.
+    dtype: of the activations.
 
   Returns:
     A few lines of text.  `rows` are those of the expert buffer; divided by the
@@ -70,15 +73,18 @@ def explain(
   Raises:
     ValueError, TypeError: an argument that is not what it should be.
   """
-  x_TD = jax.ShapeDtypeStruct((num_tokens, getattr(config, "d_model", 1)), jnp.float32)
+  x_TD = jax.ShapeDtypeStruct((num_tokens, getattr(config, "d_model", 1)), dtype)
   checks.positive("num_tokens", num_tokens)
   checks.positive("num_rows", num_rows)
   checks.activations(x_TD, config)
-  device = jax.default_backend() if device is None else device
-  if device not in ("cpu", "gpu", "tpu", "cuda", "rocm"):
-    raise ValueError(f"explain: device={device!r}; use 'cpu', 'gpu' or 'tpu'.")
-  device = "gpu" if device in ("cuda", "rocm") else device
-  seen = _trace(config, x_TD, num_rows, train)
+  device = {"cuda": "gpu", "rocm": "gpu"}.get(device or "", device)
+  device = devices.current_device() if device is None else device
+  if device not in devices.DEVICES:
+    raise ValueError(
+      f"explain: device={device!r}; use 'cpu', 'gpu', 'hopper' or 'tpu'."
+    )
+  with devices.as_if(device):
+    seen = _trace(config, x_TD, num_rows, train)
   lines = [
     f"MoE layer, d_model={config.d_model}, {config.num_experts} experts, {num_tokens} "
     f"tokens {'in' if train else 'outside'} training, on {device}"
@@ -89,7 +95,7 @@ def explain(
       names = ", ".join(loss_name(loss) for loss in value) or "none"
       lines.append(_line("losses", names, ""))
       continue
-    note = _note(name, config, seen, num_tokens, train, device)
+    note = _note(name, config, seen, num_tokens, train, device, x_TD.dtype)
     if name == "capacity" and value is None:
       lines.append(_line("capacity", "none", note))
     for one in value if isinstance(value, tuple) else (value,):
@@ -151,7 +157,13 @@ def _static(block: int, capacity: int | None) -> Groups:
 
 
 def _note(
-  name: str, config: MoEConfig, seen: _Seen, num_tokens: int, train: bool, device: str
+  name: str,
+  config: MoEConfig,
+  seen: _Seen,
+  num_tokens: int,
+  train: bool,
+  device: str,
+  dtype: Any,
 ) -> str:
   if name.endswith("_noise") and not train:
     return "only in training"
@@ -171,10 +183,10 @@ def _note(
     times = seen.rows / max(seen.entries, 1)
     return f"{seen.rows} rows, {times:.2f} x {seen.entries} assignments"
   if name == "experts":
-    return _matmul(config.experts, seen.layout, config.num_experts, device)
+    return _matmul(config.experts, seen.layout, config.num_experts, device, dtype)
   if name == "shared" and config.shared is not None:
     one = _static(1, num_tokens)
-    return "every token; " + _matmul(config.shared, one, 1, device)
+    return "every token; " + _matmul(config.shared, one, 1, device, dtype)
   return ""
 
 
@@ -190,7 +202,9 @@ def _slots(config: MoEConfig, seen: _Seen) -> str:
   return f"{slots} slots for each expert{where}"
 
 
-def _matmul(experts: Use, groups: Groups, num_experts: int, device: str) -> str:
+def _matmul(
+  experts: Use, groups: Groups, num_experts: int, device: str, dtype: Any
+) -> str:
   """Which grouped matmul runs, and why."""
   while "base" in experts.kwargs:  # experts around others
     free = sum(experts.kwargs.get(n, 0) for n in ("constant", "copy", "zero"))
@@ -200,7 +214,7 @@ def _matmul(experts: Use, groups: Groups, num_experts: int, device: str) -> str:
   given = experts.kwargs.get("matmul")
   if given is not None:
     return f"matmul: {given!r}, as configured"
-  name, why, slow = choose(device, groups, num_experts)
+  name, why, slow = choose(device, groups, num_experts, dtype)
   return f"matmul: {name} ({why}{'; slow' if slow else ''})"
 
 

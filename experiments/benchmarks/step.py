@@ -79,6 +79,7 @@ def _measured(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
   import numpy as np
 
   from experiments import program, seeds
+  from experiments.benchmarks import shapes
   from jmoe.analysis import cost
 
   num, data = arguments.seeds, run.data
@@ -96,7 +97,7 @@ def _measured(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
   step = seeds.jitted(made[0].train_step).lower(state, batch).compile()
   compiling = time.perf_counter() - begin
   memory = step.memory_analysis()
-  ceiling = _ceiling()
+  ceiling = shapes.ceiling()
   batch = jax.device_put(batch)
   times = []
   for n in range(3 + arguments.steps):
@@ -157,28 +158,6 @@ def _batch(rng: Any, num: int, rows: int, seq: int) -> dict[str, Any]:
     "segment": np.broadcast_to(place // quarter + 1, shape).astype(np.int32),
     "position": np.broadcast_to(place % quarter, shape).astype(np.int32),
   }
-
-
-def _ceiling(size: int = 8192) -> float:
-  """FLOP/s of bfloat16 products of random matrices; small where there is no GPU."""
-  import jax
-  import jax.numpy as jnp
-
-  if jax.default_backend() == "cpu":
-    size = 1024
-  a, b = (
-    jax.random.normal(jax.random.key(n), (size, size), jnp.bfloat16) for n in (0, 1)
-  )
-  product = jax.jit(jnp.matmul)
-  product(a, b).block_until_ready()
-  times = []
-  for _ in range(5):
-    begin = time.perf_counter()
-    for _ in range(10):
-      last = product(a, b)
-    last.block_until_ready()
-    times.append((time.perf_counter() - begin) / 10)
-  return 2 * size**3 / statistics.median(times)
 
 
 def _table(step: Any, state: Any, batch: Any) -> list[tuple[float, float, str, str]]:

@@ -7,6 +7,7 @@ from jax import Array
 
 from jmoe.dispatch import carry
 from jmoe.dispatch.layout import equal
+from jmoe.kernels.devices import row_alignment
 from jmoe.types import Home, Plan, Rows
 from jmoe.use import marked
 
@@ -29,4 +30,5 @@ def buckets(
   Returns:
     `[T,D]` or `[T,K,D]`; dropped assignments give zero.
   """
-  return carry.through(x_TD, equal(plan), experts, home)
+  layout = equal(plan, alignment=row_alignment(x_TD.dtype))
+  return carry.through(x_TD, layout, experts, home)

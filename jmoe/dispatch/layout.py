@@ -19,12 +19,13 @@ def block_size(rows_per_expert: float, most: int = 64) -> int:
   return block
 
 
-def ragged(plan: Plan, block: int | None = None) -> Layout:
+def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layout:
   """Rows packed by expert, each expert's from a multiple of `block` on.
 
   Args:
     plan: of one group, dropless.
     block: rows; None chooses by the mean rows of an expert.
+    alignment: what `block` is at least, if it is not given.
 
   Returns:
     Layout of a static number of rows: `N + (block-1) * min(E, N)` rounded down to
@@ -32,7 +33,7 @@ def ragged(plan: Plan, block: int | None = None) -> Layout:
   """
   E, N = plan.load.shape[1], plan.order.shape[0]
   bound = N if plan.max_rows is None else min(N, plan.max_rows)
-  block = block_size(bound / E) if block is None else block
+  block = max(block_size(bound / E), alignment) if block is None else block
   R = (bound + (block - 1) * min(E, bound)) // block * block
   rows_E = plan.rows[0]
   padded_E = -(-rows_E // block) * block
@@ -52,11 +53,12 @@ def ragged(plan: Plan, block: int | None = None) -> Layout:
   return _layout(plan, at_BR.reshape(-1), taken_BR.reshape(-1), row_N, groups)
 
 
-def equal(plan: Plan) -> Layout:
+def equal(plan: Plan, *, alignment: int = 1) -> Layout:
   """Capacity buckets: `[E, G, C]` rows, an expert's padded to a block.
 
   Args:
     plan: with a capacity.
+    alignment: rows that a block has at least.
 
   Returns:
     Layout of `E * ceil(G*C / block) * block` rows.
@@ -65,7 +67,7 @@ def equal(plan: Plan) -> Layout:
   capacity = plan.capacity
   assert capacity is not None
   C = capacity if isinstance(capacity, int) else max(capacity)
-  block = block_size(G * C)
+  block = max(block_size(G * C), alignment)
   stride = max(block, -(-G * C // block) * block)
   place = jnp.arange(stride, dtype=jnp.int32)
   g, c = jnp.minimum(place // max(C, 1), G - 1), place % max(C, 1)

@@ -7,6 +7,7 @@ from jax import Array
 
 from jmoe.dispatch import carry
 from jmoe.dispatch.layout import ragged
+from jmoe.kernels.devices import row_alignment
 from jmoe.types import Home, Plan, Rows
 from jmoe.use import marked
 
@@ -34,4 +35,5 @@ def sort(
   Returns:
     `[T,D]` or `[T,K,D]`.
   """
-  return carry.through(x_TD, ragged(plan, block), experts, home)
+  layout = ragged(plan, block, alignment=row_alignment(x_TD.dtype))
+  return carry.through(x_TD, layout, experts, home)

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 from jax import Array
 
+from jmoe.kernels.devices import current_device
 from jmoe.kernels.grouped_ffn.blocks import ffn
 from jmoe.kernels.grouped_ffn.reference import Matrix, reference
 from jmoe.kernels.grouped_matmul import grouped_matmul
-from jmoe.kernels.grouped_matmul.api import current_device, first, report_choice
+from jmoe.kernels.grouped_matmul.api import first, report_choice
 from jmoe.types import Groups
 
 
@@ -37,6 +38,8 @@ def grouped_ffn(
   """
   E = down[0].shape[0]
   groups = first(groups, E)
-  if matmul is None and report_choice(current_device(), groups, E) == "blocks":
-    return ffn(hidden, x_RD, ups, down, groups)
+  if matmul is None:
+    name = report_choice(current_device(), groups, E, x_RD.dtype)
+    if name == "blocks":
+      return ffn(hidden, x_RD, ups, down, groups)
   return reference(x_RD, ups, down, groups, hidden, matmul or grouped_matmul)

@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
+from jmoe.kernels.devices import current_device, unfit_for_hopper
 from jmoe.kernels.grouped_matmul.blocks import blocks
 from jmoe.kernels.grouped_matmul.xla import batched, ragged_dot
 from jmoe.types import Groups
@@ -13,12 +17,29 @@ from jmoe.use import nearest
 
 _log = logging.getLogger("jmoe")
 _said: set[str] = set()
-_IMPLEMENTATIONS = {"blocks": blocks, "batched": batched, "ragged_dot": ragged_dot}
+
+
+def _hopper(
+  x_RD: Array, w_EDF: Array, groups: Groups, bias_EF: Array | None = None
+) -> Array:
+  from jmoe.kernels.grouped_matmul.hopper import hopper  # imports Pallas
+
+  return hopper(x_RD, w_EDF, groups, bias_EF)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+  "blocks": blocks,
+  "batched": batched,
+  "ragged_dot": ragged_dot,
+  "hopper": _hopper,
+}
 
 # (device, equal groups) -> implementation, why, whether users should hear a warning
 _TABLE = {
   ("cpu", False): ("blocks", "only rows that exist are multiplied", False),
   ("cpu", True): ("blocks", "only slots that are taken are multiplied", False),
+  ("hopper", False): ("hopper", "warp-specialised, only rows that exist", False),
+  ("hopper", True): ("hopper", "warp-specialised, only slots that are taken", False),
   ("gpu", False): ("blocks", "portable; a chip's own kernel is far faster", True),
   ("gpu", True): ("batched", "one batched cuBLAS product", False),
   ("tpu", False): ("ragged_dot", "XLA groups it on TPU", False),
@@ -26,13 +47,16 @@ _TABLE = {
 }
 
 
-def choose(device: str, groups: Groups, num_experts: int) -> tuple[str, str, bool]:
+def choose(
+  device: str, groups: Groups, num_experts: int, dtype: Any = jnp.float32
+) -> tuple[str, str, bool]:
   """The implementation for a device, the reason, and whether it is a slow one.
 
   Args:
-    device: "cpu", "gpu" or "tpu".
+    device: "cpu", "gpu", "hopper" or "tpu".
     groups: only its static fields are read.
     num_experts: matrices.
+    dtype: of rows and matrices.
 
   Returns:
     Name, reason, and True if the choice deserves a warning.
@@ -42,17 +66,16 @@ def choose(device: str, groups: Groups, num_experts: int) -> tuple[str, str, boo
     return "batched", "one expert is a plain product", False
   if equal and groups.block == 1:  # every slot is computed anyway (einsum, mix)
     return "batched", "one batched product", False
-  name, why, slow = _TABLE.get((device, equal), _TABLE["gpu", equal])
+  unfit = unfit_for_hopper(dtype, groups.block) if device == "hopper" else None
+  name, why, slow = _TABLE.get(
+    ("gpu" if unfit else device, equal), _TABLE["gpu", equal]
+  )
+  if unfit:
+    why = f"{why}; {unfit}"
   # Before 0.12 the gradient of ragged_dot's matrices is dense on TPU: E times the work.
   if name == "ragged_dot" and jax.__version_info__ < (0, 12):
     return "blocks", f"jax {jax.__version__} has a dense weight gradient on TPU", True
   return name, why, slow
-
-
-def current_device() -> str:
-  """ "cpu", "gpu" or "tpu": what jax runs on by default."""
-  device = jax.default_backend()
-  return "gpu" if device in ("cuda", "rocm") else device
 
 
 def first(groups: Groups, num_experts: int) -> Groups:
@@ -79,8 +102,8 @@ def grouped_matmul(
     w_EDF: a matrix per expert; may be of the first experts of `groups` only.
     groups: where each expert's rows are.
     bias_EF: a bias per expert.
-    implementation: "blocks", "batched" (equal groups) or "ragged_dot"; None chooses by
-      device, and says so once in the log "jmoe".
+    implementation: "blocks", "batched" (equal groups), "hopper" or "ragged_dot"; None
+      chooses by device, and says so once in the log "jmoe".
     allow_dense: accept an implementation known to multiply every row by every matrix.
 
   Returns:
@@ -93,7 +116,7 @@ def grouped_matmul(
   device, E = current_device(), w_EDF.shape[0]
   groups = first(groups, E)
   if implementation is None:
-    implementation = report_choice(device, groups, E)
+    implementation = report_choice(device, groups, E, x_RD.dtype)
   if implementation not in _IMPLEMENTATIONS:
     raise ValueError(
       f"grouped_matmul: implementation={implementation!r}; "
@@ -104,6 +127,13 @@ def grouped_matmul(
       "grouped_matmul: implementation='batched' needs equal groups (a capacity); "
       "use 'blocks'."
     )
+  if implementation == "hopper":
+    unfit = unfit_for_hopper(x_RD.dtype, groups.block)
+    if device != "hopper" or unfit:
+      raise ValueError(
+        "grouped_matmul: implementation='hopper' cannot serve, "
+        f"{unfit or f'the device is {device}'}; use None to choose by device."
+      )
   if implementation == "ragged_dot" and device != "tpu" and not allow_dense:
     raise ValueError(
       f"grouped_matmul: implementation='ragged_dot' on {device} multiplies every row "
@@ -112,9 +142,9 @@ def grouped_matmul(
   return _IMPLEMENTATIONS[implementation](x_RD, w_EDF, groups, bias_EF)
 
 
-def report_choice(device: str, groups: Groups, num_experts: int) -> str:
+def report_choice(device: str, groups: Groups, num_experts: int, dtype: Any) -> str:
   """`choose`, said once per device and reason in the log "jmoe"."""
-  name, why, slow = choose(device, groups, num_experts)
+  name, why, slow = choose(device, groups, num_experts, dtype)
   message = f"grouped matmul on {device}: {name} ({why})"
   if message not in _said:
     _said.add(message)

@@ -1,0 +1,72 @@
+"""What jax runs on by default, as far as kernels differ by it."""
+# SPDX-License-Identifier: Apache-2.0
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+HOPPER_BLOCK = 128  # rows to which Hopper's kernels want each expert's aligned
+_HOPPER_JAX = (0, 10)  # the first whose Pallas compiles these kernels
+
+
+DEVICES = ("cpu", "gpu", "hopper", "tpu")
+
+_assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+  "device", default=None
+)
+
+
+@contextlib.contextmanager
+def as_if(device: str) -> Iterator[None]:
+  """Within it kernels are chosen for a device that need not be here.
+
+  For looking at shapes and for lowering.  What `jax.jit` has traced before is not
+  traced anew.
+
+  Args:
+    device: one of `DEVICES`.
+  """
+  token = _assumed.set(device)
+  try:
+    yield
+  finally:
+    _assumed.reset(token)
+
+
+def current_device() -> str:
+  """ "cpu", "tpu", "hopper" for an H100 or H200, or "gpu" for any other."""
+  if (assumed := _assumed.get()) is not None:
+    return assumed
+  device = jax.default_backend()
+  if device not in ("gpu", "cuda", "rocm"):
+    return device
+  capability = getattr(jax.devices()[0], "compute_capability", None)
+  # Mosaic's kernels are for one generation: their instructions ended with it.
+  return "hopper" if str(capability) == "9.0" else "gpu"
+
+
+def unfit_for_hopper(dtype: Any, block: int) -> str | None:
+  """Why Hopper's own kernels cannot serve, if they cannot.
+
+  Args:
+    dtype: of rows and matrices.
+    block: rows to which each expert's are aligned.
+  """
+  if jax.__version_info__ < _HOPPER_JAX:
+    return f"jax {jax.__version__} is older than 0.10"
+  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+    return f"{jnp.dtype(dtype).name} is not a 16-bit type"
+  if block % HOPPER_BLOCK:
+    return f"groups are aligned to {block} rows, not to {HOPPER_BLOCK}"
+  return None
+
+
+def row_alignment(dtype: Any) -> int:
+  """Rows to which each expert's should be aligned on this device; 1: any number."""
+  if current_device() != "hopper" or unfit_for_hopper(dtype, HOPPER_BLOCK):
+    return 1
+  return HOPPER_BLOCK

@@ -1,0 +1,348 @@
+"""Grouped matmul on Hopper GPUs, with its two gradients; 16-bit types, float32 sums.
+
+The layout is aligned to `hopper.BLOCK` rows.  Blocks without rows are neither read nor
+written: what stands there after a call is whatever was in memory.  At their places the
+gradients of the matrices read only rows that exist, and padding rows must be zero.
+
+Prefixes of names: `x` rows that go in, `y` rows that come out.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.kernels import hopper as chip
+from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
+from jmoe.types import Groups
+
+_ALIGNED = 64  # tiles in shared memory are 128 bytes wide, and so is what they are of
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def hopper(
+  x_RD: Array,
+  w_EDF: Array,
+  groups: Groups,
+  bias_EF: Array | None = None,
+  num_sms: int | None = None,
+) -> Array:
+  """`y_r = x_r w_e(r) + bias_e(r)`; undefined in blocks without rows.
+
+  Args:
+    x_RD: rows grouped by expert, in bfloat16 or float16; padding rows zero.
+    w_EDF: a matrix per expert, of the same dtype.
+    groups: aligned to `BLOCK`.
+    bias_EF: a bias per expert, or None.
+    num_sms: multiprocessors to use; None: all.
+  """
+  y_RF = _rows(x_RD, w_EDF, groups, transpose=False, num_sms=num_sms)
+  return y_RF if bias_EF is None else _plus_bias(y_RF, bias_EF, groups)
+
+
+def _forward(x_RD, w_EDF, groups, bias_EF, num_sms):
+  y_RF = hopper(x_RD, w_EDF, groups, bias_EF, num_sms)
+  return y_RF, (x_RD, w_EDF, groups, bias_EF)
+
+
+def _backward(num_sms, residual, dy_RF):
+  x_RD, w_EDF, groups, bias_EF = residual
+  dx_RD = _rows(dy_RF, w_EDF, groups, transpose=True, num_sms=num_sms)
+  dw_EDF = _matrices(x_RD, dy_RF, groups, num_sms=num_sms)
+  d_bias = None
+  if bias_EF is not None:
+    d_bias = _sums(dy_RF, groups).astype(bias_EF.dtype)
+  return dx_RD, dw_EDF, None, d_bias
+
+
+hopper.defvjp(_forward, _backward)
+
+
+def rows_tile(cols: int, depth: int) -> Tile:
+  """The tile for rows times matrices.
+
+  Args:
+    cols: of the output.
+    depth: contracted.
+  """
+  steps = pl.cdiv(depth, DEPTH)
+  stages = next((n for n in (4, 3, 2) if steps % n == 0), 2)
+  width = next((n for n in (256, 128) if cols % n == 0 or cols > n), 128)
+  # A chain needs as many steps as fill the stages an even number of times.
+  return Tile(BLOCK, width, by_cols=True, stages=stages, chained=steps % stages == 0)
+
+
+def matrices_tile(rows: int, cols: int) -> Tile:
+  """The tile for a matrix's gradient, whose depth is the rows of an expert."""
+  del rows
+  width = 256 if cols % 256 == 0 or cols > 256 else 128
+  return Tile(128, width, by_cols=False, chained=False)
+
+
+def _rows(
+  x_RD: Array, w_EDF: Array, groups: Groups, *, transpose: bool, num_sms: int | None
+) -> Array:
+  """Rows times matrices, or times their transposes."""
+  cols = w_EDF.shape[1 if transpose else 2]
+  x_RD, w_EDF = _padded(x_RD, 1), _padded(_padded(w_EDF, 1), 2)
+  y_RF = _foldable(
+    functools.partial(_rows_kernel, transpose=transpose, num_sms=num_sms)
+  )(x_RD, w_EDF, groups)
+  return y_RF[:, :cols]
+
+
+def _matrices(
+  x_RD: Array, y_RF: Array, groups: Groups, *, num_sms: int | None
+) -> Array:
+  """`sum over rows of e of x_r y_r^T`; zero for an expert without rows."""
+  D, F = x_RD.shape[1], y_RF.shape[1]
+  dw_EDF = _foldable(functools.partial(_matrices_kernel, num_sms=num_sms))(
+    _padded(x_RD, 1), _padded(y_RF, 1), groups
+  )
+  return dw_EDF[:, :D, :F]
+
+
+def _padded(x: Array, axis: int) -> Array:
+  """With zeros up to a size that TMA can address."""
+  if not (more := -x.shape[axis] % _ALIGNED):
+    return x
+  return jnp.pad(x, [(0, more if n == axis else 0) for n in range(x.ndim)])
+
+
+def _rows_kernel(
+  x_RD: Array, w: Array, groups: Groups, *, transpose: bool, num_sms: int | None
+) -> Array:
+  R, D = x_RD.shape
+  F = w.shape[1 if transpose else 2]
+  tile, dtype = rows_tile(F, D), x_RD.dtype
+  cols = pl.cdiv(F, tile.cols)
+  rows_own, cols_own = tile.own
+  sms = num_sms or chip.multiprocessors()
+  blocks = chip.used_blocks(groups, R)
+  x_spec = plgpu.BlockSpec(
+    (tile.rows, DEPTH), lambda k: (0, k), transforms=chip.swizzled(dtype, DEPTH)
+  )
+  if transpose:
+    w_spec = plgpu.BlockSpec(
+      (tile.cols, DEPTH), lambda k: (0, k), transforms=chip.swizzled(dtype, DEPTH)
+    )
+  else:
+    w_spec = plgpu.BlockSpec(
+      (DEPTH, tile.cols), lambda k: (k, 0), transforms=chip.swizzled(dtype, 64)
+    )
+
+  def body(x_ref, w_ref, expert_ref, block_ref, used_ref, y_ref):
+    def pipe(multiply, context, state=None):
+      return chip.pipeline(
+        multiply,
+        context,
+        steps=pl.cdiv(D, DEPTH),
+        specs=[x_spec, w_spec],
+        stages=tile.stages,
+        state=state,
+      )
+
+    def matrix(e, c):
+      if transpose:
+        return w_ref.at[e, pl.ds(c, tile.cols), :]
+      return w_ref.at[e, :, pl.ds(c, tile.cols)]
+
+    shape = (tile.cols, D) if transpose else (D, tile.cols)
+
+    @chip.scoped(
+      buffers=pipe(_nothing, _nothing).get_allocations(
+        jax.ShapeDtypeStruct((tile.rows, D), dtype), jax.ShapeDtypeStruct(shape, dtype)
+      ),
+      staged=chip.staging(rows_own, dtype),
+    )
+    def _(buffers, staged):
+      group = lax.axis_index("wg")
+      used = used_ref[0]
+
+      def make(t, state):
+        which, column = chip.in_bands(t, used, cols, tile.band)
+        row, col = block_ref[which] * BLOCK, column * tile.cols
+        own = pl.ds(group * cols_own, cols_own)
+
+        def multiply(_, x, w, total):
+          w = chip.transposed(w.at[own]) if transpose else w.at[:, own]
+          plgpu.wgmma(total, x, w)
+          plgpu.wgmma_wait(0)
+          return total
+
+        def context(run):
+          @functools.partial(pl.run_scoped, total=chip.accumulator(rows_own, cols_own))
+          def _(total):
+            run(total)
+            first = col + group * cols_own
+
+            def place(r, rows, c, cols):
+              return y_ref.at[pl.ds(row + r, rows), pl.ds(first + c, cols)]
+
+            chip.store(total[...].astype(dtype), staged, group, place)
+
+        pipe(multiply, context, state)(
+          x_ref.at[pl.ds(row, tile.rows), :],
+          matrix(expert_ref[which], col),
+          allocations=buffers,
+        )
+
+      chip.each_tile(used * cols, blocks=sms, chained=tile.chained, body=make)
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  out = jax.ShapeDtypeStruct((R, F), dtype)
+  name = "grouped_matmul_transposed" if transpose else "grouped_matmul"
+  kernel = chip.launch(body, out, blocks=sms, name=name)
+  return kernel(x_RD, w, blocks.expert, blocks.block, blocks.used)
+
+
+def _matrices_kernel(
+  x_RD: Array, y_RF: Array, groups: Groups, *, num_sms: int | None
+) -> Array:
+  R, D = x_RD.shape
+  F, E = y_RF.shape[1], groups.start.shape[0]
+  tile, dtype = matrices_tile(D, F), x_RD.dtype
+  rows, cols = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.cols)
+  rows_own, cols_own = tile.own
+  sms = num_sms or chip.multiprocessors()
+  # An expert without rows points inside the buffer, and its sum is not used.
+  start_E = jnp.minimum(groups.start, R - BLOCK)
+
+  def body(x_ref, y_ref, start_ref, rows_ref, w_ref):
+    def pipe(multiply, context, steps, first, row, col):
+      def spec(width, place):
+        return plgpu.BlockSpec(
+          (DEPTH, width),
+          lambda k: (first + k, place),
+          transforms=chip.swizzled(dtype, 64),
+        )
+
+      return chip.pipeline(
+        multiply,
+        context,
+        steps=steps,
+        specs=[spec(tile.rows, row), spec(tile.cols, col)],
+        stages=tile.stages,
+      )
+
+    @chip.scoped(
+      buffers=pipe(_nothing, _nothing, 64, 0, 0, 0).get_allocations(x_ref, y_ref),
+      staged=chip.staging(rows_own, dtype),
+    )
+    def _(buffers, staged):
+      group = lax.axis_index("wg")
+
+      def make(t, state):
+        del state
+        e = lax.div(t, jnp.int32(rows * cols))
+        within = t - e * (rows * cols)
+        band = min(tile.band, rows)
+        row, col = chip.in_bands(within, jnp.int32(rows), cols, band)
+        first = lax.div(start_ref[e], jnp.int32(DEPTH))
+        blocks = lax.div(rows_ref[e] + (BLOCK - 1), jnp.int32(BLOCK))
+        own = pl.ds(group * rows_own, rows_own)
+
+        def multiply(_, x, y, total):
+          plgpu.wgmma(total, chip.transposed(x.at[:, own]), y)
+          plgpu.wgmma_wait(0)
+          return total
+
+        def context(run):
+          @functools.partial(pl.run_scoped, total=chip.accumulator(rows_own, cols_own))
+          def _(total):
+            run(total)
+            top, left = row * tile.rows + group * rows_own, col * tile.cols
+
+            def place(r, rows, c, cols):
+              return w_ref.at[e, pl.ds(top + r, rows), pl.ds(left + c, cols)]
+
+            chip.store(total[...].astype(dtype), staged, group, place)
+
+        steps = blocks * (BLOCK // DEPTH)
+        pipe(multiply, context, steps, first, row, col)(
+          x_ref, y_ref, allocations=buffers
+        )
+
+      count = jnp.int32(E * rows * cols)
+      chip.each_tile(count, blocks=sms, chained=False, body=make)
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  out = jax.ShapeDtypeStruct((E, D, F), dtype)
+  kernel = chip.launch(body, out, blocks=sms, name="grouped_matmul_matrices")
+  return kernel(x_RD, y_RF, start_E, groups.rows)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+  """Stands for a function where only the pipeline's buffers are asked for."""
+
+
+def _plus_bias(y_RF: Array, bias_EF: Array, groups: Groups) -> Array:
+  """Each row plus the bias of its expert; XLA makes one pass of it."""
+  expert_R = _expert_of_rows(groups, y_RF.shape[0])
+  return (y_RF + bias_EF[expert_R].astype(y_RF.dtype)).astype(y_RF.dtype)
+
+
+def _expert_of_rows(groups: Groups, num_rows: int) -> Array:
+  """i32[R] of every row that exists; anything in range for the others."""
+  block_B = jnp.arange(num_rows // BLOCK, dtype=jnp.int32) * BLOCK
+  end_E = groups.start + -(-groups.rows // BLOCK) * BLOCK
+  inside_BE = (block_B[:, None] >= groups.start) & (block_B[:, None] < end_E)
+  return jnp.repeat(jnp.argmax(inside_BE, axis=1).astype(jnp.int32), BLOCK)
+
+
+def _sums(y_RF: Array, groups: Groups) -> Array:
+  """f32[E,F] sums of each expert's rows, by blocks; nothing else is read."""
+  R, F = y_RF.shape
+  place_R = jnp.arange(R, dtype=jnp.int32)
+  expert_R = _expert_of_rows(groups, R)
+  real_R = (place_R >= groups.start[expert_R]) & (
+    place_R < groups.start[expert_R] + groups.rows[expert_R]
+  )
+  y_RF = jnp.where(real_R[:, None], y_RF, 0).astype(jnp.float32)
+  sum_BF = jnp.sum(y_RF.reshape(-1, BLOCK, F), axis=1)
+  E = groups.start.shape[0]
+  own_EB = jnp.arange(E, dtype=jnp.int32)[:, None] == expert_R[::BLOCK]
+  return jnp.matmul(
+    own_EB.astype(jnp.float32), sum_BF, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def _foldable(kernel: Callable[[Array, Array, Groups], Array]) -> Callable[..., Array]:
+  """A kernel for which models that share a program are more experts of one.
+
+  Args:
+    kernel: (rows [R,.], rows [R,.] or matrices [E,.,.], groups) -> rows or matrices.
+  """
+
+  @custom_vmap
+  def call(rows, other, groups):
+    return kernel(rows, other, groups)
+
+  @call.def_vmap
+  def _(size, batched, rows, other, groups):
+    def whole(x, is_batched):
+      return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+
+    rows, other, groups = jax.tree.map(whole, (rows, other, groups), tuple(batched))
+    R, E = rows.shape[1], groups.start.shape[1]
+    model = jnp.arange(size, dtype=jnp.int32)[:, None]
+    folded = Groups(
+      (groups.start + R * model).reshape(-1), groups.rows.reshape(-1), groups.block
+    )
+    out = _foldable(kernel)(
+      rows.reshape(size * R, -1), other.reshape(-1, *other.shape[2:]), folded
+    )
+    lead = out.shape[0] // size
+    assert lead in (R, E)
+    return out.reshape(size, lead, *out.shape[1:]), True
+
+  return call

@@ -1,0 +1,229 @@
+"""What the kernels for Hopper GPUs (H100, H200) share: blocks, tiles, stores.
+
+Warp-specialised Pallas Mosaic GPU: in each block of threads one warpgroup copies tiles
+into shared memory (TMA) and two multiply them (wgmma).  The grid is persistent: as many
+blocks as the chip has multiprocessors walk over the output tiles in bands, so that the
+weights of a band stay in cache.
+
+A row tile is one block of the layout, `BLOCK` rows of one expert, so that no tile spans
+two experts and nothing is masked.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.kernels.devices import HOPPER_BLOCK as BLOCK
+from jmoe.types import Groups, pytree
+
+DEPTH = 64  # of the contracted dimension in a step: 128 bytes of a 16-bit type
+_COPY_REGISTERS = 40  # of a thread that only copies; the others get the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """An output tile of two warpgroups.
+
+  Args:
+    rows, cols: of both together.
+    by_cols: each takes half of the columns, or else half of the rows.
+    stages: steps whose operands are in shared memory.
+    band: row tiles that are walked before the next column tile.
+    chained: copying runs on into the next tile while this one is stored.
+  """
+
+  rows: int
+  cols: int
+  by_cols: bool
+  stages: int = 4
+  band: int = 8
+  chained: bool = True
+
+  @property
+  def own(self) -> tuple[int, int]:
+    """Rows and columns of one warpgroup."""
+    if self.by_cols:
+      return self.rows, self.cols // 2
+    return self.rows // 2, self.cols
+
+
+@pytree
+class Blocks:
+  """The blocks that hold rows, in the order of experts."""
+
+  expert: Array  # i32[R / BLOCK]  of each used block
+  block: Array  # i32[R / BLOCK]  where it is: its first row is BLOCK times this
+  used: Array  # i32[1]  how many are used, at least one
+
+
+def used_blocks(groups: Groups, num_rows: int) -> Blocks:
+  """The blocks of a layout that is aligned to `BLOCK`.
+
+  Args:
+    groups: where each expert's rows are.
+    num_rows: R of the buffer.
+  """
+  assert groups.block % BLOCK == 0, groups.block
+  E, B = groups.start.shape[0], num_rows // BLOCK
+  count_E = -(-groups.rows // BLOCK)
+  end_E = jnp.cumsum(count_E, dtype=jnp.int32)
+  place_B = jnp.arange(B, dtype=jnp.int32)
+  # Compared with all ends: one kernel, where a bisection is a chain of them.
+  expert_B = jnp.searchsorted(end_E, place_B, side="right", method="compare_all")
+  expert_B = jnp.minimum(expert_B.astype(jnp.int32), E - 1)
+  first_E = groups.start // BLOCK - (end_E - count_E)
+  block_B = jnp.clip(place_B + first_E[expert_B], 0, B - 1)
+  # Where no expert has a row, one block that nobody reads is made all the same.
+  return Blocks(expert_B, block_B, jnp.maximum(end_E[-1:], 1))
+
+
+def multiprocessors() -> int:
+  """Of the default device; an H100's where there is none to ask."""
+  count = getattr(jax.devices()[0], "core_count", None)
+  on_gpu = jax.default_backend() in ("cuda", "gpu")
+  return int(count) if on_gpu and count else 132
+
+
+def swizzled(dtype: Any, minor: int) -> tuple[Any, ...]:
+  """The layout of a tile in shared memory that wgmma reads without conflicts."""
+  bits = jnp.dtype(dtype).itemsize * 8
+  swizzle = plgpu.find_swizzle(minor * bits)
+  return (
+    plgpu.TilingTransform((8, swizzle * 8 // bits)),
+    plgpu.SwizzleTransform(swizzle),
+  )
+
+
+def transposed(ref: Any) -> Any:
+  """A view of a tile in shared memory; its name moved between versions of jax."""
+  if hasattr(ref, "transpose"):
+    return ref.transpose((1, 0))
+  return plgpu.transpose_ref(ref, (1, 0))
+
+
+def in_bands(t: Array, rows: Array, cols: int, band: int) -> tuple[Array, Array]:
+  """(row, column) of the t-th tile of a grid, whose rows may be traced.
+
+  Bands of `band` rows from top to bottom; in a band column by column.
+  """
+  which = lax.div(t, jnp.int32(band * cols))
+  within = t - which * (band * cols)
+  height = jnp.minimum(jnp.int32(band), rows - which * band)
+  return which * band + lax.rem(within, height), lax.div(within, height)
+
+
+def each_tile(
+  count: Array, *, blocks: int, chained: bool, body: Callable[[Array, Any], None]
+) -> None:
+  """`body(t, pipeline_state)` for this thread block's share of the output tiles.
+
+  A chain has a first and a last tile that differ, so that each thread block needs two:
+  where there are fewer, the last tile is made several times, from equal operands.
+  """
+  made = jnp.maximum(count, jnp.int32(2 * blocks)) if chained else count
+
+  @plgpu.nd_loop((made,), collective_axes="sm")
+  def _(info):
+    t = jnp.minimum(info.index[0], count - 1)
+    state = None
+    if chained:
+      stage = plgpu.PipelinePipeline
+      last = info.local_index == info.num_local_steps - 1
+      state = jnp.where(
+        info.local_index == 0,
+        jnp.int32(stage.START),
+        jnp.where(last, jnp.int32(stage.STOP), jnp.int32(stage.STEADY)),
+      )
+    body(t, state)
+
+
+def accumulator(rows: int, cols: int) -> Any:
+  """float32 sums in the registers of a warpgroup."""
+  kind: Any = getattr(plgpu, "ACC")  # noqa: B009  (named where pyright cannot see)
+  return kind((rows, cols), jnp.float32)
+
+
+def staging(tile_rows: int, dtype: Any) -> Any:
+  """Shared memory through which warpgroups store: [warpgroup, slot, rows, cols]."""
+  rows = min(64, tile_rows)
+  return plgpu.SMEM((2, 2, rows, 64), dtype, transforms=swizzled(dtype, 64))
+
+
+def store(
+  value: Array, staged: Any, group: Array, place: Callable[[int, int, int, int], Any]
+) -> None:
+  """A warpgroup's tile to global memory, in pieces, by two slots in turn.
+
+  Args:
+    value: [rows, cols] in registers, in the dtype of `staged`.
+    staged: from `staging`.
+    group: which warpgroup this is.
+    place: (row, rows, column, columns) -> where that piece goes.
+  """
+  _, _, rows, cols = staged.shape
+  slot = 0
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  for r in range(0, value.shape[0], rows):
+    for c in range(0, value.shape[1], cols):
+      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+      staged[group, slot] = value[r : r + rows, c : c + cols]
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(staged.at[group, slot], place(r, rows, c, cols))
+      slot = 1 - slot
+
+
+def pipeline(
+  multiply: Callable[..., Any],
+  context: Callable[..., Any],
+  *,
+  steps: Any,
+  specs: list[Any],
+  stages: int,
+  state: Any = None,
+) -> Any:
+  """A loop over the contracted dimension whose operands are copied ahead."""
+  return plgpu.emit_pipeline_warp_specialized(
+    multiply,
+    grid=(steps,),
+    in_specs=specs,
+    max_concurrent_steps=stages,
+    num_compute_wgs=2,
+    memory_registers=_COPY_REGISTERS,
+    wg_axis="wg",
+    compute_context=context,
+    pipeline_state=state,
+  )
+
+
+def launch(
+  body: Callable[..., None], out: Any, *, blocks: int, name: str
+) -> Callable[..., Any]:
+  """A persistent kernel of three warpgroups a thread block."""
+  kernel = plgpu.kernel(
+    body,
+    out_type=out,
+    grid=(blocks,),
+    grid_names=("sm",),
+    num_threads=3,
+    thread_name="wg",
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+    ),
+  )
+  return jax.named_call(kernel, name=name)
+
+
+def scoped(**allocations: Any) -> Callable[[Callable[..., None]], None]:
+  """Runs a function with allocations that all warpgroups share."""
+
+  def run(function):
+    pl.run_scoped(function, collective_axes="wg", **allocations)
+
+  return run

@@ -1,0 +1,70 @@
+"""Operands for Hopper's kernels, and what they must give, in float64."""
+# SPDX-License-Identifier: Apache-2.0
+
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe.types import Groups
+
+BLOCK = 128
+
+
+class Case:
+  """Rows of some experts, their matrices, and a cotangent.
+
+  Args:
+    loads: rows of each expert.
+    depth, width: of the matrices.
+    dtype: of everything.
+    stride: rows between two experts, of capacity buckets; None: ragged.
+    spare: blocks after the last expert's.
+  """
+
+  def __init__(
+    self, loads, depth, width, *, dtype=jnp.bfloat16, stride=None, spare=1, seed=0
+  ):
+    rng = np.random.default_rng(seed)
+    loads = np.asarray(loads)
+    padded = -(-loads // BLOCK) * BLOCK
+    if stride is not None:
+      padded = np.full_like(loads, stride)
+    start = np.cumsum(padded) - padded
+    R = int(padded.sum()) + spare * BLOCK
+    self.real = np.zeros(R, bool)
+    self.expert = np.zeros(R, int)
+    for e, (s, n) in enumerate(zip(start, loads, strict=True)):
+      self.real[s : s + n] = True
+      self.expert[s : s + n] = e
+    rows = np.where(self.real[:, None], 1.0, 0.0)
+    x = rng.normal(size=(R, depth)) * rows
+    w = rng.normal(size=(len(loads), depth, width)) / np.sqrt(depth)
+    dy = rng.normal(size=(R, width)) * rows
+    bias = rng.normal(size=(len(loads), width))
+    self.x, self.w, self.dy, self.bias = (
+      jnp.asarray(a, dtype) for a in (x, w, dy, bias)
+    )
+    self.groups = Groups(
+      jnp.asarray(start, jnp.int32), jnp.asarray(loads, jnp.int32), BLOCK, stride
+    )
+
+  def expected(self):
+    """(rows that exist, gradients of x's rows that exist, w and bias)."""
+    x, w, dy, bias = (
+      np.asarray(a, np.float64) for a in (self.x, self.w, self.dy, self.bias)
+    )
+    own = self.expert[self.real]
+    y = np.empty((self.real.sum(), w.shape[2]))
+    dx = np.empty((self.real.sum(), w.shape[1]))
+    dw, db = np.zeros_like(w), np.zeros_like(bias)
+    for e in range(len(w)):
+      mine, whole = own == e, self.real & (self.expert == e)
+      y[mine] = x[whole] @ w[e] + bias[e]
+      dx[mine] = dy[whole] @ w[e].T
+      dw[e], db[e] = x[whole].T @ dy[whole], dy[whole].sum(0)
+    return y, dx, dw, db
+
+
+def error(found, expected) -> float:
+  """Norm of the difference over the norm."""
+  found, expected = np.asarray(found, np.float64), np.asarray(expected)
+  return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))

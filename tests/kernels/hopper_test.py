@@ -1,0 +1,217 @@
+"""Hopper's kernels: interpreted on a CPU, lowered for CUDA, run where there is one."""
+# SPDX-License-Identifier: Apache-2.0
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.kernels import devices
+from tests.kernels.hopper_cases import BLOCK, Case, error
+
+NEW = jax.__version_info__ >= (0, 11)
+on_cpu = pytest.mark.skipif(not NEW, reason="interpreting needs jax 0.11")
+lowers = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
+
+# loads, depth, width, stride
+SMALL = {
+  "ragged": ((130, 0, 200), 128, 256, None),
+  "odd tails": ((5, 128), 72, 200, None),
+  "not of eight": ((3, 9), 70, 61, None),
+  "buckets": ((100, 0, 256, 7), 64, 128, 256),
+  "nothing": ((0, 0), 64, 128, None),
+}
+LARGE = {
+  "many experts": (tuple(37 * n % 700 for n in range(64)), 2048, 1536, None),
+  "one expert": ((0, 0, 5000, 0), 1024, 512, None),
+  "deep": ((1000, 3000), 7168, 320, None),
+  "wide": ((1000, 3000), 192, 4352, None),
+  "short": ((1, 0, 2, 1), 4096, 2048, None),
+  "buckets": ((1000, 0, 1280, 7), 1024, 768, 1280),
+  "tails": ((777, 1025), 1000, 1016, None),
+}
+
+
+def run(case, num_sms=None, bias=True):
+  """(output, gradients of rows, matrices and biases)."""
+  from jmoe.kernels.grouped_matmul.hopper import hopper
+
+  def call(x, w, b):
+    return hopper(x, w, case.groups, b, num_sms)
+
+  bias = case.bias if bias else None
+  y, pull = jax.vjp(call, case.x, case.w, bias)
+  return y, *pull(case.dy)
+
+
+def check(case, found, tolerance=4e-3):
+  y, dx, dw, db = case.expected()
+  real = case.real
+  for one, other in ((found[0], y), (found[1], dx)):
+    assert error(np.asarray(one, np.float64)[real], other) < tolerance
+  assert error(found[2], dw) < tolerance and error(found[3], db) < tolerance
+  empty = np.asarray(case.groups.rows) == 0
+  assert not np.asarray(found[2], np.float32)[empty].any()
+
+
+def interpreted():
+  from jax.experimental.pallas import mosaic_gpu
+
+  return mosaic_gpu.force_gpu_interpret_mode()
+
+
+@on_cpu
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted_products_and_gradients_are_right(name):
+  loads, depth, width, stride = SMALL[name]
+  case = Case(loads, depth, width, stride=stride)
+  with interpreted():
+    found = run(case, num_sms=2)
+  check(case, found)
+
+
+@on_cpu
+def test_interpreted_models_that_share_a_program_are_right():
+  cases = [Case((130, 3), 64, 128, seed=n) for n in range(2)]
+  from jmoe.kernels.grouped_matmul.hopper import hopper
+
+  def call(x, w, groups, dy):
+    y, pull = jax.vjp(lambda x, w: hopper(x, w, groups, None, 2), x, w)
+    return y, *pull(dy)
+
+  groups = jax.tree.map(lambda *x: jnp.stack(x), *(c.groups for c in cases))
+  operands = [jnp.stack([getattr(c, n) for c in cases]) for n in ("x", "w", "dy")]
+  with interpreted():
+    found = jax.vmap(call)(operands[0], operands[1], groups, operands[2])
+  for n, case in enumerate(cases):
+    case.bias = jnp.zeros_like(case.bias)
+    _, _, _, db = case.expected()
+    check(case, [*(x[n] for x in found), db])
+
+
+@lowers
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("depth, width", [(512, 768), (256, 128), (1000, 1016)])
+def test_products_and_gradients_lower_for_cuda(dtype, depth, width):
+  case = Case((300, 0, 128), depth, width, dtype=dtype)
+  lowered = jax.jit(lambda: run(case)).trace().lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("mosaic_gpu") >= 3
+
+
+def test_the_choice_says_why_hopper_does_not_serve():
+  from jmoe.kernels.grouped_matmul import choose
+  from jmoe.types import Groups
+
+  def groups(block):
+    return Groups(None, None, block)  # type: ignore[arg-type]
+
+  if NEW:
+    assert choose("hopper", groups(128), 4, jnp.bfloat16)[0] == "hopper"
+  for block, dtype, reason in (
+    (64, jnp.bfloat16, "aligned to 64 rows"),
+    (128, jnp.float32, "float32 is not a 16-bit type"),
+  ):
+    name, why, slow = choose("hopper", groups(block), 4, dtype)
+    assert name == "blocks" and slow and (reason in why or not NEW)
+
+
+def test_layouts_are_aligned_for_the_device_in_view():
+  with devices.as_if("hopper"):
+    assert devices.row_alignment(jnp.bfloat16) == (BLOCK if NEW else 1) or not NEW
+    assert devices.row_alignment(jnp.float32) == 1
+  assert devices.row_alignment(jnp.bfloat16) == 1
+
+
+def test_hopper_is_refused_elsewhere():
+  from jmoe.kernels import grouped_matmul
+
+  case = Case((3,), 8, 8)
+  with pytest.raises(ValueError, match="implementation='hopper' cannot serve"):
+    grouped_matmul(case.x, case.w, case.groups, implementation="hopper")
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize(
+  ("name", "dtype"),
+  [(name, jnp.bfloat16) for name in [*LARGE, *SMALL]] + [("buckets", jnp.float16)],
+)
+def test_products_and_gradients_are_right_on_a_hopper(name, dtype):
+  loads, depth, width, stride = (LARGE | SMALL)[name]
+  case = Case(loads, depth, width, stride=stride, dtype=dtype)
+  check(case, jax.jit(lambda: run(case))())
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("num_sms", [1, 7, 64])
+def test_fewer_multiprocessors_give_the_same_bits(num_sms):
+  case = Case((130, 0, 777, 1), 512, 384)
+  whole, fewer = (jax.jit(lambda n=n: run(case, n))() for n in (None, num_sms))
+  for one, other in zip(whole, fewer, strict=True):
+    rows = case.real if one.shape[0] == len(case.real) else slice(None)
+    np.testing.assert_array_equal(np.asarray(one)[rows], np.asarray(other)[rows])
+
+
+@pytest.mark.accelerator
+def test_two_runs_give_the_same_bits_whatever_was_in_memory():
+  case = Case((130, 0, 777, 1), 512, 384)
+  step = jax.jit(lambda: run(case))
+  first = [np.asarray(x) for x in step()]
+  poison = jnp.full((1 << 28,), jnp.nan, jnp.bfloat16).block_until_ready()
+  del poison
+  for one, other in zip(first, step(), strict=True):
+    rows = case.real if one.shape[0] == len(case.real) else slice(None)
+    np.testing.assert_array_equal(one[rows], np.asarray(other)[rows])
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("under", ["jit", "remat", "scan", "vmap"])
+def test_a_layer_on_a_hopper_is_that_of_a_cpu(limited, under):
+  """In float32 on the host, in bfloat16 here; the same choices are replayed."""
+  import jmoe
+
+  config = jmoe.simple(
+    256, 384, num_experts=8, k=2, capacity_factor=1.5 if limited else None
+  )
+  params = jmoe.moe_init(jax.random.key(0), config)
+  x = jax.random.normal(jax.random.key(1), (1000, 256))
+  forced = jax.lax.top_k(jax.random.uniform(jax.random.key(2), (1000, 8)), 2)[1]
+
+  def layer(params, x):
+    y, _ = jmoe.moe(params, x, config, forced=forced, train=True)
+    return y
+
+  def twice(params, x):
+    if under == "scan":
+      step = lambda x, _: (x + layer(params, x), None)  # noqa: E731
+      return jax.lax.scan(step, x, None, length=2)[0]
+    return layer(params, x)
+
+  call = jax.checkpoint(twice) if under == "remat" else twice
+
+  def grads(params, x):
+    def loss(params, x):
+      y = call(params, x).astype(jnp.float32)
+      return jnp.sum(jnp.sin(y)), y
+
+    (_, y), found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    return y, found
+
+  narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params["experts"], x))
+  narrow = ({**params, "experts": narrow[0]}, narrow[1])
+  if under == "vmap":
+    many = jax.tree.map(lambda a: jnp.stack([a, a]), narrow)
+    found = jax.tree.map(lambda a: a[1], jax.jit(jax.vmap(grads))(*many))
+  else:
+    found = jax.jit(grads)(*narrow)
+  cpu = jax.devices("cpu")[0]
+  wide = jax.tree.map(lambda a: jax.device_put(np.asarray(a, np.float32), cpu), narrow)
+  forced = jax.device_put(forced, cpu)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.default_device(cpu))
+    stack.enter_context(devices.as_if("cpu"))
+    expected = jax.jit(grads)(*wide)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert error(one, np.asarray(other, np.float64)) < 2e-2
