@@ -63,6 +63,7 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     leaves: of a restriction: `(allowed, num_experts, **keywords) -> sets of experts`,
       what it may leave a token of those that others allow.
     ignores: `(**keywords) -> names` of optional arguments that it takes and reads not.
+    gated: of experts' hidden function: True if it is `activation(first) * second`.
     dropless: of a dispatch: True, False, or None where the word means nothing.
     fits: of a loss: `(config, **keywords) -> str | None`, a remedy if it does not fit.
   """

@@ -74,5 +74,6 @@ def glu(
   return grouped_ffn(x_RD, (gate, up), down, rows.groups, hidden, matmul)
 
 
+@marked(gated=True)
 def _gated(gate: Array, up: Array, *, activation: Callable[[Array], Array]) -> Array:
   return activation(gate) * up

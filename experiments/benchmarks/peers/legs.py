@@ -34,12 +34,10 @@ def measured(shape: Shape, expert_TK: Any) -> dict[str, float]:
   tall = jax.random.normal(key, (E, F, D), jnp.bfloat16)
 
   def rows(transpose):
-    return jax.jit(
-      lambda x, w: kernels._rows(x, w, groups, transpose=transpose, num_sms=None)
-    )
+    return jax.jit(lambda x, w: kernels.rows(((x, w),), groups, transpose=transpose))
 
   plain, transposed = rows(False), rows(True)
-  matrices = jax.jit(lambda x, y: kernels._matrices(x, y, groups, num_sms=None))
+  matrices = jax.jit(lambda x, y: kernels.matrices(x, y, groups))
   legs = {
     "up": lambda: plain(x, wide),
     "down": lambda: plain(h, tall),

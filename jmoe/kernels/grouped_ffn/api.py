@@ -2,15 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Callable
+from typing import Any
 
 from jax import Array
 
 from jmoe.kernels.devices import current_device
+from jmoe.kernels.grouped_ffn import activations
 from jmoe.kernels.grouped_ffn.blocks import ffn
 from jmoe.kernels.grouped_ffn.reference import Matrix, reference
 from jmoe.kernels.grouped_matmul import grouped_matmul
 from jmoe.kernels.grouped_matmul.api import first, report_choice
 from jmoe.types import Groups
+from jmoe.use import Use, fact
 
 
 def grouped_ffn(
@@ -42,4 +45,17 @@ def grouped_ffn(
     name = report_choice(current_device(), groups, E, x_RD.dtype)
     if name == "blocks":
       return ffn(hidden, x_RD, ups, down, groups)
+    if name == "hopper" and (activation := _in_registers(hidden, ups, down)):
+      from jmoe.kernels.grouped_ffn.hopper import gated_ffn  # imports Pallas
+
+      return gated_ffn(activation, x_RD, ups[0][0], ups[1][0], down[0], groups)
   return reference(x_RD, ups, down, groups, hidden, matmul or grouped_matmul)
+
+
+def _in_registers(hidden: Any, ups: tuple[Matrix, ...], down: Matrix) -> Any:
+  """The activation of a gated unit without biases, if a kernel can compute it."""
+  if not isinstance(hidden, Use) or not fact(hidden, "gated", False):
+    return None
+  if any(bias is not None for _, bias in (*ups, down)):
+    return None
+  return activations.of(hidden.kwargs.get("activation"))

@@ -9,7 +9,7 @@ Prefixes of names: `x` rows that go in, `y` rows that come out.
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ def hopper(
     bias_EF: a bias per expert, or None.
     num_sms: multiprocessors to use; None: all.
   """
-  y_RF = _rows(x_RD, w_EDF, groups, transpose=False, num_sms=num_sms)
+  y_RF = rows(((x_RD, w_EDF),), groups, num_sms=num_sms)
   return y_RF if bias_EF is None else _plus_bias(y_RF, bias_EF, groups)
 
 
@@ -54,8 +54,8 @@ def _forward(x_RD, w_EDF, groups, bias_EF, num_sms):
 
 def _backward(num_sms, residual, dy_RF):
   x_RD, w_EDF, groups, bias_EF = residual
-  dx_RD = _rows(dy_RF, w_EDF, groups, transpose=True, num_sms=num_sms)
-  dw_EDF = _matrices(x_RD, dy_RF, groups, num_sms=num_sms)
+  dx_RD = rows(((dy_RF, w_EDF),), groups, transpose=True, num_sms=num_sms)
+  dw_EDF = matrices(x_RD, dy_RF, groups, num_sms=num_sms)
   d_bias = None
   if bias_EF is not None:
     d_bias = _sums(dy_RF, groups).astype(bias_EF.dtype)
@@ -65,63 +65,75 @@ def _backward(num_sms, residual, dy_RF):
 hopper.defvjp(_forward, _backward)
 
 
-def rows_tile(cols: int, depth: int) -> Tile:
+def rows(
+  pairs: Sequence[tuple[Array, Array]],
+  groups: Groups,
+  *,
+  transpose: bool = False,
+  num_sms: int | None = None,
+) -> Array:
+  """`sum over pairs of x_r w_e(r)`, or with the matrices transposed; `[R,F]`.
+
+  Args:
+    pairs: rows [R,D] and matrices [E,D,F] (transposed: [E,F,D]), all of one shape.
+    groups: aligned to `BLOCK`.
+    transpose: contract the matrices' last dimension instead of the one before it.
+    num_sms: multiprocessors to use; None: all.
+  """
+  cols = pairs[0][1].shape[1 if transpose else 2]
+  kernel = functools.partial(_rows_kernel, transpose=transpose, num_sms=num_sms)
+  operands = [x for pair in pairs for x in (padded(pair[0], 1), padded(pair[1], 1, 2))]
+  return foldable(kernel)(groups, *operands)[:, :cols]
+
+
+def matrices(
+  x_RD: Array, y_RF: Array, groups: Groups, *, num_sms: int | None = None
+) -> Array:
+  """`[E,D,F]` the sum of `x_r y_r^T` over each expert's rows; zero without any."""
+  D, F = x_RD.shape[1], y_RF.shape[1]
+  kernel = functools.partial(_matrices_kernel, num_sms=num_sms)
+  return foldable(kernel)(groups, padded(x_RD, 1), padded(y_RF, 1))[:, :D, :F]
+
+
+def rows_tile(cols: int, depth: int, pairs: int) -> Tile:
   """The tile for rows times matrices.
 
   Args:
     cols: of the output.
-    depth: contracted.
+    depth: contracted, of each pair.
+    pairs: that are summed.
   """
   steps = pl.cdiv(depth, DEPTH)
-  stages = next((n for n in (4, 3, 2) if steps % n == 0), 2)
-  width = next((n for n in (256, 128) if cols % n == 0 or cols > n), 128)
-  # A chain needs as many steps as fill the stages an even number of times.
-  return Tile(BLOCK, width, by_cols=True, stages=stages, chained=steps % stages == 0)
+  most = (4, 3, 2) if pairs == 1 else (2,)  # what shared memory holds
+  stages = next((n for n in most if steps % n == 0), 2)
+  # A chain goes on with the slot after the last one, so a tile must end with the last.
+  chained = steps % stages == 0
+  width = 256 if cols >= 256 else 128
+  return Tile(BLOCK, width, by_cols=True, stages=stages, chained=chained)
 
 
-def matrices_tile(rows: int, cols: int) -> Tile:
+def matrices_tile(cols: int) -> Tile:
   """The tile for a matrix's gradient, whose depth is the rows of an expert."""
-  del rows
-  width = 256 if cols % 256 == 0 or cols > 256 else 128
-  return Tile(128, width, by_cols=False, chained=False)
+  return Tile(128, 256 if cols >= 256 else 128, by_cols=False, chained=False)
 
 
-def _rows(
-  x_RD: Array, w_EDF: Array, groups: Groups, *, transpose: bool, num_sms: int | None
-) -> Array:
-  """Rows times matrices, or times their transposes."""
-  cols = w_EDF.shape[1 if transpose else 2]
-  x_RD, w_EDF = _padded(x_RD, 1), _padded(_padded(w_EDF, 1), 2)
-  y_RF = _foldable(
-    functools.partial(_rows_kernel, transpose=transpose, num_sms=num_sms)
-  )(x_RD, w_EDF, groups)
-  return y_RF[:, :cols]
-
-
-def _matrices(
-  x_RD: Array, y_RF: Array, groups: Groups, *, num_sms: int | None
-) -> Array:
-  """`sum over rows of e of x_r y_r^T`; zero for an expert without rows."""
-  D, F = x_RD.shape[1], y_RF.shape[1]
-  dw_EDF = _foldable(functools.partial(_matrices_kernel, num_sms=num_sms))(
-    _padded(x_RD, 1), _padded(y_RF, 1), groups
-  )
-  return dw_EDF[:, :D, :F]
-
-
-def _padded(x: Array, axis: int) -> Array:
-  """With zeros up to a size that TMA can address."""
-  if not (more := -x.shape[axis] % _ALIGNED):
-    return x
-  return jnp.pad(x, [(0, more if n == axis else 0) for n in range(x.ndim)])
+def padded(x: Array, *axes: int) -> Array:
+  """With zeros up to sizes that a tile in shared memory can be cut from."""
+  sizes = [max(x.shape[n], 128) for n in axes]
+  widths = [(0, 0)] * x.ndim
+  for n, size in zip(axes, sizes, strict=True):
+    widths[n] = (0, -(-size // _ALIGNED) * _ALIGNED - x.shape[n])
+  return x if not any(after for _, after in widths) else jnp.pad(x, widths)
 
 
 def _rows_kernel(
-  x_RD: Array, w: Array, groups: Groups, *, transpose: bool, num_sms: int | None
+  groups: Groups, *operands: Array, transpose: bool, num_sms: int | None
 ) -> Array:
-  R, D = x_RD.shape
-  F = w.shape[1 if transpose else 2]
-  tile, dtype = rows_tile(F, D), x_RD.dtype
+  """Operands are rows and matrices of each pair in turn."""
+  pairs = len(operands) // 2
+  R, D = operands[0].shape
+  F = operands[1].shape[1 if transpose else 2]
+  tile, dtype = rows_tile(F, D, pairs), operands[0].dtype
   cols = pl.cdiv(F, tile.cols)
   rows_own, cols_own = tile.own
   sms = num_sms or chip.multiprocessors()
@@ -138,28 +150,30 @@ def _rows_kernel(
       (DEPTH, tile.cols), lambda k: (k, 0), transforms=chip.swizzled(dtype, 64)
     )
 
-  def body(x_ref, w_ref, expert_ref, block_ref, used_ref, y_ref):
+  def body(*refs):
+    *operand_refs, expert_ref, block_ref, used_ref, y_ref = refs
+
     def pipe(multiply, context, state=None):
       return chip.pipeline(
         multiply,
         context,
         steps=pl.cdiv(D, DEPTH),
-        specs=[x_spec, w_spec],
+        specs=[x_spec, w_spec] * pairs,
         stages=tile.stages,
         state=state,
       )
 
-    def matrix(e, c):
+    def matrix(w_ref, e, c):
       if transpose:
         return w_ref.at[e, pl.ds(c, tile.cols), :]
       return w_ref.at[e, :, pl.ds(c, tile.cols)]
 
     shape = (tile.cols, D) if transpose else (D, tile.cols)
+    like = [jax.ShapeDtypeStruct((tile.rows, D), dtype)]
+    like += [jax.ShapeDtypeStruct(shape, dtype)]
 
     @chip.scoped(
-      buffers=pipe(_nothing, _nothing).get_allocations(
-        jax.ShapeDtypeStruct((tile.rows, D), dtype), jax.ShapeDtypeStruct(shape, dtype)
-      ),
+      buffers=pipe(_nothing, _nothing).get_allocations(*like * pairs),
       staged=chip.staging(rows_own, dtype),
     )
     def _(buffers, staged):
@@ -171,9 +185,11 @@ def _rows_kernel(
         row, col = block_ref[which] * BLOCK, column * tile.cols
         own = pl.ds(group * cols_own, cols_own)
 
-        def multiply(_, x, w, total):
-          w = chip.transposed(w.at[own]) if transpose else w.at[:, own]
-          plgpu.wgmma(total, x, w)
+        def multiply(_, *both):
+          *operands, total = both
+          for x, w in zip(operands[::2], operands[1::2], strict=True):
+            w = chip.transposed(w.at[own]) if transpose else w.at[:, own]
+            plgpu.wgmma(total, x, w)
           plgpu.wgmma_wait(0)
           return total
 
@@ -188,11 +204,11 @@ def _rows_kernel(
 
             chip.store(total[...].astype(dtype), staged, group, place)
 
-        pipe(multiply, context, state)(
-          x_ref.at[pl.ds(row, tile.rows), :],
-          matrix(expert_ref[which], col),
-          allocations=buffers,
-        )
+        sources = []
+        for x_ref, w_ref in zip(operand_refs[::2], operand_refs[1::2], strict=True):
+          sources += [x_ref.at[pl.ds(row, tile.rows), :]]
+          sources += [matrix(w_ref, expert_ref[which], col)]
+        pipe(multiply, context, state)(*sources, allocations=buffers)
 
       chip.each_tile(used * cols, blocks=sms, chained=tile.chained, body=make)
 
@@ -201,15 +217,15 @@ def _rows_kernel(
   out = jax.ShapeDtypeStruct((R, F), dtype)
   name = "grouped_matmul_transposed" if transpose else "grouped_matmul"
   kernel = chip.launch(body, out, blocks=sms, name=name)
-  return kernel(x_RD, w, blocks.expert, blocks.block, blocks.used)
+  return kernel(*operands, blocks.expert, blocks.block, blocks.used)
 
 
 def _matrices_kernel(
-  x_RD: Array, y_RF: Array, groups: Groups, *, num_sms: int | None
+  groups: Groups, x_RD: Array, y_RF: Array, *, num_sms: int | None
 ) -> Array:
   R, D = x_RD.shape
   F, E = y_RF.shape[1], groups.start.shape[0]
-  tile, dtype = matrices_tile(D, F), x_RD.dtype
+  tile, dtype = matrices_tile(F), x_RD.dtype
   rows, cols = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.cols)
   rows_own, cols_own = tile.own
   sms = num_sms or chip.multiprocessors()
@@ -316,33 +332,31 @@ def _sums(y_RF: Array, groups: Groups) -> Array:
   )
 
 
-def _foldable(kernel: Callable[[Array, Array, Groups], Array]) -> Callable[..., Array]:
+def foldable(kernel: Callable[..., Any]) -> Callable[..., Any]:
   """A kernel for which models that share a program are more experts of one.
 
   Args:
-    kernel: (rows [R,.], rows [R,.] or matrices [E,.,.], groups) -> rows or matrices.
+    kernel: (groups, arrays [R,...] or [E,...] each) -> a tree of such arrays.
   """
 
   @custom_vmap
-  def call(rows, other, groups):
-    return kernel(rows, other, groups)
+  def call(groups, *arrays):
+    return kernel(groups, *arrays)
 
   @call.def_vmap
-  def _(size, batched, rows, other, groups):
+  def _(size, batched, groups, *arrays):
     def whole(x, is_batched):
       return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
-    rows, other, groups = jax.tree.map(whole, (rows, other, groups), tuple(batched))
-    R, E = rows.shape[1], groups.start.shape[1]
-    model = jnp.arange(size, dtype=jnp.int32)[:, None]
+    groups, *arrays = jax.tree.map(whole, (groups, *arrays), tuple(batched))
+    # Rows are in the first array of every kernel.
+    first = jnp.arange(size, dtype=jnp.int32)[:, None] * arrays[0].shape[1]
     folded = Groups(
-      (groups.start + R * model).reshape(-1), groups.rows.reshape(-1), groups.block
+      (groups.start + first).reshape(-1), groups.rows.reshape(-1), groups.block
     )
-    out = _foldable(kernel)(
-      rows.reshape(size * R, -1), other.reshape(-1, *other.shape[2:]), folded
-    )
-    lead = out.shape[0] // size
-    assert lead in (R, E)
-    return out.reshape(size, lead, *out.shape[1:]), True
+    flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
+    out = foldable(kernel)(folded, *flat)
+    apart = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+    return apart, jax.tree.map(lambda _: True, out)
 
   return call
