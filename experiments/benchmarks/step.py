@@ -18,21 +18,16 @@ Exit codes: 0 done, 2 bad arguments.
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
-import collections
 import json
-import os
-import re
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from experiments import configs
+from experiments.benchmarks import tracing
 from experiments.parser import Parser
-
-_KEPT = 3  # traced steps
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--out", type=Path, help="JSON file for the figures")
   arguments = parser.parse_args(argv)
   if arguments.table:
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
+    tracing.prepare()
   from experiments import arms, settings
 
   found = []
@@ -134,12 +128,7 @@ def _measured(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     flush=True,
   )
   if arguments.table:
-    rows = _table(step, state, batch)
-    total = sum(ms for ms, *_ in rows)
-    print(f"  traced: {total:.1f} ms of operations a step")
-    for ms, count, name, where in rows[: arguments.table]:
-      print(f"  {ms:8.2f} ms {ms / total:6.1%} {count:5.0f} x {name:<34}{where}")
-    figures["table"] = [list(row) for row in rows[: arguments.table]]
+    figures["table"] = tracing.shown(step, (state, batch), arguments.table, kept=0)
   return figures
 
 
@@ -158,43 +147,6 @@ def _batch(rng: Any, num: int, rows: int, seq: int) -> dict[str, Any]:
     "segment": np.broadcast_to(place // quarter + 1, shape).astype(np.int32),
     "position": np.broadcast_to(place % quarter, shape).astype(np.int32),
   }
-
-
-def _table(step: Any, state: Any, batch: Any) -> list[tuple[float, float, str, str]]:
-  """(ms of a step, times a step, operation, place in the program), longest first."""
-  import jax
-
-  with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
-      for _ in range(_KEPT):
-        state, *_ = step(state, batch)
-      jax.block_until_ready(state)
-    (path,) = Path(folder).rglob("*.xplane.pb")
-    found = jax.profiler.ProfileData.from_file(str(path))
-  places = dict(
-    re.findall(r"%?([\w.-]+) = [^\n]*?op_name=\"([^\"]*)\"", step.as_text())
-  )
-  spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-  for plane in found.planes:
-    if not plane.name.startswith("/device:"):
-      continue
-    for line in plane.lines:
-      if not line.name.startswith("Stream"):
-        continue
-      for event in line.events:
-        name = dict(event.stats).get("hlo_op", event.name)
-        spent[str(name)][0] += event.duration_ns / 1e6 / _KEPT
-        spent[str(name)][1] += 1 / _KEPT
-  rows = [
-    (ms, count, name[:33], _short(places.get(name, "")))
-    for name, (ms, count) in spent.items()
-  ]
-  return sorted(rows, reverse=True)
-
-
-def _short(place: str) -> str:
-  """The end of a place, without the transformations around it."""
-  return "/".join(place.split("/")[-5:])[-100:]
 
 
 if __name__ == "__main__":

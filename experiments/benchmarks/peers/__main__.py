@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import shapes
+from experiments.benchmarks import shapes, tracing
 from experiments.parser import Parser
 
 
@@ -33,8 +33,11 @@ def main(argv: list[str] | None = None) -> int:
   add = parser.add_argument
   add("--shape", required=True, choices=sorted(shapes.SHAPES), metavar="NAME")
   add("--legs", action="store_true", help="also the six products of a layer alone")
+  add("--table", type=int, default=0, metavar="N", help="operations to list")
   add("--out", type=Path, help="JSON file for the figures")
   arguments = parser.parse_args(argv)
+  if arguments.table:
+    tracing.prepare()
   import jax
 
   from experiments.benchmarks.peers import legs, ours
@@ -45,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
   rows: list[dict[str, Any]] = []
   for name, factor in (("jmoe dropless", None), ("jmoe capacity 1.25", 1.25)):
     call = ours.layer(shape, capacity_factor=factor)
-    row = _row(name, shape, call, params, x_TD, weight_TK, expert_TK)
+    row, step, operands = _row(name, shape, call, params, x_TD, weight_TK, expert_TK)
     _show(row)
+    if arguments.table:
+      row["table"] = tracing.shown(step, operands, arguments.table)
     rows.append(row)
   found = {
     "shape": arguments.shape,
@@ -69,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def _row(name, shape, call, params, x_TD, weight_TK, expert_TK) -> dict[str, Any]:
-  """Time, memory and error of one implementation."""
+def _row(name, shape, call, params, x_TD, weight_TK, expert_TK) -> Any:
+  """Time, memory and error of one implementation; its step with its operands."""
   import time
 
   import jax
@@ -98,7 +103,7 @@ def _row(name, shape, call, params, x_TD, weight_TK, expert_TK) -> dict[str, Any
     compiled = jax.jit(function).lower(*operands).compile()
     row[f"{kind}_compile_s"] = time.perf_counter() - begin
     times = shapes.seconds(lambda: compiled(*operands))  # noqa: B023
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     flops = shape.flops(backward=kind == "step")
     row[f"{kind}_ms"] = [1e3 * t for t in times]
     row[f"{kind}_tflops"] = flops / statistics.median(times) / 1e12
@@ -110,7 +115,7 @@ def _row(name, shape, call, params, x_TD, weight_TK, expert_TK) -> dict[str, Any
     ) / 1e9
   y_TD = jax.jit(forward)(params, x_TD, weight)
   row["error"] = ours.error(params, x_TD, y_TD, weight_TK, expert_TK)
-  return row
+  return row, compiled, operands
 
 
 def _show(row: dict[str, Any]) -> None:

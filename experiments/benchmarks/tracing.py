@@ -1,0 +1,77 @@
+"""Where a compiled function's time goes, by operation, as the profiler saw it."""
+# SPDX-License-Identifier: Apache-2.0
+
+import collections
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_CALLS = 3
+
+
+def prepare() -> None:
+  """Turns off command buffers, which hide operations; before jax makes a backend."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
+
+
+def shown(
+  compiled: Any, operands: Sequence[Any], most: int, *, kept: int | None = None
+) -> list[list[Any]]:
+  """Prints and returns the operations that took longest of a call.
+
+  Args:
+    compiled: a function from `jit(...).lower(...).compile()`.
+    operands: of the function.
+    most: rows to list.
+    kept: which operand the first result replaces in the next call, where the function
+      takes it away; None: all calls have the same operands.
+
+  Returns:
+    [ms a call, times a call, operation, place in the program] each.
+  """
+  rows = _table(compiled, list(operands), kept)
+  total = sum(row[0] for row in rows)
+  print(f"  traced: {total:.2f} ms of operations")
+  for ms, count, name, where in rows[:most]:
+    print(
+      f"  {ms:8.3f} ms {ms / max(total, 1e-9):6.1%} {count:5.0f} x {name:<34}{where}"
+    )
+  return rows[:most]
+
+
+def _table(compiled: Any, operands: list[Any], kept: int | None) -> list[list[Any]]:
+  import jax
+
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(_CALLS):
+        out = compiled(*operands)
+        if kept is not None:
+          operands[kept] = out[0]
+      jax.block_until_ready(out)
+    (path,) = Path(folder).rglob("*.xplane.pb")
+    found = jax.profiler.ProfileData.from_file(str(path))
+  text = compiled.as_text()
+  places = dict(re.findall(r"%?([\w.-]+) = [^\n]*?op_name=\"([^\"]*)\"", text))
+  spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+  for plane in found.planes:
+    if not plane.name.startswith("/device:"):
+      continue
+    for line in plane.lines:
+      if not line.name.startswith("Stream"):
+        continue
+      for event in line.events:
+        name = str(dict(event.stats).get("hlo_op", event.name))
+        spent[name][0] += event.duration_ns / 1e6 / _CALLS
+        spent[name][1] += 1 / _CALLS
+  return sorted(
+    (
+      [ms, count, name[:33], "/".join(places.get(name, "").split("/")[-4:])[-80:]]
+      for name, (ms, count) in spent.items()
+    ),
+    reverse=True,
+  )

@@ -1,0 +1,56 @@
+"""Which implementation serves which device.
+
+Neither is differentiated: `dispatch.carry` writes each way's gradient as the other way.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe.kernels.devices import current_device
+from jmoe.kernels.permute_rows import reference
+
+
+def take(rows: Array, index: Array) -> Array:
+  """`rows[index]`, zero where the index is past the end.
+
+  Args:
+    rows: `[N,...]`.
+    index: i32 of any shape, not negative.
+  """
+  if not _served(rows) or index.ndim != 1 or not index.shape[0]:
+    return reference.take(rows, index)
+  from jmoe.kernels.permute_rows import triton  # imports Pallas
+
+  return triton.take(rows, index)
+
+
+def weighed(
+  rows_ND: Array, index_R: Array, weight_R: Array, other_RD: Array
+) -> tuple[Array, Array]:
+  """Rows in another order times a weight, and their products with other rows.
+
+  Args:
+    rows_ND: what is read.
+    index_R: i32[R] which row; N for none.
+    weight_R: f32[R].
+    other_RD: `[R,D]`; what stands in rows without an index may be anything.
+
+  Returns:
+    `[R,D]` in the dtype of `other`, and f32[R]; of rows without an index the first is
+    zero and the second holds no meaning.
+  """
+  if not _served(rows_ND) or not index_R.shape[0]:
+    return reference.weighed(rows_ND, index_R, weight_R, other_RD)
+  from jmoe.kernels.permute_rows import triton  # imports Pallas
+
+  return triton.weighed(rows_ND, index_R, weight_R, other_RD)
+
+
+def _served(rows: Array) -> bool:
+  """Whether Triton's kernels take them; smaller rows are not worth a program each."""
+  new = jax.__version_info__ >= (0, 10)
+  kind = rows.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+  wide = rows.ndim == 2 and rows.shape[0] > 0 and rows.shape[1] >= 128
+  return new and kind and wide and current_device() == "hopper"

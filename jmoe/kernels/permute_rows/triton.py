@@ -1,0 +1,108 @@
+"""On NVIDIA GPUs, in Pallas's Triton: a program a row, at the speed of memory.
+
+XLA's own gather moved half of what an H200 can.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+_MOST = 1024  # columns of a step
+
+
+def take(rows_ND: Array, index_R: Array, *, interpret: bool = False) -> Array:
+  """`rows[index]`, zero where the index is past the end."""
+  (N, D), R = rows_ND.shape, index_R.shape[0]
+  return _call(
+    functools.partial(_take, num_rows=N),
+    (jax.ShapeDtypeStruct((R, D), rows_ND.dtype),),
+    name="take_rows",
+    interpret=interpret,
+  )(index_R, rows_ND)[0]
+
+
+def weighed(
+  rows_ND: Array,
+  index_R: Array,
+  weight_R: Array,
+  other_RD: Array,
+  *,
+  interpret: bool = False,
+) -> tuple[Array, Array]:
+  """(`weight rows[index]` in the dtype of `other`, f32 `<other, rows[index]>`).
+
+  Both are zero where the index is past the end; `other` is not read there.
+  """
+  (N, D), R = rows_ND.shape, index_R.shape[0]
+  out = (
+    jax.ShapeDtypeStruct((R, D), other_RD.dtype),
+    jax.ShapeDtypeStruct((R,), jnp.float32),
+  )
+  kernel = functools.partial(_weighed, num_rows=N)
+  call = _call(kernel, out, name="weigh_rows", interpret=interpret)
+  return call(index_R, rows_ND, weight_R.astype(jnp.float32), other_RD)
+
+
+def _take(index_ref, rows_ref, out_ref, *, num_rows: int):
+  r = pl.program_id(0)
+  index = index_ref[r]
+  there = index < num_rows
+  index = jnp.where(there, index, 0)
+  for cols, inside in _columns(out_ref.shape[1]):
+    mask = inside & there
+    found = plt.load(rows_ref.at[index, cols], mask=mask, other=0.0)
+    plt.store(out_ref.at[r, cols], found, mask=inside)
+
+
+def _weighed(
+  index_ref, rows_ref, weight_ref, other_ref, out_ref, dot_ref, *, num_rows: int
+):
+  r = pl.program_id(0)
+  index = index_ref[r]
+  there = index < num_rows
+  index = jnp.where(there, index, 0)
+  weight = weight_ref[r]
+  total = jnp.zeros((_width(out_ref.shape[1]),), jnp.float32)
+  for cols, inside in _columns(out_ref.shape[1]):
+    mask = inside & there
+    found = plt.load(rows_ref.at[index, cols], mask=mask, other=0.0)
+    found = found.astype(jnp.float32)
+    other = plt.load(other_ref.at[r, cols], mask=mask, other=0.0)
+    total += found * other.astype(jnp.float32)
+    plt.store(out_ref.at[r, cols], (found * weight).astype(out_ref.dtype), mask=inside)
+  dot_ref[r] = jnp.sum(total)
+
+
+def _width(num_cols: int) -> int:
+  return min(_MOST, pl.next_power_of_2(num_cols))
+
+
+def _columns(num_cols: int):
+  """(columns, which of them exist) of each step."""
+  width = _width(num_cols)
+  for first in range(0, num_cols, width):
+    cols = first + jnp.arange(width, dtype=jnp.int32)
+    yield cols, cols < num_cols
+
+
+def _call(kernel, out, *, name: str, interpret: bool):
+  anywhere = pl.BlockSpec(memory_space=pl.ANY)
+
+  def call(index_R, *arrays):
+    return pl.pallas_call(
+      kernel,
+      grid=(index_R.shape[0],),
+      in_specs=[anywhere] * (1 + len(arrays)),
+      out_specs=(anywhere,) * len(out),
+      out_shape=out,
+      compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+      name=name,
+      interpret=interpret,
+    )(index_R, *arrays)
+
+  return call
