@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from jmoe.assign.capacity import of_group, of_valid
+from jmoe.kernels.devices import search_method
 from jmoe.types import Context, Plan, Routing, group_of, valid_or_all
 from jmoe.use import Use
 
@@ -84,8 +85,8 @@ def _queue(queue_N: Array, num_queues: int, priority_N: Array | None):
   by_queue, *_, order = jax.lax.sort(
     (*keys, index_N), num_keys=len(keys), is_stable=True
   )
-  bound = jnp.searchsorted(by_queue, jnp.arange(num_queues + 1, dtype=by_queue.dtype))
-  bound = bound.astype(jnp.int32)
+  queues = jnp.arange(num_queues + 1, dtype=by_queue.dtype)
+  bound = jnp.searchsorted(by_queue, queues, method=search_method()).astype(jnp.int32)
   # The inverse permutation by a second sort: a scatter would be slower on accelerators.
   _, place_N = jax.lax.sort((order, index_N), num_keys=1)
   return order, place_N - bound[queue_N], jnp.diff(bound)

@@ -8,6 +8,7 @@ ones (capacity buckets) are the same value with other numbers.
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe.kernels.devices import search_method
 from jmoe.types import Groups, Layout, Plan, group_of
 
 
@@ -41,7 +42,8 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
   start_E = end_E - padded_E
   # row -> expert: by block, since every row of a block has the same expert
   block_at = jnp.arange(0, R, block, dtype=jnp.int32)
-  expert_B = jnp.minimum(jnp.searchsorted(end_E, block_at, side="right"), E - 1)
+  expert_B = jnp.searchsorted(end_E, block_at, side="right", method=search_method())
+  expert_B = jnp.minimum(expert_B, E - 1)
   place_BR = (block_at - start_E[expert_B])[:, None] + jnp.arange(
     block, dtype=jnp.int32
   )

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.kernels.devices import HOPPER_BLOCK as BLOCK
+from jmoe.kernels.devices import HOPPER_BLOCK as BLOCK, search_method
 from jmoe.types import Groups, pytree
 
 DEPTH = 64  # of the contracted dimension in a step: 128 bytes of a 16-bit type
@@ -75,8 +75,7 @@ def used_blocks(groups: Groups, num_rows: int) -> Blocks:
   count_E = -(-groups.rows // BLOCK)
   end_E = jnp.cumsum(count_E, dtype=jnp.int32)
   place_B = jnp.arange(B, dtype=jnp.int32)
-  # Compared with all ends: one kernel, where a bisection is a chain of them.
-  expert_B = jnp.searchsorted(end_E, place_B, side="right", method="compare_all")
+  expert_B = jnp.searchsorted(end_E, place_B, side="right", method=search_method())
   expert_B = jnp.minimum(expert_B.astype(jnp.int32), E - 1)
   first_E = groups.start // BLOCK - (end_E - count_E)
   block_B = jnp.clip(place_B + first_E[expert_B], 0, B - 1)

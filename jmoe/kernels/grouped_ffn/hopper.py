@@ -209,14 +209,14 @@ def _back_kernel(
 
     @chip.scoped(
       buffers=pipe(_nothing, _nothing).get_allocations(like, like),
-      staged=chip.staging(rows_own, dtype),
-      # What a warpgroup reads of the hidden arrays: [warpgroup, which, rows, cols].
-      seen=plgpu.SMEM(
-        (2, 2, rows_own, cols_own), dtype, transforms=chip.swizzled(dtype, 64)
+      # What a warpgroup reads of the two hidden arrays, then their gradients in the
+      # same places, and the third result: [warpgroup, which, rows, cols].
+      held=plgpu.SMEM(
+        (2, 3, rows_own, cols_own), dtype, transforms=chip.swizzled(dtype, 64)
       ),
       arrived=plgpu.Barrier(num_barriers=(2, 2)),
     )
-    def _(buffers, staged, seen, arrived):
+    def _(buffers, held, arrived):
       group = lax.axis_index("wg")
       used = used_ref[0]
 
@@ -226,28 +226,43 @@ def _back_kernel(
         own = pl.ds(group * rows_own, rows_own)
         first = row + group * rows_own
 
-        def multiply(_, dy, down, total):
+        def places(ref):
+          return ref.at[pl.ds(first, rows_own), pl.ds(col, cols_own)]
+
+        def multiply(indices, dy, down, total):
+          # They come while the product is made; by then what the last tile left in
+          # their places has gone out.
+          @pl.when(indices[0] == min(4, steps - 1))
+          def _():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for n, ref in enumerate((g_ref, u_ref)):
+              plgpu.copy_gmem_to_smem(
+                places(ref), held.at[group, n], arrived.at[group, n]
+              )
+
           plgpu.wgmma(total, dy.at[own], chip.transposed(down))
           plgpu.wgmma_wait(0)
           return total
 
         def context(run):
-          # They come while the product is made.
-          plgpu.commit_smem()
-          for n, ref in enumerate((g_ref, u_ref)):
-            source = ref.at[pl.ds(first, rows_own), pl.ds(col, cols_own)]
-            plgpu.copy_gmem_to_smem(source, seen.at[group, n], arrived.at[group, n])
-
           @functools.partial(pl.run_scoped, total=chip.accumulator(rows_own, cols_own))
           def _(total):
             run(total)
             plgpu.barrier_wait(arrived.at[group, 0])
             plgpu.barrier_wait(arrived.at[group, 1])
             da = total[...]
-            g, u = (seen[group, n].astype(jnp.float32) for n in (0, 1))
-            value, slope = activation(g)
-            values = (da * u * slope, da * value, value * u)
-            _store_all(values, out_refs, staged, group, first, col)
+            for c in range(0, cols_own, 64):  # few registers at a time
+              piece = pl.ds(c, 64)
+              g = held[group, 0, :, piece].astype(jnp.float32)
+              u = held[group, 1, :, piece].astype(jnp.float32)
+              d = da[:, c : c + 64]
+              value, slope = activation(g)
+              held[group, 0, :, piece] = (d * u * slope).astype(dtype)
+              held[group, 1, :, piece] = (d * value).astype(dtype)
+              held[group, 2, :, piece] = (value * u).astype(dtype)
+            plgpu.commit_smem()
+            for n, ref in enumerate(out_refs):
+              plgpu.copy_smem_to_gmem(held.at[group, n], places(ref))
 
         pipe(multiply, context, state)(
           dy_ref.at[pl.ds(row, tile.rows), :],
