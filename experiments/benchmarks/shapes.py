@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -66,14 +67,26 @@ def seconds(
   return times
 
 
-def ceiling(size: int | None = None) -> float:
-  """FLOP/s of bfloat16 products of random square matrices: the median of five."""
+def ceiling(size: int | None = None, *, repeats: int = 5) -> float:
+  """FLOP/s of bfloat16 products of random square matrices: the median of some runs."""
   import jax
-  import jax.numpy as jnp
 
   if size is None:
     size = 1024 if jax.default_backend() == "cpu" else 8192
+  product, operands = _squares(size)
+  return (
+    2
+    * size**3
+    / statistics.median(seconds(lambda: product(*operands), repeats=repeats, inner=10))
+  )
+
+
+@functools.cache
+def _squares(size: int) -> Any:
+  """A compiled product, and two matrices."""
+  import jax
+  import jax.numpy as jnp
+
   keys = (jax.random.key(0), jax.random.key(1))
-  a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
-  product = jax.jit(jnp.matmul)
-  return 2 * size**3 / statistics.median(seconds(lambda: product(a, b), inner=10))
+  operands = [jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys]
+  return jax.jit(jnp.matmul), operands

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   add = parser.add_argument
   add("--shape", required=True, choices=sorted(shapes.SHAPES), metavar="NAME")
+  add("--rounds", type=int, default=5)
   add("--legs", action="store_true", help="also the six products of a layer alone")
   add("--table", type=int, default=0, metavar="N", help="operations to list")
   add("--out", type=Path, help="JSON file for the figures")
@@ -43,25 +45,31 @@ def main(argv: list[str] | None = None) -> int:
   from experiments.benchmarks.peers import legs, ours
 
   shape = shapes.SHAPES[arguments.shape]
-  expert_TK, weight_TK = shapes.routing(shape)
-  params, x_TD = ours.operands(shape)
-  rows: list[dict[str, Any]] = []
-  for name, factor in (("jmoe dropless", None), ("jmoe capacity 1.25", 1.25)):
-    call = ours.layer(shape, capacity_factor=factor)
-    row, step, operands = _row(name, shape, call, params, x_TD, weight_TK, expert_TK)
+  routed = shapes.routing(shape)
+  operands = ours.operands(shape)
+  rows = [
+    _compiled(name, ours.layer(shape, capacity_factor=factor), operands, routed)
+    for name, factor in (("jmoe dropless", None), ("jmoe capacity 1.25", 1.25))
+  ]
+  ceilings = _timed(rows, arguments.rounds)
+  for row in rows:
+    _summed_up(row, shape, ceilings)
     _show(row)
     if arguments.table:
-      row["table"] = tracing.shown(step, operands, arguments.table)
-    rows.append(row)
+      step, given = row["calls"]["step"]
+      row["table"] = tracing.shown(step, given, arguments.table)
+  print(f"ceiling {statistics.median(ceilings) / 1e12:.0f} TFLOP/s")
   found = {
     "shape": arguments.shape,
+    "command": f"python -m experiments.benchmarks.peers --shape {arguments.shape}",
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
-    "rows": rows,
+    "ceilings_tflops": [rate / 1e12 for rate in ceilings],
+    "rows": [{k: v for k, v in row.items() if k != "calls"} for row in rows],
   }
   if arguments.legs:
-    bound = shapes.ceiling()
-    found["legs"] = legs.measured(shape, expert_TK)
+    bound = statistics.median(ceilings)
+    found["legs"] = legs.measured(shape, routed[0])
     for name, rate in found["legs"].items():
       print(f"  {name:<12}{rate / 1e12:7.0f} TFLOP/s{rate / bound:7.3f}", flush=True)
   if arguments.out:
@@ -74,60 +82,91 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def _row(name, shape, call, params, x_TD, weight_TK, expert_TK) -> Any:
-  """Time, memory and error of one implementation; its step with its operands."""
-  import time
-
+def _compiled(name: str, call: Any, operands: Any, routed: Any) -> dict[str, Any]:
+  """One implementation: its two functions, compiled, and how wrong it is."""
   import jax
   import jax.numpy as jnp
 
   from experiments.benchmarks.peers import ours
 
-  weight, expert = jnp.asarray(weight_TK), jnp.asarray(expert_TK)
+  params, x_TD = operands
+  expert_TK, weight_TK = (jnp.asarray(a) for a in routed)
   dy_TD = jax.random.normal(jax.random.key(9), x_TD.shape, x_TD.dtype)
 
   def forward(params, x, weight):
-    return call(params, x, weight, expert)
+    return call(params, x, weight, expert_TK)
 
-  def both(params, x, weight, dy):
+  def step(params, x, weight, dy):
     y, pull = jax.vjp(forward, params, x, weight)
     return y, pull(dy)
 
-  bound = shapes.ceiling()
-  row: dict[str, Any] = {"name": name, "ceiling": bound, "drops": "capacity" in name}
-  for kind, function, operands in (
-    ("forward", forward, (params, x_TD, weight)),
-    ("step", both, (params, x_TD, weight, dy_TD)),
+  row: dict[str, Any] = {"name": name, "drops": "capacity" in name, "calls": {}}
+  inputs = (params, x_TD, weight_TK)
+  for kind, function, given in (
+    ("forward", forward, inputs),
+    ("step", step, (*inputs, dy_TD)),
   ):
     begin = time.perf_counter()
-    compiled = jax.jit(function).lower(*operands).compile()
+    compiled = jax.jit(function).lower(*given).compile()
     row[f"{kind}_compile_s"] = time.perf_counter() - begin
-    times = shapes.seconds(lambda: compiled(*operands))  # noqa: B023
     memory: Any = compiled.memory_analysis()
-    flops = shape.flops(backward=kind == "step")
-    row[f"{kind}_ms"] = [1e3 * t for t in times]
-    row[f"{kind}_tflops"] = flops / statistics.median(times) / 1e12
-    row[f"{kind}_share"] = flops / statistics.median(times) / bound
     row[f"{kind}_gb"] = (
       memory.argument_size_in_bytes
       + memory.output_size_in_bytes
       + memory.temp_size_in_bytes
     ) / 1e9
-  y_TD = jax.jit(forward)(params, x_TD, weight)
-  row["error"] = ours.error(params, x_TD, y_TD, weight_TK, expert_TK)
-  return row, compiled, operands
+    row["calls"][kind] = compiled, given
+    row[f"{kind}_ms"] = []
+  compiled, given = row["calls"]["forward"]
+  row["error"] = ours.error(params, x_TD, compiled(*given), routed[1], routed[0])
+  return row
+
+
+def _timed(rows: list[dict[str, Any]], rounds: int) -> list[float]:
+  """Milliseconds into the rows; FLOP/s of square products before each of them.
+
+  Everything is measured in turn, a tenth of a second at a time: a chip that has worked
+  for long is slower than one that has rested, and so is its ceiling.
+  """
+  ceilings = []
+  for n in range(rounds + 1):
+    for row in rows:
+      for kind, (compiled, given) in row["calls"].items():
+        bound = shapes.ceiling(repeats=1)
+        (once,) = shapes.seconds(lambda: compiled(*given), repeats=1, inner=2)  # noqa: B023
+        inner = max(2, round(0.1 / once))
+        (took,) = shapes.seconds(
+          lambda: compiled(*given),  # noqa: B023
+          repeats=1,
+          inner=inner,
+        )
+        if n:  # the first round warms up
+          ceilings.append(bound)
+          row[f"{kind}_ms"].append(1e3 * took)
+  return ceilings
+
+
+def _summed_up(row: dict[str, Any], shape: Any, ceilings: list[float]) -> None:
+  """Rates from the medians, and their share of the ceiling."""
+  bound = statistics.median(ceilings)
+  for kind in row["calls"]:
+    flops = shape.flops(backward=kind == "step")
+    rate = flops / statistics.median(row[f"{kind}_ms"]) * 1e3
+    row[f"{kind}_tflops"] = rate / 1e12
+    row[f"{kind}_share"] = rate / bound
 
 
 def _show(row: dict[str, Any]) -> None:
-  print(
-    f"{row['name']:<24}"
-    + "".join(
-      f"{statistics.median(row[f'{kind}_ms']):9.2f} ms"
+  cells = []
+  for kind in ("forward", "step"):
+    times = row[f"{kind}_ms"]
+    cells.append(
+      f"{statistics.median(times):9.2f} ms ({min(times):.2f} to {max(times):.2f})"
       f"{row[f'{kind}_tflops']:7.0f} TFLOP/s{row[f'{kind}_share']:7.3f}"
-      for kind in ("forward", "step")
     )
-    + f"{row['step_gb']:7.1f} GB, error {row['error']:.4f}, "
-    f"compiled in {row['step_compile_s']:.0f} s",
+  print(
+    f"{row['name']:<20}" + "".join(cells) + f"{row['step_gb']:7.1f} GB, "
+    f"error {row['error']:.4f}, compiled in {row['step_compile_s']:.0f} s",
     flush=True,
   )
 
