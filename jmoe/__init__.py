@@ -12,7 +12,7 @@ In the order in which a token meets them:
   routers    which it chooses -> Routing
   assign     queues, priorities, capacity, renormalisation -> Plan
   dispatch   rows to the experts and home again; einsum, buckets, sort, mix
-  experts    rows -> rows; kernels holds their matmuls
+  experts    rows -> rows; kernels holds their matmuls, and ragged_dot for other layers
   combine    the linear ways home; aggregate what replaces them
   join       how a shared expert joins
   losses     balance losses by name; balance the update without a loss
@@ -46,6 +46,7 @@ from jmoe.config import BlockConfig as BlockConfig
 from jmoe.config import ModelConfig as ModelConfig
 from jmoe.config import MoEConfig as MoEConfig
 from jmoe.config import simple as simple
+from jmoe.kernels.ragged_dot import ragged_dot as ragged_dot
 from jmoe.layer import init_state as init_state
 from jmoe.layer import moe as moe
 from jmoe.layer import moe_init as moe_init

@@ -151,14 +151,15 @@ def accumulator(rows: int, cols: int) -> Any:
 
 def staging(tile_rows: int, dtype: Any) -> Any:
   """Shared memory through which warpgroups store: [warpgroup, slot, rows, cols]."""
-  rows = min(64, tile_rows)
-  return plgpu.SMEM((2, 2, rows, 64), dtype, transforms=swizzled(dtype, 64))
+  slots = 2 if jnp.dtype(dtype).itemsize == 2 else 1
+  shape = (2, slots, min(64, tile_rows), 64)
+  return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, 64))
 
 
 def store(
   value: Array, staged: Any, group: Array, place: Callable[[int, int, int, int], Any]
 ) -> None:
-  """A warpgroup's tile to global memory, in pieces, by two slots in turn.
+  """A warpgroup's tile to global memory, in pieces, by the slots in turn.
 
   Args:
     value: [rows, cols] in registers, in the dtype of `staged`.
@@ -166,16 +167,16 @@ def store(
     group: which warpgroup this is.
     place: (row, rows, column, columns) -> where that piece goes.
   """
-  _, _, rows, cols = staged.shape
+  _, slots, rows, cols = staged.shape
   slot = 0
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   for r in range(0, value.shape[0], rows):
     for c in range(0, value.shape[1], cols):
-      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+      plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
       staged[group, slot] = value[r : r + rows, c : c + cols]
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(staged.at[group, slot], place(r, rows, c, cols))
-      slot = 1 - slot
+      slot = (slot + 1) % slots
 
 
 def pipeline(

@@ -8,6 +8,10 @@ routing weights.  The bound is the rate of 8192^3 products, measured between the
 FLOPs are those of the choices, so that padding counts as lost, and drops as done.
 Each row's output is compared with float32 for four tokens.
 
+  jmoe dropless, jmoe capacity 1.25   the layer
+  plain, jmoe's dot                   sort, three `jmoe.ragged_dot`, sort back, as other
+                                      libraries' layers are; `--dense` adds jax's own
+
 Exit codes: 0 done, 2 bad arguments, 3 a result was wrong.
 """
 # SPDX-License-Identifier: Apache-2.0
@@ -36,21 +40,27 @@ def main(argv: list[str] | None = None) -> int:
   add("--rounds", type=int, default=5)
   add("--legs", action="store_true", help="also the six products of a layer alone")
   add("--table", type=int, default=0, metavar="N", help="operations to list")
+  add("--dense", action="store_true", help="jax's ragged_dot too: E times the work")
   add("--out", type=Path, help="JSON file for the figures")
   arguments = parser.parse_args(argv)
   if arguments.table:
     tracing.prepare()
   import jax
 
+  import jmoe
   from experiments.benchmarks.peers import legs, ours
 
   shape = shapes.SHAPES[arguments.shape]
   routed = shapes.routing(shape)
   operands = ours.operands(shape)
-  rows = [
-    _compiled(name, ours.layer(shape, capacity_factor=factor), operands, routed)
-    for name, factor in (("jmoe dropless", None), ("jmoe capacity 1.25", 1.25))
-  ]
+  calls = {
+    "jmoe dropless": ours.layer(shape),
+    "jmoe capacity 1.25": ours.layer(shape, capacity_factor=1.25),
+    "plain, jmoe's dot": ours.plain(shape, jmoe.ragged_dot),
+  }
+  if arguments.dense:
+    calls["plain, jax's dot"] = ours.plain(shape, jax.lax.ragged_dot)
+  rows = [_compiled(name, call, operands, routed) for name, call in calls.items()]
   ceilings = _timed(rows, arguments.rounds)
   for row in rows:
     _summed_up(row, shape, ceilings)

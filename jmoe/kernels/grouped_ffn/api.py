@@ -12,6 +12,7 @@ from jmoe.kernels.grouped_ffn.blocks import ffn
 from jmoe.kernels.grouped_ffn.reference import Matrix, reference
 from jmoe.kernels.grouped_matmul import grouped_matmul
 from jmoe.kernels.grouped_matmul.api import first, report_choice
+from jmoe.kernels.varying import together
 from jmoe.types import Groups
 from jmoe.use import Use, fact
 
@@ -40,7 +41,7 @@ def grouped_ffn(
     zero, as `carry.home` makes it.
   """
   E = down[0].shape[0]
-  groups = first(groups, E)
+  x_RD, ups, down, groups = together(x_RD, ups, down, first(groups, E))
   if matmul is None:
     name = report_choice(current_device(), groups, E, x_RD.dtype)
     if name == "blocks":

@@ -22,6 +22,7 @@ from jmoe.kernels.loops import (
   write,
   write_expert,
 )
+from jmoe.kernels.varying import zeros
 from jmoe.types import Groups, wide
 
 
@@ -53,8 +54,8 @@ def _run(hidden, x_RD, ups, down, groups, *, keep: bool):
     return over_chunks(groups, e, R, chunk, carry)
 
   widths = [down[0].shape[2]] + [w.shape[2] for w, _ in ups] * keep
-  zeros = tuple(jnp.zeros((R, width), x_RD.dtype) for width in widths)
-  return over_experts(groups, of_expert, zeros)
+  empty = tuple(zeros((R, width), x_RD.dtype, x_RD) for width in widths)
+  return over_experts(groups, of_expert, empty)
 
 
 def _affine(x: Array, w: Array, b: Array | None) -> Array:
@@ -91,7 +92,10 @@ def _backward(hidden, residual, dy_RD):
       return write(dx_RD, dx, row), own
 
     own = tuple(
-      (jnp.zeros(w.shape[1:], sums), None if b is None else jnp.zeros(b.shape[1], sums))
+      (
+        zeros(w.shape[1:], sums, x_RD),
+        None if b is None else zeros((b.shape[1],), sums, x_RD),
+      )
       for w, b in matrices
     )
     dx_RD, own = over_chunks(groups, e, R, chunk, (carry[0], own))

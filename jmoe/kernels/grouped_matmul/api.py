@@ -12,6 +12,7 @@ from jax import Array
 from jmoe.kernels.devices import current_device, unfit_for_hopper
 from jmoe.kernels.grouped_matmul.blocks import blocks
 from jmoe.kernels.grouped_matmul.xla import batched, ragged_dot
+from jmoe.kernels.varying import together
 from jmoe.types import Groups
 from jmoe.use import nearest
 
@@ -139,7 +140,7 @@ def grouped_matmul(
       f"grouped_matmul: implementation='ragged_dot' on {device} multiplies every row "
       f"by all {E} matrices; use 'blocks', or pass allow_dense=True."
     )
-  return _IMPLEMENTATIONS[implementation](x_RD, w_EDF, groups, bias_EF)
+  return _IMPLEMENTATIONS[implementation](*together(x_RD, w_EDF, groups, bias_EF))
 
 
 def report_choice(device: str, groups: Groups, num_experts: int, dtype: Any) -> str:

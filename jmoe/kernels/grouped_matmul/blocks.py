@@ -13,6 +13,7 @@ from jmoe.kernels.loops import (
   write,
   write_expert,
 )
+from jmoe.kernels.varying import zeros
 from jmoe.types import Groups, wide
 
 
@@ -40,7 +41,7 @@ def _rows(
 
     return over_chunks(groups, e, R, chunk, y_RF)
 
-  return over_experts(groups, of_expert, jnp.zeros((R, F), x_RD.dtype))
+  return over_experts(groups, of_expert, zeros((R, F), x_RD.dtype, x_RD))
 
 
 def _matrices(x_RD: Array, y_RF: Array, groups: Groups, like: Array, bias: bool):
@@ -58,14 +59,14 @@ def _matrices(x_RD: Array, y_RF: Array, groups: Groups, like: Array, bias: bool)
         jnp.where(real[:, None], y, 0).astype(wide(y)), axis=0
       )
 
-    own = (jnp.zeros((D, F), wide(x_RD)),)
-    own += (jnp.zeros(F, wide(x_RD)),) if bias else ()
+    own = (zeros((D, F), wide(x_RD), x_RD),)
+    own += (zeros((F,), wide(x_RD), x_RD),) if bias else ()
     own = over_chunks(groups, e, R, chunk, own)
     return tuple(write_expert(g, o, e) for g, o in zip(grads, own, strict=True))
 
   E = like.shape[0]
-  grads = (jnp.zeros((E, D, F), like.dtype),)
-  grads += (jnp.zeros((E, F), like.dtype),) if bias else ()
+  grads = (zeros((E, D, F), like.dtype, x_RD),)
+  grads += (zeros((E, F), like.dtype, x_RD),) if bias else ()
   return over_experts(groups, of_expert, grads)
 
 

@@ -26,13 +26,14 @@ from jmoe.types import Groups
 _ALIGNED = 64  # tiles in shared memory are 128 bytes wide, and so is what they are of
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def hopper(
   x_RD: Array,
   w_EDF: Array,
   groups: Groups,
   bias_EF: Array | None = None,
   num_sms: int | None = None,
+  dtype: Any = None,
 ) -> Array:
   """`y_r = x_r w_e(r) + bias_e(r)`; undefined in blocks without rows.
 
@@ -42,18 +43,21 @@ def hopper(
     groups: aligned to `BLOCK`.
     bias_EF: a bias per expert, or None.
     num_sms: multiprocessors to use; None: all.
+    dtype: of the result, the operands' or float32; None: the operands'.
   """
-  y_RF = rows(((x_RD, w_EDF),), groups, num_sms=num_sms)
+  y_RF = rows(((x_RD, w_EDF),), groups, num_sms=num_sms, dtype=dtype)
   return y_RF if bias_EF is None else _plus_bias(y_RF, bias_EF, groups)
 
 
-def _forward(x_RD, w_EDF, groups, bias_EF, num_sms):
-  y_RF = hopper(x_RD, w_EDF, groups, bias_EF, num_sms)
+def _forward(x_RD, w_EDF, groups, bias_EF, num_sms, dtype):
+  y_RF = hopper(x_RD, w_EDF, groups, bias_EF, num_sms, dtype)
   return y_RF, (x_RD, w_EDF, groups, bias_EF)
 
 
-def _backward(num_sms, residual, dy_RF):
+def _backward(num_sms, dtype, residual, dy_RF):
+  del dtype
   x_RD, w_EDF, groups, bias_EF = residual
+  dy_RF = dy_RF.astype(x_RD.dtype)  # what the tensor cores take
   dx_RD = rows(((dy_RF, w_EDF),), groups, transpose=True, num_sms=num_sms)
   dw_EDF = matrices(x_RD, dy_RF, groups, num_sms=num_sms)
   d_bias = None
@@ -71,6 +75,7 @@ def rows(
   *,
   transpose: bool = False,
   num_sms: int | None = None,
+  dtype: Any = None,
 ) -> Array:
   """`sum over pairs of x_r w_e(r)`, or with the matrices transposed; `[R,F]`.
 
@@ -79,9 +84,12 @@ def rows(
     groups: aligned to `BLOCK`.
     transpose: contract the matrices' last dimension instead of the one before it.
     num_sms: multiprocessors to use; None: all.
+    dtype: of the result; None: the operands'.
   """
   cols = pairs[0][1].shape[1 if transpose else 2]
-  kernel = functools.partial(_rows_kernel, transpose=transpose, num_sms=num_sms)
+  kernel = functools.partial(
+    _rows_kernel, transpose=transpose, num_sms=num_sms, out=dtype or pairs[0][0].dtype
+  )
   operands = [x for pair in pairs for x in (padded(pair[0], 1), padded(pair[1], 1, 2))]
   return foldable(kernel)(groups, *operands)[:, :cols]
 
@@ -127,7 +135,7 @@ def padded(x: Array, *axes: int) -> Array:
 
 
 def _rows_kernel(
-  groups: Groups, *operands: Array, transpose: bool, num_sms: int | None
+  groups: Groups, *operands: Array, transpose: bool, num_sms: int | None, out: Any
 ) -> Array:
   """Operands are rows and matrices of each pair in turn."""
   pairs = len(operands) // 2
@@ -174,7 +182,7 @@ def _rows_kernel(
 
     @chip.scoped(
       buffers=pipe(_nothing, _nothing).get_allocations(*like * pairs),
-      staged=chip.staging(rows_own, dtype),
+      staged=chip.staging(rows_own, out),
     )
     def _(buffers, staged):
       group = lax.axis_index("wg")
@@ -202,7 +210,7 @@ def _rows_kernel(
             def place(r, rows, c, cols):
               return y_ref.at[pl.ds(row + r, rows), pl.ds(first + c, cols)]
 
-            chip.store(total[...].astype(dtype), staged, group, place)
+            chip.store(total[...].astype(out), staged, group, place)
 
         sources = []
         for x_ref, w_ref in zip(operand_refs[::2], operand_refs[1::2], strict=True):
@@ -214,9 +222,9 @@ def _rows_kernel(
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  out = jax.ShapeDtypeStruct((R, F), dtype)
+  made = jax.ShapeDtypeStruct((R, F), out)
   name = "grouped_matmul_transposed" if transpose else "grouped_matmul"
-  kernel = chip.launch(body, out, blocks=sms, name=name)
+  kernel = chip.launch(body, made, blocks=sms, name=name)
   return kernel(*operands, blocks.expert, blocks.block, blocks.used)
 
 

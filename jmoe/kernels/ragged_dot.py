@@ -1,0 +1,157 @@
+"""`jax.lax.ragged_dot` by jmoe's grouped matmuls: a swap of one name.
+
+jax's own is a masked dense product on CPUs and GPUs, as many times the work as there
+are groups.  This one brings the rows to where each group starts at a multiple of a
+block, multiplies only those that exist, and brings the products back.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jmoe.kernels import permute_rows
+from jmoe.kernels.devices import current_device, row_alignment, search_method
+from jmoe.kernels.grouped_matmul import grouped_matmul
+from jmoe.kernels.grouped_matmul.api import choose
+from jmoe.kernels.varying import together
+from jmoe.types import Groups, wide
+from jmoe.use import shown
+
+
+def ragged_dot(
+  lhs: Array,
+  rhs: Array,
+  group_sizes: Array,
+  precision: Any = None,
+  preferred_element_type: Any = None,
+  group_offset: Array | None = None,
+) -> Array:
+  """Rows of group g times matrix g; the first rows are of group 0, and so on.
+
+  >>> import jax, jmoe
+  >>> x, w = jax.numpy.ones((5, 2)), jax.numpy.ones((3, 2, 4))
+  >>> jmoe.ragged_dot(x, w, jax.numpy.array([2, 0, 2])).sum(axis=1)
+  Array([8., 8., 8., 8., 0.], dtype=float32)
+
+  Args:
+    lhs: `[m, k]`.
+    rhs: `[g, k, n]`, of the same dtype.
+    group_sizes: integers `[g]`, not negative; their sum is at most m.
+    precision: None or the default one: sums are in float32 or wider in any case.
+    preferred_element_type: of the result; None: that of the operands.
+    group_offset: None; jax's own does not take one on most devices either.
+
+  Returns:
+    `[m, n]`; rows past the last group are zero.  Differentiable in `lhs` and `rhs`,
+    with cotangents in the operands' dtype.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit, or what is not supported.
+  """
+  dtype = _checked(
+    lhs, rhs, group_sizes, precision, preferred_element_type, group_offset
+  )
+  (M, _), G = lhs.shape, rhs.shape[0]
+  if M == 0 or G == 0:
+    return jnp.zeros((M, rhs.shape[2]), dtype)
+  lhs, rhs, sizes_G = together(lhs, rhs, group_sizes.astype(jnp.int32))
+  if current_device() == "tpu" and jax.__version_info__ >= (0, 12):
+    return jax.lax.ragged_dot(lhs, rhs, sizes_G, preferred_element_type=dtype)
+  block = max(row_alignment(lhs.dtype), 8 if M < 64 * G else 64)
+  R = (M + (block - 1) * min(G, M)) // block * block
+  end_G = jnp.cumsum(sizes_G, dtype=jnp.int32)
+  padded_G = -(-sizes_G // block) * block
+  start_G = jnp.cumsum(padded_G, dtype=jnp.int32) - padded_G
+  moved_G = start_G - (end_G - sizes_G)  # how far each group moves
+  row_M = jnp.arange(M, dtype=jnp.int32)
+  group_M = jnp.searchsorted(end_G, row_M, side="right", method=search_method())
+  there_M = jnp.where(
+    row_M < end_G[-1], row_M + moved_G[jnp.minimum(group_M, G - 1)], R
+  )
+  row_R = jnp.arange(R, dtype=jnp.int32)
+  group_R = jnp.searchsorted(
+    start_G + padded_G, row_R, side="right", method=search_method()
+  )
+  group_R = jnp.minimum(group_R.astype(jnp.int32), G - 1)
+  place_R = row_R - start_G[group_R]
+  taken_R = (place_R >= 0) & (place_R < sizes_G[group_R])
+  back_R = jnp.where(taken_R, row_R - moved_G[group_R], M)
+  groups = Groups(start_G, sizes_G, block)
+  x_RK = reordered(lhs, back_R, there_M)
+  y_RN = _product(x_RK, rhs, groups, dtype)
+  return reordered(y_RN, there_M, back_R)
+
+
+@jax.custom_vjp
+def reordered(rows: Array, index: Array, inverse: Array) -> Array:
+  """`rows[index]`, zero where the index is past the end.
+
+  Args:
+    rows: `[N, D]`.
+    index: i32[R].
+    inverse: i32[N] where each row goes; R for nowhere.  The gradient reads it, and so
+      is a gather too.
+  """
+  del inverse
+  return permute_rows.take(rows, index)
+
+
+def _reordered_forward(rows, index, inverse):
+  return reordered(rows, index, inverse), inverse
+
+
+def _reordered_backward(inverse, grad):
+  return permute_rows.take(grad, inverse), None, None
+
+
+reordered.defvjp(_reordered_forward, _reordered_backward)
+
+
+def _product(x_RK: Array, w_GKN: Array, groups: Groups, dtype: Any) -> Array:
+  """The products in the dtype asked for, which may be wider than the operands'."""
+  if dtype == x_RK.dtype:
+    return grouped_matmul(x_RK, w_GKN, groups)
+  device, G = current_device(), w_GKN.shape[0]
+  if choose(device, groups, G, x_RK.dtype)[0] == "hopper" and dtype == jnp.float32:
+    from jmoe.kernels.grouped_matmul.hopper import hopper  # imports Pallas
+
+    return hopper(x_RK, w_GKN, groups, None, None, jnp.float32)
+  made = grouped_matmul(x_RK.astype(dtype), w_GKN.astype(dtype), groups)
+  return made.astype(dtype)
+
+
+def _checked(lhs, rhs, sizes, precision, preferred, offset) -> Any:
+  """The dtype of the result.
+
+  Raises:
+    ValueError: on one line.
+  """
+  fits = lhs.ndim == 2 and rhs.ndim == 3 and lhs.shape[1] == rhs.shape[1]
+  if not fits or sizes.shape != rhs.shape[:1]:
+    raise ValueError(
+      f"ragged_dot: lhs {lhs.shape}, rhs {rhs.shape}, group_sizes {sizes.shape}; give "
+      "[m, k], [g, k, n] and [g]."
+    )
+  if lhs.dtype != rhs.dtype:
+    raise ValueError(
+      f"ragged_dot: lhs is {lhs.dtype} and rhs {rhs.dtype}; cast one of them."
+    )
+  if not jnp.issubdtype(sizes.dtype, jnp.integer):
+    raise ValueError(f"ragged_dot: group_sizes is {sizes.dtype}; give integers.")
+  if precision not in (None, "default", jax.lax.Precision.DEFAULT):
+    raise ValueError(
+      f"ragged_dot: precision={shown(precision)}; leave it out, or cast the operands "
+      "to a wider dtype."
+    )
+  if offset is not None:
+    raise ValueError("ragged_dot: group_offset is not supported; slice rhs instead.")
+  dtype = lhs.dtype if preferred is None else jnp.dtype(preferred)
+  if dtype not in (lhs.dtype, wide(lhs)):
+    raise ValueError(
+      f"ragged_dot: preferred_element_type={dtype} of {lhs.dtype} operands; give "
+      f"{lhs.dtype} or {jnp.dtype(wide(lhs))}."
+    )
+  return dtype

@@ -1,0 +1,49 @@
+"""Arrays inside `jax.shard_map`: some differ between devices and some do not.
+
+A function with a derivative of its own, and the start of a loop, must be told: jax
+casts by itself only where it differentiates.  A cast of a replicated matrix is what
+sums its gradient over the devices.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def together(*trees: Any) -> tuple[Any, ...]:
+  """The same, each array differing over every mesh axis over which any of them does."""
+  axes = _axes(trees)
+  return jax.tree.map(lambda x: _cast(x, axes), trees) if axes else trees
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, *like: Any) -> Array:
+  """Zeros that differ over the mesh axes over which some arrays do."""
+  return _cast(jnp.zeros(shape, dtype), _axes(like))
+
+
+def _axes(trees: Any) -> frozenset[str]:
+  found: frozenset[str] = frozenset()
+  for leaf in jax.tree.leaves(trees):
+    found |= _own(leaf)
+  return found
+
+
+def _own(x: Array) -> frozenset[str]:
+  """Mesh axes over which an array differs; none outside of `shard_map`."""
+  kind = jax.typeof(x)
+  manual = getattr(kind, "manual_axis_type", None)
+  if manual is not None:
+    return manual.varying
+  return getattr(kind, "vma", frozenset())  # its name before jax 0.10
+
+
+def _cast(x: Array, axes: frozenset[str]) -> Array:
+  missing = tuple(sorted(axes - _own(x)))
+  if not missing:
+    return x
+  if hasattr(jax.lax, "pcast"):
+    return jax.lax.pcast(x, missing, to="varying")
+  return jax.lax.pvary(x, missing)  # before jax 0.8
