@@ -44,6 +44,8 @@ def _cast(x: Array, axes: frozenset[str]) -> Array:
   missing = tuple(sorted(axes - _own(x)))
   if not missing:
     return x
-  if hasattr(jax.lax, "pcast"):
-    return jax.lax.pcast(x, missing, to="varying")
-  return jax.lax.pvary(x, missing)  # before jax 0.8
+  pcast: Any = getattr(jax.lax, "pcast", None)
+  if pcast is not None:
+    return pcast(x, missing, to="varying")
+  pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009  (before jax 0.8)
+  return pvary(x, missing)
