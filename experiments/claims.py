@@ -24,8 +24,8 @@ class Quantity(NamedTuple):
 QUANTITIES = {
   "bits_per_byte": Quantity("held-out text, all domains", "bits per byte"),
   "compute": Quantity(
-    "training FLOPs that the compared arm needs for its last loss, over what this "
-    "arm needs for the same",
+    "training FLOPs that the compared arm needs for the higher of the two last losses, "
+    "over what this arm needs for it",
     "times fewer FLOPs",
     "log",
   ),
@@ -181,14 +181,14 @@ def show(found: Measured) -> None:
 
 def _values(folder: Any) -> dict[str, float]:
   summary = json.loads((folder / "summary.json").read_text())
-  together = summary["seeds_at_once"]
+  together = summary.get("seeds_at_once")  # None: of sittings that differ
   run = json.loads((folder / "config.json").read_text())
   tokens = run["data"]["batch"] * run["data"]["seq"]
   values = {"bits_per_byte": summary["bits_per_byte"]["all"]}
-  if used := summary["memory"]:  # not known of a run that was only evaluated anew
+  if (used := summary.get("memory")) and together:
     bytes_ = used["arguments"] + used["temporary"]
     values["memory_gib"] = bytes_ / together / 2**30
-  if summary["tokens_per_second"]:
+  if summary["tokens_per_second"] and together:
     values["step_ms"] = 1e3 * tokens / summary["tokens_per_second"] / together
   lines = _metrics(folder)
   last = lines[-max(1, len(lines) // 10) :]

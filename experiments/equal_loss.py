@@ -9,9 +9,9 @@ steps within ((1 - w) F, F], w = 0.1:
 
 The window grows with F, so that a curve that is another one at r times less compute,
 S_a(F) = S_b(r F), gives r, whatever its shape.  "Stays" rather than "first reaches":
-noise that dips early must not count.  Learning rates fall to the end of a run, so a run
-that passes L on the way would have needed still less if it had been planned to end
-there: the factor is rather too small.
+noise that dips early must not count.  Learning rates fall to the end of a run, so that
+a run which passes L on the way was not planned to end there; `experiments.claims` also
+compares runs that were.
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -1,7 +1,7 @@
 """Several seeds of one run in one program: states and batches with a leading dim.
 
-On a GPU give the sparse layers `dispatch.buckets`, which stay batched products; ragged
-groups of several models at once are served by no grouped matmul there.
+On a GPU that is no Hopper give the sparse layers `dispatch.buckets`, which stay batched
+products; ragged groups of several models at once are served by no fast matmul there.
 """
 # SPDX-License-Identifier: Apache-2.0
 

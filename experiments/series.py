@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except errors.Stopped as stopped:
-    print(f"\n{stopped}", file=sys.stderr)
+    what = str(stopped)
+    if arguments.no_checkpoints:
+      what = "stopped, and nothing was saved; the same command begins this arm anew."
+    print(f"\n{what}", file=sys.stderr)
     return stopped.exit_code
   except KeyboardInterrupt:
     print(
@@ -104,6 +107,11 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
   found = []
   for name in arguments.arms.split(","):
     run = arms.arm(base, name)
+    if base.start_from and run.model != base.model:
+      raise ValueError(
+        f"--arms {name}: another model cannot start from {base.start_from}; leave out "
+        "the arm, or start_from."
+      )
     runs = [
       dataclasses.replace(run, seed=seed, data=dataclasses.replace(run.data, seed=seed))
       for seed in seeds
@@ -128,6 +136,7 @@ def _run(found: list[Arm], arguments: argparse.Namespace, argv: list[str]) -> No
   job.check([(run, folder) for a in found for run, folder in zip(a.runs, a.folders)])
   first = found[0].runs[0]
   texts, encoded = job.loaded(first, arguments.cache)
+  _same_text(found, texts.digest)
   held_out = list(opening.held_out_batches(first, encoded))
   reading = together.Reading(texts, encoded, held_out)
   command = ["python", "-m", "experiments.series", *argv]
@@ -166,8 +175,13 @@ def _run(found: list[Arm], arguments: argparse.Namespace, argv: list[str]) -> No
 
 
 def _command(arguments: argparse.Namespace, against: str, arm: str) -> str:
-  """The command that measures an arm and the one it is compared with."""
-  arms = arm if arm == against else f"{arm},{against}"
+  """The command that measures an arm and what it is compared with.
+
+  `sparse` is also compared with its shorter runs, for planned compute.
+  """
+  shorter = [a for a in arguments.arms.split(",") if a.startswith("steps=")]
+  names = [arm, *(shorter if arm == "sparse" else []), against]
+  arms = ",".join(dict.fromkeys(names))
   words = ["python", "-m", "experiments.series", "--config", arguments.config]
   words += ["--arms", arms, "--against", against]
   words += [w for s in arguments.set for w in ("--set", s)]
@@ -179,8 +193,37 @@ def _command(arguments: argparse.Namespace, against: str, arm: str) -> str:
 
 
 def _finished(folder: Any) -> bool:
+  return bool(_summary(folder).get("finished"))
+
+
+def _summary(folder: Any) -> dict[str, Any]:
+  """Of a run that has one; otherwise empty."""
+  from experiments.errors import BadData
+
   path = folder / "summary.json"
-  return path.exists() and json.loads(path.read_text())["finished"]
+  if not path.exists():
+    return {}
+  try:
+    found = json.loads(path.read_text())
+    if not isinstance(found["finished"], bool):
+      raise TypeError
+  except (ValueError, KeyError, TypeError):
+    raise BadData(f"{path} is not the summary of a run; remove it.") from None
+  return found
+
+
+def _same_text(found: list[Arm], digest: str) -> None:
+  """Raises if a finished run read another text than the others will."""
+  from experiments.errors import BadData
+
+  for folder in (folder for arm in found for folder in arm.folders):
+    summary = _summary(folder)
+    if summary.get("finished") and summary["data"]["digest"] != digest:
+      raise BadData(
+        f"{folder} was trained on another text (sha256 "
+        f"{summary['data']['digest'][:16]}, not {digest[:16]}); give another --out, or "
+        "the text of then."
+      )
 
 
 if __name__ == "__main__":

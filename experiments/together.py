@@ -9,6 +9,7 @@ generated from and fine-tuned, and an arm that was stopped goes on where it was.
 import contextlib
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,16 @@ def finish(
     BadCheckpoint, BadConfig, Diverged, Stopped: see there.
   """
   with contextlib.ExitStack() as kept:
+    found = []
     for run, folder in zip(runs, folders, strict=True):
+      made = _program(run, reading)
+      begun = (folder / "config.json").exists()
+      # It may be refused, before the folder is this run's.
+      state = None if begun else opening.started(run, made, reading.encoded)
       workdir.claim(run, folder)
       kept.enter_context(workdir.held(folder))
-    found = [
-      _opened(run, folder, reading) for run, folder in zip(runs, folders, strict=True)
-    ]
-    for one in found:
-      kept.callback(one.checkpoints.close)
+      found.append(_opened(run, folder, reading, made, state))
+      kept.callback(found[-1].checkpoints.close)
     found.sort(key=_done, reverse=True)
     for _, equal in itertools.groupby(found, _done):
       _Together(list(equal), reading, command, stop, saved).finish()
@@ -101,20 +104,30 @@ def _done(seed: _Seed) -> int:
   return loop.steps_of(seed.state)
 
 
-def _opened(run: Run, folder: epath.Path, reading: Reading) -> _Seed:
-  texts, encoded = reading.texts, reading.encoded
-  made = program(
+def _program(run: Run, reading: Reading) -> Program:
+  return program(
     run,
-    byte_lengths=encoded.vocabulary.byte_lengths,
-    num_domains=len(texts.domains),
+    byte_lengths=reading.encoded.vocabulary.byte_lengths,
+    num_domains=len(reading.texts.domains),
   )
+
+
+def _opened(
+  run: Run,
+  folder: epath.Path,
+  reading: Reading,
+  made: Program,
+  state: TrainState | None,
+) -> _Seed:
+  """A run with its last state, or with the one given if it is new."""
+  texts, encoded = reading.texts, reading.encoded
   batches = opening.training_batches(run, encoded)
   facts = opening.facts(run, texts, encoded)
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", facts)
-  if checkpoints.latest is None:
-    state = opening.started(run, made, encoded)
-  else:
+  if checkpoints.latest is not None:
     state = checkpoints.restore(jax.eval_shape(made.init), batches)
+  elif state is None:
+    state = opening.started(run, made, encoded)
   workdir.write_json(folder / "manifest.json", texts.manifest)
   encoded.vocabulary.save(Path(folder / "vocabulary"))
   return _Seed(run, folder, made, batches, checkpoints, state)
@@ -136,6 +149,7 @@ class _Together:
     self.first = found[0]
     self.clocks = [opening.Clock(seed.folder) for seed in found]
     self.memory: dict[str, int] = {}
+    self.shared: list[dict[str, Any]] = [_shared(seed.folder) for seed in found]
     self.state = seeds.stack([seed.state for seed in found])
     for seed in found:
       seed.state = None  # one copy is enough
@@ -217,8 +231,22 @@ class _Together:
       command=self.command,
       bits=bits,
     )
-    shared = {"seeds_at_once": len(self.seeds), "memory": self.memory}
+    shared: dict[str, Any] = self.shared[n]
+    if self.memory:  # something was trained in this sitting
+      many, before = len(self.seeds), shared.get("seeds_at_once", len(self.seeds))
+      # Speeds of sittings with other numbers of seeds have no common divisor.
+      shared = {
+        "seeds_at_once": many if many == before else None,
+        "memory": self.memory,
+      }
     workdir.write_json(seed.folder / "summary.json", body | shared)
+
+
+def _shared(folder: epath.Path) -> dict[str, Any]:
+  """What an earlier sitting wrote of the program that the seed was part of."""
+  path = folder / "summary.json"
+  found = json.loads(path.read_text()) if path.exists() else {}
+  return {name: found[name] for name in ("seeds_at_once", "memory") if name in found}
 
 
 class _Stacked(Iterator[data.Batch]):

@@ -30,6 +30,8 @@ def as_if(device: str) -> Iterator[None]:
   Args:
     device: one of `DEVICES`.
   """
+  if device not in DEVICES:
+    raise ValueError(f"as_if: device={device!r}; use one of {', '.join(DEVICES)}.")
   token = _assumed.set(device)
   try:
     yield
@@ -38,13 +40,22 @@ def as_if(device: str) -> Iterator[None]:
 
 
 def current_device() -> str:
-  """ "cpu", "tpu", "hopper" for an H100 or H200, or "gpu" for any other."""
+  """ "cpu", "tpu", "hopper" for an H100 or H200, or "gpu" for any other.
+
+  Of `jax.default_device`, or else of the default backend; that arrays were put on
+  another device is not known while a function is traced.
+  """
   if (assumed := _assumed.get()) is not None:
     return assumed
-  device = jax.default_backend()
+  # None, the name of a platform, or a device.
+  chosen: Any = getattr(jax.config, "jax_default_device", None)
+  if chosen is None:
+    chosen = jax.default_backend()
+  device = chosen if isinstance(chosen, str) else chosen.platform
   if device not in ("gpu", "cuda", "rocm"):
     return device
-  capability = getattr(jax.devices()[0], "compute_capability", None)
+  one = jax.devices(device)[0] if isinstance(chosen, str) else chosen
+  capability = getattr(one, "compute_capability", None)
   # Mosaic's kernels are for one generation: their instructions ended with it.
   return "hopper" if str(capability) == "9.0" else "gpu"
 

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels.devices import HOPPER_BLOCK as BLOCK, search_method
+from jmoe.kernels.varying import like, struct as struct, together
 from jmoe.types import Groups, pytree
 
 DEPTH = 64  # of the contracted dimension in a step: 128 bytes of a 16-bit type
@@ -217,7 +218,12 @@ def launch(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     ),
   )
-  return jax.named_call(kernel, name=name)
+
+  def call(*operands):
+    operands = together(*operands)
+    return like(jax.named_call(kernel, name=name)(*operands), *operands)
+
+  return call
 
 
 def scoped(**allocations: Any) -> Callable[[Callable[..., None]], None]:

@@ -51,6 +51,7 @@ def ragged_dot(
   Raises:
     ValueError: shapes or dtypes that do not fit, or what is not supported.
   """
+  lhs, rhs, group_sizes = (jnp.asarray(x) for x in (lhs, rhs, group_sizes))
   dtype = _checked(
     lhs, rhs, group_sizes, precision, preferred_element_type, group_offset
   )
@@ -148,7 +149,12 @@ def _checked(lhs, rhs, sizes, precision, preferred, offset) -> Any:
     )
   if offset is not None:
     raise ValueError("ragged_dot: group_offset is not supported; slice rhs instead.")
-  dtype = lhs.dtype if preferred is None else jnp.dtype(preferred)
+  try:
+    dtype = lhs.dtype if preferred is None else jnp.dtype(preferred)
+  except TypeError:
+    raise ValueError(
+      f"ragged_dot: preferred_element_type={preferred!r} is no dtype; give {lhs.dtype}."
+    ) from None
   if dtype not in (lhs.dtype, wide(lhs)):
     raise ValueError(
       f"ragged_dot: preferred_element_type={dtype} of {lhs.dtype} operands; give "

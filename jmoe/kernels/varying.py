@@ -24,6 +24,24 @@ def zeros(shape: tuple[int, ...], dtype: Any, *like: Any) -> Array:
   return _cast(jnp.zeros(shape, dtype), _axes(like))
 
 
+def like(tree: Any, *others: Any) -> Any:
+  """A kernel's results, differing where its operands do: some kernels do not say so."""
+  axes = _axes(others)
+  return jax.tree.map(lambda x: _cast(x, axes), tree) if axes else tree
+
+
+def struct(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtypeStruct:
+  """What a kernel gives, differing over the mesh axes over which its operands do."""
+  for leaf in jax.tree.leaves(operands):
+    manual = getattr(jax.typeof(leaf), "manual_axis_type", None)
+    if _own(leaf) and manual is not None:
+      return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
+    if _own(leaf):
+      made: Any = jax.ShapeDtypeStruct  # its argument's name before jax 0.10
+      return made(shape, dtype, vma=_own(leaf))
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def _axes(trees: Any) -> frozenset[str]:
   found: frozenset[str] = frozenset()
   for leaf in jax.tree.leaves(trees):

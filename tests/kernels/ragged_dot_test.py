@@ -73,6 +73,12 @@ def test_a_wider_result_is_not_rounded_on_the_way():
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_numpy_arrays_are_taken_too():
+  lhs, rhs, sizes, _ = operands(SIZES["mixed"])
+  found = jmoe.ragged_dot(np.asarray(lhs), np.asarray(rhs), np.asarray(sizes))
+  np.testing.assert_array_equal(found, jmoe.ragged_dot(lhs, rhs, sizes))
+
+
 def test_it_can_be_batched_scanned_and_recomputed():
   lhs, rhs, sizes, _ = operands(SIZES["mixed"])
   many = jnp.stack([sizes, sizes[::-1]])
@@ -173,6 +179,7 @@ def test_products_on_an_accelerator_are_those_of_float32(sizes, preferred):
     (dict(precision="highest"), "precision='highest'"),
     (dict(group_offset=jnp.zeros(1, jnp.int32)), "group_offset is not supported"),
     (dict(preferred_element_type=jnp.bfloat16), "preferred_element_type=bfloat16"),
+    (dict(preferred_element_type="bad"), "preferred_element_type='bad' is no dtype"),
   ],
 )
 def test_bad_arguments_are_one_line(change, said):

@@ -1,6 +1,7 @@
 """Arms change one thing; a series keeps what its runs did, and does not do it again."""
 # SPDX-License-Identifier: Apache-2.0
 
+import argparse
 import dataclasses
 import json
 import os
@@ -187,6 +188,46 @@ def test_a_series_may_keep_no_checkpoints(done, tmp_path):
   seed = tmp_path / "runs" / "dense" / "seed-0"
   assert (seed / "evaluation.json").exists()
   assert not list((seed / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+  ("summary", "said"),
+  [
+    ("{}", "is not the summary of a run"),
+    ("[]", "is not the summary of a run"),
+    ('{"finished": true, "data": {"digest": "other"}}', "trained on another text"),
+  ],
+)
+def test_a_finished_arm_that_cannot_be_used_is_named(
+  done, tmp_path, capsys, summary, said
+):
+  shutil.copytree(done[0] / "runs", tmp_path / "runs")
+  path = tmp_path / "runs" / "dense" / "seed-0" / "summary.json"
+  path.write_text(summary)
+  place = done[1].index("--out")
+  arguments = [*done[1][: place + 1], str(tmp_path / "runs"), *done[1][place + 4 :]]
+  assert series.main(arguments) == 2
+  shown = capsys.readouterr().err.splitlines()[-1]
+  assert said in shown and "dense/seed-0" in shown
+
+
+def test_another_model_cannot_start_from_a_run(done, tmp_path, capsys):
+  start = done[0] / "runs" / "sparse" / "seed-0"
+  arguments = ["--config", "micro", "--arms", "sparse,dense", "--seeds", "0"]
+  arguments += ["--out", str(tmp_path / "out"), "--set", f"start_from={start}"]
+  assert series.main(arguments) == 2
+  assert "--arms dense: another model cannot start from" in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+
+
+def test_the_command_of_an_arm_measures_all_that_is_said_of_it():
+  arguments = argparse.Namespace(
+    config="micro", arms="sparse,dense,steps=0.5", set=["steps=9"], name="x", together=0
+  )
+  assert "--arms sparse,steps=0.5,dense --against" in series._command(
+    arguments, "dense", "sparse"
+  )
+  assert "--arms dense --against dense" in series._command(arguments, "dense", "dense")
 
 
 def test_planned_compute_is_read_between_runs_of_two_lengths(tmp_path):

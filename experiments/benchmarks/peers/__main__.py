@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
   print(f"ceiling {statistics.median(ceilings) / 1e12:.0f} TFLOP/s")
   found = {
     "shape": arguments.shape,
-    "command": f"python -m experiments.benchmarks.peers --shape {arguments.shape}",
+    "command": f"python -m experiments.benchmarks.peers --shape {arguments.shape} "
+    f"--rounds {arguments.rounds}{' --dense' * arguments.dense}",
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
     "ceilings_tflops": [rate / 1e12 for rate in ceilings],

@@ -11,7 +11,12 @@ from jmoe.kernels.grouped_ffn import activations
 from jmoe.kernels.grouped_ffn.blocks import ffn
 from jmoe.kernels.grouped_ffn.reference import Matrix, reference
 from jmoe.kernels.grouped_matmul import grouped_matmul
-from jmoe.kernels.grouped_matmul.api import first, report_choice
+from jmoe.kernels.grouped_matmul.api import (
+  common,
+  first,
+  of_first,
+  report_choice,
+)
 from jmoe.kernels.varying import together
 from jmoe.types import Groups
 from jmoe.use import Use, fact
@@ -41,9 +46,10 @@ def grouped_ffn(
     zero, as `carry.home` makes it.
   """
   E = down[0].shape[0]
-  x_RD, ups, down, groups = together(x_RD, ups, down, first(groups, E))
+  x_RD, groups = of_first(x_RD, groups, E), first(groups, E)
+  x_RD, ups, down, groups = together(x_RD, ups, down, groups)
   if matmul is None:
-    name = report_choice(current_device(), groups, E, x_RD.dtype)
+    name = report_choice(current_device(), groups, E, common(x_RD, down[0]))
     if name == "blocks":
       return ffn(hidden, x_RD, ups, down, groups)
     if name == "hopper" and (activation := _in_registers(hidden, ups, down)):

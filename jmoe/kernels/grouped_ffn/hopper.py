@@ -166,7 +166,7 @@ def _hidden_kernel(
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  out = (jax.ShapeDtypeStruct((R, F), dtype),) * 3
+  out = (chip.struct((R, F), dtype, x_RD),) * 3
   kernel = chip.launch(body, out, blocks=sms, name="gated_hidden")
   return kernel(x_RD, gate_EDF, up_EDF, blocks.expert, blocks.block, blocks.used)
 
@@ -274,7 +274,7 @@ def _back_kernel(
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  out = (jax.ShapeDtypeStruct((R, F), dtype),) * 3
+  out = (chip.struct((R, F), dtype, dy_RD),) * 3
   kernel = chip.launch(body, out, blocks=sms, name="gated_back")
   operands = (dy_RD, down_EFD, g_RF, u_RF)
   return kernel(*operands, blocks.expert, blocks.block, blocks.used)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jmoe.kernels.devices import current_device, unfit_for_hopper
@@ -87,6 +88,23 @@ def first(groups: Groups, num_experts: int) -> Groups:
   return Groups(start, rows, groups.block, groups.capacity)
 
 
+def of_first(x_RD: Array, groups: Groups, num_experts: int) -> Array:
+  """The rows, with zeros for those of experts after the first ones.
+
+  A kernel for the first experts may leave the others' rows unwritten, in the gradient
+  too: what is not used has a gradient of zero.
+  """
+  if groups.start.shape[0] <= num_experts:
+    return x_RD
+  row_R = jnp.arange(x_RD.shape[0], dtype=jnp.int32)
+  return jnp.where((row_R < groups.start[num_experts])[:, None], x_RD, 0)
+
+
+def common(*arrays: Array) -> Any:
+  """The dtype of all arrays; the widest where they differ."""
+  return np.result_type(*(x.dtype for x in arrays))
+
+
 def grouped_matmul(
   x_RD: Array,
   w_EDF: Array,
@@ -115,9 +133,10 @@ def grouped_matmul(
       was not asked for.
   """
   device, E = current_device(), w_EDF.shape[0]
-  groups = first(groups, E)
+  dtype = common(x_RD, w_EDF)
+  x_RD, groups = of_first(x_RD, groups, E), first(groups, E)
   if implementation is None:
-    implementation = report_choice(device, groups, E, x_RD.dtype)
+    implementation = report_choice(device, groups, E, dtype)
   if implementation not in _IMPLEMENTATIONS:
     raise ValueError(
       f"grouped_matmul: implementation={implementation!r}; "
@@ -129,7 +148,7 @@ def grouped_matmul(
       "use 'blocks'."
     )
   if implementation == "hopper":
-    unfit = unfit_for_hopper(x_RD.dtype, groups.block)
+    unfit = unfit_for_hopper(dtype, groups.block)
     if device != "hopper" or unfit:
       raise ValueError(
         "grouped_matmul: implementation='hopper' cannot serve, "

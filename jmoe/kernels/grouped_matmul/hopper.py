@@ -45,8 +45,11 @@ def hopper(
     num_sms: multiprocessors to use; None: all.
     dtype: of the result, the operands' or float32; None: the operands'.
   """
-  y_RF = rows(((x_RD, w_EDF),), groups, num_sms=num_sms, dtype=dtype)
-  return y_RF if bias_EF is None else _plus_bias(y_RF, bias_EF, groups)
+  pairs = ((x_RD, w_EDF),)
+  if bias_EF is None:
+    return rows(pairs, groups, num_sms=num_sms, dtype=dtype)
+  y_RF = rows(pairs, groups, num_sms=num_sms, dtype=jnp.float32)  # rounded once
+  return _plus_bias(y_RF, bias_EF, groups).astype(dtype or x_RD.dtype)
 
 
 def _forward(x_RD, w_EDF, groups, bias_EF, num_sms, dtype):
@@ -222,7 +225,7 @@ def _rows_kernel(
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  made = jax.ShapeDtypeStruct((R, F), out)
+  made = chip.struct((R, F), out, operands)
   name = "grouped_matmul_transposed" if transpose else "grouped_matmul"
   kernel = chip.launch(body, made, blocks=sms, name=name)
   return kernel(*operands, blocks.expert, blocks.block, blocks.used)
@@ -300,7 +303,7 @@ def _matrices_kernel(
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  out = jax.ShapeDtypeStruct((E, D, F), dtype)
+  out = chip.struct((E, D, F), dtype, x_RD)
   kernel = chip.launch(body, out, blocks=sms, name="grouped_matmul_matrices")
   return kernel(x_RD, y_RF, start_E, groups.rows)
 

@@ -10,6 +10,7 @@ from jax import Array
 
 from jmoe.kernels.devices import current_device
 from jmoe.kernels.permute_rows import reference
+from jmoe.kernels.varying import together
 
 
 def take(rows: Array, index: Array) -> Array:
@@ -23,7 +24,7 @@ def take(rows: Array, index: Array) -> Array:
     return reference.take(rows, index)
   from jmoe.kernels.permute_rows import triton  # imports Pallas
 
-  return triton.take(rows, index)
+  return triton.take(*together(rows, index))
 
 
 def weighed(
@@ -45,7 +46,7 @@ def weighed(
     return reference.weighed(rows_ND, index_R, weight_R, other_RD)
   from jmoe.kernels.permute_rows import triton  # imports Pallas
 
-  return triton.weighed(rows_ND, index_R, weight_R, other_RD)
+  return triton.weighed(*together(rows_ND, index_R, weight_R, other_RD))
 
 
 def _served(rows: Array) -> bool:

@@ -6,11 +6,12 @@ XLA's own gather moved half of what an H200 can.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
+from jmoe.kernels.varying import struct
 
 _MOST = 1024  # columns of a step
 
@@ -20,7 +21,7 @@ def take(rows_ND: Array, index_R: Array, *, interpret: bool = False) -> Array:
   (N, D), R = rows_ND.shape, index_R.shape[0]
   return _call(
     functools.partial(_take, num_rows=N),
-    (jax.ShapeDtypeStruct((R, D), rows_ND.dtype),),
+    (struct((R, D), rows_ND.dtype, rows_ND),),
     name="take_rows",
     interpret=interpret,
   )(index_R, rows_ND)[0]
@@ -40,8 +41,8 @@ def weighed(
   """
   (N, D), R = rows_ND.shape, index_R.shape[0]
   out = (
-    jax.ShapeDtypeStruct((R, D), other_RD.dtype),
-    jax.ShapeDtypeStruct((R,), jnp.float32),
+    struct((R, D), other_RD.dtype, other_RD),
+    struct((R,), jnp.float32, other_RD),
   )
   kernel = functools.partial(_weighed, num_rows=N)
   call = _call(kernel, out, name="weigh_rows", interpret=interpret)
