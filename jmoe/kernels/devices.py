@@ -49,13 +49,15 @@ def current_device() -> str:
     return assumed
   # None, the name of a platform, or a device.
   chosen: Any = getattr(jax.config, "jax_default_device", None)
-  if chosen is None:
-    chosen = jax.default_backend()
-  device = chosen if isinstance(chosen, str) else chosen.platform
+  if chosen is None or isinstance(chosen, str):
+    device = chosen or jax.default_backend()
+  else:
+    device = chosen.platform
   if device not in ("gpu", "cuda", "rocm"):
     return device
-  one = jax.devices(device)[0] if isinstance(chosen, str) else chosen
-  capability = getattr(one, "compute_capability", None)
+  if chosen is None or isinstance(chosen, str):
+    chosen = jax.devices(chosen)[0]
+  capability = getattr(chosen, "compute_capability", None)
   # Mosaic's kernels are for one generation: their instructions ended with it.
   return "hopper" if str(capability) == "9.0" else "gpu"
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import contextlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,21 @@ def test_the_choice_says_why_hopper_does_not_serve():
   ):
     name, why, slow = choose("hopper", groups(block), 4, dtype)
     assert name == "blocks" and slow and (reason in why or not served)
+
+
+def test_the_device_is_that_which_jax_was_told_to_use(monkeypatch):
+  here = jax.devices()[0]
+  gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+  monkeypatch.setattr(devices.jax, "default_backend", lambda: "cuda")
+  monkeypatch.setattr(devices.jax, "devices", lambda *_: [gpu])
+  assert devices.current_device() == "hopper"
+  gpu.compute_capability = "8.0"
+  assert devices.current_device() == "gpu"
+  with jax.default_device(here):
+    assert devices.current_device() == "cpu"
+  with pytest.raises(ValueError, match="as_if: device='bogus'"):
+    with devices.as_if("bogus"):
+      pass
 
 
 def test_layouts_are_aligned_for_the_device_in_view():
