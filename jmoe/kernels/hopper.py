@@ -203,6 +203,10 @@ def pipeline(
   )
 
 
+def nothing(*_: Any, **__: Any) -> None:
+  """Stands for a function where only a pipeline's buffers are asked for."""
+
+
 def launch(
   body: Callable[..., None], out: Any, *, blocks: int, name: str
 ) -> Callable[..., Any]:

@@ -13,7 +13,6 @@ for the backward pass are x, h_g and h_u.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +123,7 @@ def _hidden_kernel(
     w_like = jax.ShapeDtypeStruct((D, tile.cols), dtype)
 
     @chip.scoped(
-      buffers=pipe(_nothing, _nothing).get_allocations(x_like, w_like, w_like),
+      buffers=pipe(chip.nothing, chip.nothing).get_allocations(x_like, w_like, w_like),
       staged=chip.staging(rows_own, dtype),
     )
     def _(buffers, staged):
@@ -208,7 +207,7 @@ def _back_kernel(
     like = jax.ShapeDtypeStruct((tile.rows, D), dtype)
 
     @chip.scoped(
-      buffers=pipe(_nothing, _nothing).get_allocations(like, like),
+      buffers=pipe(chip.nothing, chip.nothing).get_allocations(like, like),
       # What a warpgroup reads of the two hidden arrays, then their gradients in the
       # same places, and the third result: [warpgroup, which, rows, cols].
       held=plgpu.SMEM(
@@ -288,7 +287,3 @@ def _store_all(values, out_refs, staged, group, row, col) -> None:
       return out_ref.at[pl.ds(row + r, rows), pl.ds(col + c, cols)]
 
     chip.store(value.astype(staged.dtype), staged, group, place)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-  """Stands for a function where only the pipeline's buffers are asked for."""

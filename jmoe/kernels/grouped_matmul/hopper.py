@@ -184,7 +184,7 @@ def _rows_kernel(
     like += [jax.ShapeDtypeStruct(shape, dtype)]
 
     @chip.scoped(
-      buffers=pipe(_nothing, _nothing).get_allocations(*like * pairs),
+      buffers=pipe(chip.nothing, chip.nothing).get_allocations(*like * pairs),
       staged=chip.staging(rows_own, out),
     )
     def _(buffers, staged):
@@ -261,7 +261,9 @@ def _matrices_kernel(
       )
 
     @chip.scoped(
-      buffers=pipe(_nothing, _nothing, 64, 0, 0, 0).get_allocations(x_ref, y_ref),
+      buffers=pipe(chip.nothing, chip.nothing, 64, 0, 0, 0).get_allocations(
+        x_ref, y_ref
+      ),
       staged=chip.staging(rows_own, dtype),
     )
     def _(buffers, staged):
@@ -306,10 +308,6 @@ def _matrices_kernel(
   out = chip.struct((E, D, F), dtype, x_RD)
   kernel = chip.launch(body, out, blocks=sms, name="grouped_matmul_matrices")
   return kernel(x_RD, y_RF, start_E, groups.rows)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-  """Stands for a function where only the pipeline's buffers are asked for."""
 
 
 def _plus_bias(y_RF: Array, bias_EF: Array, groups: Groups) -> Array:
