@@ -15,13 +15,10 @@ from jmoe.assign import renormalise
 from jmoe.config import MoEConfig
 from jmoe.kernels.grouped_matmul import choose
 from jmoe.types import Groups
+from tests.compilations import COMPILED
 
 pytestmark = pytest.mark.contract
 
-COMPILED: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
-)
 T = 64
 DROPLESS = jmoe.simple(16, 32, num_experts=4, k=2)
 LIMITED = jmoe.simple(16, 32, num_experts=4, k=1, capacity_factor=1.25)

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import time
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,11 +16,7 @@ from flax import nnx
 from jmoe import dispatch, gates, layer, routers, simple, use
 from jmoe.assign import capacity, renormalise
 from jmoe.config import MoEConfig
-
-COMPILED: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
-)
+from tests.compilations import COMPILED
 
 T, D, E = 6, 8, 4
 X = np.ones((T, D), np.float32)

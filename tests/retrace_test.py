@@ -15,14 +15,11 @@ import jmoe.nnx
 from jmoe import Context, balance, dispatch, layer, losses, restrict, routers, use
 from jmoe.assign import capacity, priority
 from jmoe.use import from_json, to_json
+from tests.compilations import COMPILED
 
 pytestmark = pytest.mark.contract
 
 TRACED: list[str] = []
-COMPILED: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
-)
 
 
 def counting_gelu(x):
