@@ -27,6 +27,7 @@ from jmoe.parameters import (
 )
 from jmoe.report import report, report_mixing
 from jmoe.types import Context, Groups, Home, Info, Params, Plan, Rows, State
+from jmoe.use import fact
 
 _STAGES = ("input_noise", "logit_noise", "select_noise", "restrict", "router", "assign")
 
@@ -232,10 +233,15 @@ def _served(context: Context, mask_TE: Array | None) -> Context:
 
 
 def _scaled(config: MoEConfig, plan: Plan) -> Home:
-  """The way home; with `scale="input"` the weights go in rather than out."""
+  """The way home; with `scale="input"` the weights go in rather than out.
+
+  Experts that weigh their own rows need not keep their outputs for the gradient of the
+  weights.
+  """
   home = config.combine(plan)
   if config.scale == "output":
-    return home
+    inside = home.sums and fact(config.experts, "weighs", False)
+    return dataclasses.replace(home, inside=inside)
   kept = plan.kept.astype(home.weight.dtype)
   return Home(kept, input_scale=weighted_sum(plan).weight, sums=home.sums)
 

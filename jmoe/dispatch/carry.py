@@ -9,7 +9,6 @@ without a fixed k (expert choice) add into tokens.
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jmoe.kernels import permute_rows
@@ -28,7 +27,7 @@ def _out_forward(x_TD: Array, layout: Layout):
 
 
 def _out_backward(layout: Layout, grad_RD: Array):
-  return _sum_home(grad_RD, None, layout).astype(grad_RD.dtype), None
+  return permute_rows.summed(grad_RD, layout).astype(grad_RD.dtype), None
 
 
 out.defvjp(_out_forward, _out_backward)
@@ -48,6 +47,21 @@ spread.defvjp(lambda w, layout: (spread(w, layout), layout), _spread_backward)
 
 
 @jax.custom_vjp
+def summed_home(rows_RD: Array, layout: Layout) -> Array:
+  """`[T,D]` the sums of each token's rows, as they are: `out` turned round."""
+  return permute_rows.summed(rows_RD, layout).astype(rows_RD.dtype)
+
+
+def _summed_home_backward(layout: Layout, grad_TD: Array):
+  return permute_rows.take(grad_TD, layout.token), None
+
+
+summed_home.defvjp(
+  lambda x, layout: (summed_home(x, layout), layout), _summed_home_backward
+)
+
+
+@jax.custom_vjp
 def home(rows_RD: Array, way: Home, layout: Layout) -> Array:
   """Rows of the expert buffer, weighed, back in token order.
 
@@ -61,37 +75,11 @@ def home(rows_RD: Array, way: Home, layout: Layout) -> Array:
     at least float32.
   """
   if way.sums:
-    return _sum_home(rows_RD, way.weight, layout).astype(rows_RD.dtype)
+    return permute_rows.summed(rows_RD, layout, way.weight).astype(rows_RD.dtype)
   assert layout.k is not None
   entries_ND = take(rows_RD, layout.row)
   weighed_ND = entries_ND.astype(wide(rows_RD)) * way.weight[:, None]
   return weighed_ND.astype(rows_RD.dtype).reshape(layout.num_tokens, layout.k, -1)
-
-
-def _sum_home(rows_RD: Array, weight_N: Array | None, layout: Layout) -> Array:
-  dtype, num_tokens = wide(rows_RD), layout.num_tokens
-  if layout.k is None:  # tokens differ in how many experts chose them
-    weight_R = (
-      jnp.ones(layout.num_rows, dtype)
-      if weight_N is None
-      else take(weight_N, layout.entry).astype(dtype)
-    )
-    padded = jax.ops.segment_sum(
-      jnp.where((layout.token < num_tokens)[:, None], rows_RD, 0).astype(dtype)
-      * weight_R[:, None],
-      layout.token,
-      num_tokens + 1,
-    )
-    return padded[:num_tokens]
-  # One choice rank at a time: [T,K,D] never exists, and XLA makes one kernel of all.
-  row_TK = layout.row.reshape(num_tokens, layout.k)
-  total_TD = jnp.zeros((num_tokens, rows_RD.shape[1]), dtype)
-  for j in range(layout.k):
-    part_TD = take(rows_RD, row_TK[:, j]).astype(dtype)
-    if weight_N is not None:
-      part_TD *= weight_N.reshape(row_TK.shape)[:, j, None].astype(dtype)
-    total_TD += part_TD
-  return total_TD
 
 
 def _home_forward(rows_RD: Array, way: Home, layout: Layout):
@@ -118,9 +106,12 @@ def through(
   x_TD: Array, layout: Layout, experts: Callable[[Rows], Array], way: Home
 ) -> Array:
   """Out, through the experts, and home: what strategies on one device share."""
-  scale = None
+  scale, weight = None, None
   if way.input_scale is not None:
     scale = spread(way.input_scale, layout)
-  rows_RD = experts(Rows(x_TD, layout.groups, layout, scale))
-  way = Home(way.weight, sums=way.sums)  # the input scale has done its part
-  return home(rows_RD, way, layout)
+  elif way.inside:
+    weight = spread(way.weight, layout)
+  rows_RD = experts(Rows(x_TD, layout.groups, layout, scale, weight))
+  if way.sums and (scale is not None or weight is not None):
+    return summed_home(rows_RD, layout)  # dropped assignments have no row
+  return home(rows_RD, Home(way.weight, sums=way.sums), layout)

@@ -11,7 +11,7 @@ from jax import Array
 
 from jmoe import initializers
 from jmoe._ranges import in_range
-from jmoe.experts._common import check_width
+from jmoe.experts._common import check
 from jmoe.kernels import grouped_ffn
 from jmoe.types import Params, Rows
 from jmoe.use import Use, marked, use
@@ -36,14 +36,14 @@ def _init(
 
 
 def _check(
-  config: Any, *, d_ff: int, limit: float = 7.0, alpha: float = 1.702, **_: Any
+  config: Any, *, limit: float = 7.0, alpha: float = 1.702, **others: Any
 ) -> None:
-  check_width(config, d_ff=d_ff)
+  check(config, **others)
   in_range("clamped_glu: limit", limit, above=True)
   in_range("clamped_glu: alpha", alpha, least=-math.inf)
 
 
-@marked(init=_init, check=_check, matrices=3)
+@marked(init=_init, check=_check, weighs=True, matrices=3)
 def clamped_glu(
   params: Params,
   rows: Rows,
@@ -51,6 +51,7 @@ def clamped_glu(
   limit: float = 7.0,
   alpha: float = 1.702,
   matmul: Callable[..., Array] | None = None,
+  keep: str = "hidden",
 ) -> Array:
   """`((up + 1) * gate * sigmoid(alpha * gate)) down`, gate and up clamped.
 
@@ -63,18 +64,18 @@ def clamped_glu(
     limit: of the clamp.
     alpha: slope inside the sigmoid.
     matmul: a grouped matmul; None takes the best form for the device.
+    keep: for the backward pass, "rows", "hidden" or "inputs"; see `grouped_ffn`.
 
   Keywords of `use`: also `d_ff`, `initializer=use(initializers.fan_in)`.
 
   Returns:
     `[R,D]` in the rows' dtype.
   """
-  x_RD = rows.gathered()
-  weights = {name: w.astype(x_RD.dtype) for name, w in params.items()}
+  weights = {name: w.astype(rows.x.dtype) for name, w in params.items()}
   up = weights["gate_up_EDF"], weights["gate_up_bias_EF"]
   down = weights["down_EFD"], weights["down_bias_ED"]
   hidden = use(_interleaved, limit=limit, alpha=alpha)
-  return grouped_ffn(x_RD, (up,), down, rows.groups, hidden, matmul)
+  return grouped_ffn(rows, (up,), down, hidden, matmul, keep=keep)
 
 
 def _interleaved(both: Array, *, limit: float, alpha: float) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe import initializers
-from jmoe.experts._common import check_width, init_mlp
+from jmoe.experts._common import check, init_mlp
 from jmoe.kernels import grouped_ffn
 from jmoe.types import Params, Rows
 from jmoe.use import Use, marked, use
@@ -41,13 +41,14 @@ def _init(
   return params
 
 
-@marked(init=_init, check=check_width, matrices=3)
+@marked(init=_init, check=check, weighs=True, matrices=3)
 def glu(
   params: Params,
   rows: Rows,
   *,
   activation: Callable[[Array], Array] = jax.nn.silu,
   matmul: Callable[..., Array] | None = None,
+  keep: str = "hidden",
 ) -> Array:
   """`(activation(x gate) * (x up)) down` with the matrices of each row's expert.
 
@@ -59,19 +60,19 @@ def glu(
     activation: of the gate branch.
     matmul: a grouped matmul, as `use(kernels.grouped_matmul, implementation=...)`;
       None takes the best form for the device, fused where there is one.
+    keep: for the backward pass, "rows", "hidden" or "inputs"; see `grouped_ffn`.
 
   Keywords of `use`: also `d_ff`, `bias=False`, `initializer=use(initializers.fan_in)`.
 
   Returns:
     `[R,D]` in the rows' dtype.
   """
-  x_RD = rows.gathered()
-  weights = {name: w.astype(x_RD.dtype) for name, w in params.items()}
+  weights = {name: w.astype(rows.x.dtype) for name, w in params.items()}
   gate = weights["gate_EDF"], weights.get("gate_bias_EF")
   up = weights["up_EDF"], weights.get("up_bias_EF")
   down = weights["down_EFD"], weights.get("down_bias_ED")
   hidden = use(_gated, activation=activation)
-  return grouped_ffn(x_RD, (gate, up), down, rows.groups, hidden, matmul)
+  return grouped_ffn(rows, (gate, up), down, hidden, matmul, keep=keep)
 
 
 @marked(gated=True)

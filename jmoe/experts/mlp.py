@@ -6,19 +6,20 @@ from collections.abc import Callable
 import jax
 from jax import Array
 
-from jmoe.experts._common import check_width, init_mlp
+from jmoe.experts._common import check, init_mlp
 from jmoe.kernels import grouped_ffn
 from jmoe.types import Params, Rows
 from jmoe.use import marked
 
 
-@marked(init=init_mlp, check=check_width, matrices=2)
+@marked(init=init_mlp, check=check, weighs=True, matrices=2)
 def mlp(
   params: Params,
   rows: Rows,
   *,
   activation: Callable[[Array], Array] = jax.nn.gelu,
   matmul: Callable[..., Array] | None = None,
+  keep: str = "hidden",
 ) -> Array:
   """`activation(x up + b) down + c` with the matrices of each row's expert.
 
@@ -30,14 +31,14 @@ def mlp(
     activation: elementwise.
     matmul: a grouped matmul, as `use(kernels.grouped_matmul, implementation=...)`;
       None takes the best form for the device, fused where there is one.
+    keep: for the backward pass, "rows", "hidden" or "inputs"; see `grouped_ffn`.
 
   Keywords of `use`: also `d_ff`, `bias=False`, `initializer=use(initializers.fan_in)`.
 
   Returns:
     `[R,D]` in the rows' dtype.
   """
-  x_RD = rows.gathered()
-  weights = {name: w.astype(x_RD.dtype) for name, w in params.items()}
+  weights = {name: w.astype(rows.x.dtype) for name, w in params.items()}
   up = weights["up_EDF"], weights.get("up_bias_EF")
   down = weights["down_EFD"], weights.get("down_bias_ED")
-  return grouped_ffn(x_RD, (up,), down, rows.groups, activation, matmul)
+  return grouped_ffn(rows, (up,), down, activation, matmul, keep=keep)

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels.devices import HOPPER_BLOCK as BLOCK, search_method
-from jmoe.kernels.varying import like, struct as struct, together
+from jmoe.kernels.varying import differs, like, struct as struct, together
 from jmoe.types import Groups, pytree
 
 DEPTH = 64  # of the contracted dimension in a step: 128 bytes of a 16-bit type
@@ -120,12 +120,16 @@ def in_bands(t: Array, rows: Array, cols: int, band: int) -> tuple[Array, Array]
 
 
 def each_tile(
-  count: Array, *, blocks: int, chained: bool, body: Callable[[Array, Any], None]
+  count: Array,
+  *,
+  blocks: int,
+  chained: bool,
+  body: Callable[[Array, Any, Array], None],
 ) -> None:
-  """`body(t, pipeline_state)` for this thread block's share of the output tiles.
+  """`body(t, pipeline_state, real)` for this thread block's share of the output tiles.
 
   A chain has a first and a last tile that differ, so that each thread block needs two:
-  where there are fewer, the last tile is made several times, from equal operands.
+  where there are fewer, the last tile is made several times, `real` only once.
   """
   made = jnp.maximum(count, jnp.int32(2 * blocks)) if chained else count
 
@@ -141,7 +145,7 @@ def each_tile(
         jnp.int32(stage.START),
         jnp.where(last, jnp.int32(stage.STOP), jnp.int32(stage.STEADY)),
       )
-    body(t, state)
+    body(t, state, info.index[0] < count)
 
 
 def accumulator(rows: int, cols: int) -> Any:
@@ -207,25 +211,65 @@ def nothing(*_: Any, **__: Any) -> None:
   """Stands for a function where only a pipeline's buffers are asked for."""
 
 
+def values_of_rows(ref: Any, first: Array, count: int) -> Array:
+  """[count] numbers from global memory, one for each row of a warpgroup's tile."""
+  rows = pl.ds(first, count)
+  if jax.__version_info__ < (0, 11):
+    return plgpu.load(ref, (rows,), optimized=False)
+  load: Any = plgpu.load  # takes no index any more
+  return load(ref.at[rows], optimized=False)
+
+
+def scaled(tile: Array, scale: Array) -> Array:
+  """Rows of a tile times a number each."""
+  return tile * lax.broadcast_in_dim(scale, tile.shape, (0,))
+
+
 def launch(
-  body: Callable[..., None], out: Any, *, blocks: int, name: str
+  body: Callable[..., None], out: Any, *, blocks: int, name: str, updated: int = 0
 ) -> Callable[..., Any]:
-  """A persistent kernel of three warpgroups a thread block."""
-  kernel = plgpu.kernel(
-    body,
-    out_type=out,
-    grid=(blocks,),
-    grid_names=("sm",),
-    num_threads=3,
-    thread_name="wg",
-    compiler_params=plgpu.CompilerParams(
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-    ),
+  """A persistent kernel of three warpgroups a thread block.
+
+  Args:
+    body: (operands, results) as refs.
+    out: the results' shapes; those that are written over operands come first.
+    blocks: thread blocks.
+    name: of the operation.
+    updated: that many operands, the first ones, are written over by as many results,
+      of equal shapes.  The body gets their refs twice.
+  """
+  threads: Any = dict(
+    grid=(blocks,), grid_names=("sm",), num_threads=3, thread_name="wg"
   )
+  compiler_params = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+  )
+  kernel: Any = plgpu.kernel(
+    body, out_type=out, compiler_params=compiler_params, **threads
+  )
+
+  def in_place(*operands):
+    kept = operands[updated:]
+
+    def run(refs):
+      def with_twice(*parts):
+        both, others = parts[:updated], parts[updated:]
+        body(*both, *others[: len(kept)], *both, *others[len(kept) :])
+
+      mesh = plgpu.Mesh(**threads)
+      made: Any = pl.kernel(
+        with_twice, out_type=(), mesh=mesh, compiler_params=compiler_params, name=name
+      )
+      made(*refs[:updated], *kept, *refs[updated:])
+
+    blank = tuple(lax.empty(o.shape, o.dtype) for o in out[updated:])
+    return pl.run_state(run)((*operands[:updated], *blank))
 
   def call(*operands):
     operands = together(*operands)
-    return like(jax.named_call(kernel, name=name)(*operands), *operands)
+    # jax cannot write over an array that differs between devices of a mesh.
+    function = in_place if updated and not differs(*operands) else kernel
+    return like(jax.named_call(function, name=name)(*operands), *operands)
 
   return call
 

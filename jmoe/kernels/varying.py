@@ -19,6 +19,11 @@ def together(*trees: Any) -> tuple[Any, ...]:
   return jax.tree.map(lambda x: _cast(x, axes), trees) if axes else trees
 
 
+def differs(*trees: Any) -> bool:
+  """Whether any array differs between the devices of a mesh."""
+  return bool(_axes(trees))
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, *like: Any) -> Array:
   """Zeros that differ over the mesh axes over which some arrays do."""
   return _cast(jnp.zeros(shape, dtype), _axes(like))

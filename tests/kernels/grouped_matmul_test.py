@@ -13,7 +13,7 @@ from jmoe.kernels import grouped_ffn, grouped_matmul
 from jmoe.kernels.grouped_ffn import reference as ffn_reference
 from jmoe.kernels.grouped_matmul import choose, reference
 from jmoe.kernels.grouped_matmul.reference import expert_of_rows
-from jmoe.types import Groups
+from jmoe.types import Groups, Rows
 from jmoe.use import use
 from tests.tolerance import assert_close
 
@@ -158,34 +158,51 @@ HIDDEN = {1: jnp.sin, 2: lambda g, h: jnp.tanh(g) * h}
 
 
 @functools.cache
-def differentiated_ffn(ups: int, fused: bool):
+def differentiated_ffn(ups: int, fused: bool, keep: str = "hidden"):
   @jax.jit
-  def run(groups, x, matrices, down, dy):
+  def run(groups, x, matrices, down, dy, weight):
     real = owned(groups)
     x, dy = jnp.where(real, x, 0), jnp.where(real, dy, 0)
 
-    def function(x, matrices, down):
+    def function(x, matrices, down, weight):
       if fused:
-        return grouped_ffn(x, matrices, down, groups, HIDDEN[ups])
-      return ffn_reference(x, matrices, down, groups, HIDDEN[ups], reference)
+        rows = Rows(x, groups, weight=weight)
+        return grouped_ffn(rows, matrices, down, HIDDEN[ups], keep=keep)
+      y = ffn_reference(x, matrices, down, groups, HIDDEN[ups], reference)
+      return y if weight is None else y * weight[:, None]
 
-    y, pull = jax.vjp(function, x, matrices, down)
-    dx, *grads = pull(dy)
-    return jnp.where(real, y, 0), jnp.where(real, dx, 0), grads
+    y, pull = jax.vjp(function, x, matrices, down, weight)
+    dx, d_matrices, d_down, d_weight = pull(dy)
+    if weight is not None:
+      d_weight = jnp.where(real[:, 0], d_weight, 0)
+    return jnp.where(real, y, 0), jnp.where(real, dx, 0), d_matrices, d_down, d_weight
 
   return run
 
 
+# input matrices, a weight for each row, a bias behind the last matrix, what is kept
+FORMS = {
+  "one": (1, False, True, "hidden"),
+  "two": (2, False, True, "hidden"),
+  "one, weighed": (1, True, True, "hidden"),
+  "two, weighed": (2, True, False, "hidden"),
+  "two, weighed, made anew": (2, True, True, "inputs"),
+}
+
+
 @pytest.mark.parametrize("loads", LOADS)
-@pytest.mark.parametrize("ups", [1, 2])
-def test_the_fused_feed_forward_equals_its_parts(ups, loads):
+@pytest.mark.parametrize("form", FORMS)
+def test_the_fused_feed_forward_equals_its_parts(form, loads):
+  ups, weighed, biased, keep = FORMS[form]
   groups = groups_of(LOADS[loads], equal=False)
   x, w, b, _ = operands(jnp.float32)
   w2 = operands(jnp.float32, seed=1)[1]
-  down = jax.random.normal(jax.random.key(9), (E, F, D)), b[:, :D]
+  down = jax.random.normal(jax.random.key(9), (E, F, D)), b[:, :D] if biased else None
   matrices = ((w, b), (w2, None))[:ups]
-  fused = differentiated_ffn(ups, True)(groups, x, matrices, down, x[::-1])
-  parts = differentiated_ffn(ups, False)(groups, x, matrices, down, x[::-1])
+  weight = jax.random.normal(jax.random.key(8), (len(x),)) if weighed else None
+  given = groups, x, matrices, down, x[::-1], weight
+  fused = differentiated_ffn(ups, True, keep)(*given)
+  parts = differentiated_ffn(ups, False)(*given)
   for one, other in zip(jax.tree.leaves(fused), jax.tree.leaves(parts), strict=True):
     scale = max(1.0, float(jnp.abs(other).max()))  # sums of products, not entries
     assert_close(one / scale, other / scale)

@@ -1,12 +1,30 @@
-"""Operands for Hopper's kernels, and what they must give, in float64."""
+"""Operands for Hopper's kernels, what they must give in float64, and where they run."""
 # SPDX-License-Identifier: Apache-2.0
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jmoe.types import Groups
 
 BLOCK = 128
+
+
+def on_cpu(test):
+  """Interpreted, in the leg of CI that has the jax which was tried for it."""
+  tried = (0, 11) <= jax.__version_info__ < (0, 12)
+  skipped = pytest.mark.skipif(not tried, reason="interpreting was tried with jax 0.11")
+  return pytest.mark.contract(skipped(test))
+
+
+lowers = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
+
+
+def interpreted():
+  from jax.experimental.pallas import mosaic_gpu
+
+  return mosaic_gpu.force_gpu_interpret_mode()
 
 
 class Case:

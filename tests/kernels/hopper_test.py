@@ -1,7 +1,6 @@
 """Hopper's kernels: interpreted on a CPU, lowered for CUDA, run where there is one."""
 # SPDX-License-Identifier: Apache-2.0
 
-import contextlib
 import types
 
 import jax
@@ -10,17 +9,7 @@ import numpy as np
 import pytest
 
 from jmoe.kernels import devices
-from tests.kernels.hopper_cases import BLOCK, Case, error
-
-
-def on_cpu(test):
-  """Interpreted, in the leg of CI that has the jax which was tried for it."""
-  tried = (0, 11) <= jax.__version_info__ < (0, 12)
-  skipped = pytest.mark.skipif(not tried, reason="interpreting was tried with jax 0.11")
-  return pytest.mark.contract(skipped(test))
-
-
-lowers = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
+from tests.kernels.hopper_cases import BLOCK, Case, error, interpreted, lowers, on_cpu
 
 # loads, depth, width, stride
 SMALL = {
@@ -61,12 +50,6 @@ def check(case, found, tolerance=4e-3):
   assert error(found[2], dw) < tolerance and error(found[3], db) < tolerance
   empty = np.asarray(case.groups.rows) == 0
   assert not np.asarray(found[2], np.float32)[empty].any()
-
-
-def interpreted():
-  from jax.experimental.pallas import mosaic_gpu
-
-  return mosaic_gpu.force_gpu_interpret_mode()
 
 
 @on_cpu
@@ -148,101 +131,6 @@ def test_layouts_are_aligned_for_the_device_in_view():
   assert devices.row_alignment(jnp.bfloat16) == 1
 
 
-@pytest.fixture
-def as_hopper(monkeypatch):
-  """A Hopper GPU of two multiprocessors, interpreted; rows are carried by plain jax."""
-  from jmoe.kernels import hopper, permute_rows
-
-  monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
-  monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
-  with devices.as_if("hopper"), interpreted():
-    yield
-
-
-LAYERS = {
-  "glu": {},
-  "gelu, capacity": dict(activation=jax.nn.gelu, capacity_factor=1.0),
-  "mlp with biases": dict(gated=False, bias=True),
-  "free experts": "with_free",
-  "free experts, capacity": "with_free",
-}
-
-
-@on_cpu
-@pytest.mark.parametrize("name", LAYERS)
-def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
-  """Values and all gradients; blocks that no kernel writes hold NaN here."""
-  import jmoe
-  from jmoe.use import use
-
-  fields = LAYERS[name]
-  if fields == "with_free":
-    base = use(jmoe.experts.glu, d_ff=128)
-    limit = "capacity" in name
-    fields = dict(
-      experts=use(jmoe.experts.with_free, base=base, constant=1, copy=1, zero=1),
-      capacity=use(jmoe.capacity.by_factor, factor=1.5) if limit else None,
-      dispatch=use(jmoe.dispatch.buckets if limit else jmoe.dispatch.sort),
-    )
-    config = jmoe.MoEConfig(128, 6, **fields)
-  else:
-    config = jmoe.simple(128, 128, num_experts=4, k=2, **fields)
-  params = jmoe.moe_init(jax.random.key(0), config)
-  narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params["experts"])
-  params = {**params, "experts": narrow}
-  x = jax.random.normal(jax.random.key(1), (60, 128), jnp.bfloat16)
-  forced = jax.random.permutation(
-    jax.random.key(2),
-    jnp.tile(jnp.arange(config.num_experts), (60, 1)),
-    axis=1,
-    independent=True,
-  )[:, :2]
-
-  def grads(params, x):
-    def loss(params, x):
-      y, _ = jmoe.moe(params, x, config, forced=forced, train=True)
-      return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
-
-    (_, y), found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-    return y, found
-
-  found = jax.jit(grads)(params, x)
-  wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
-  with devices.as_if("cpu"):
-    expected = jax.jit(grads)(*wide)
-  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    assert error(one, np.asarray(other, np.float64)) < 2e-2
-
-
-@lowers
-def test_layers_trace_for_hopper_inside_shard_map():
-  import jmoe
-
-  auto = (jax.sharding.AxisType.Auto,)
-  mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
-  config = jmoe.simple(256, 384, num_experts=8, k=2)
-  params = jax.tree.map(
-    lambda a: a.astype(jnp.bfloat16), jmoe.moe_init(jax.random.key(0), config)
-  )
-  spec = jax.sharding.PartitionSpec
-
-  def layer(params, x):
-    return jmoe.moe(params, x[0], config)[0][None]
-
-  split = jax.shard_map(
-    layer, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data")
-  )
-
-  def loss(params, x):
-    return jnp.sum(split(params, x).astype(jnp.float32))
-
-  x = jnp.ones((8, 300, 256), jnp.bfloat16)
-  with devices.as_if("hopper"):
-    text = str(jax.jit(jax.grad(loss)).trace(params, x).jaxpr)
-  mosaic = text.count("mpmd_map[") + text.count("core_map[")  # its name before
-  assert mosaic >= 7 and "take_rows" in text and "psum" in text
-
-
 def test_hopper_is_refused_elsewhere():
   from jmoe.kernels import grouped_matmul
 
@@ -282,55 +170,3 @@ def test_two_runs_give_the_same_bits_whatever_was_in_memory():
   for one, other in zip(first, step(), strict=True):
     rows = case.real if one.shape[0] == len(case.real) else slice(None)
     np.testing.assert_array_equal(one[rows], np.asarray(other)[rows])
-
-
-@pytest.mark.accelerator
-@pytest.mark.parametrize("limited", [False, True])
-@pytest.mark.parametrize("under", ["jit", "remat", "scan", "vmap"])
-def test_a_layer_on_a_hopper_is_that_of_a_cpu(limited, under):
-  """In float32 on the host, in bfloat16 here; the same choices are replayed."""
-  import jmoe
-
-  config = jmoe.simple(
-    256, 384, num_experts=8, k=2, capacity_factor=1.5 if limited else None
-  )
-  params = jmoe.moe_init(jax.random.key(0), config)
-  x = jax.random.normal(jax.random.key(1), (1000, 256))
-  forced = jax.lax.top_k(jax.random.uniform(jax.random.key(2), (1000, 8)), 2)[1]
-
-  def layer(params, x):
-    y, _ = jmoe.moe(params, x, config, forced=forced, train=True)
-    return y
-
-  def twice(params, x):
-    if under == "scan":
-      step = lambda x, _: (x + layer(params, x), None)  # noqa: E731
-      return jax.lax.scan(step, x, None, length=2)[0]
-    return layer(params, x)
-
-  call = jax.checkpoint(twice) if under == "remat" else twice
-
-  def grads(params, x):
-    def loss(params, x):
-      y = call(params, x).astype(jnp.float32)
-      return jnp.sum(jnp.sin(y)), y
-
-    (_, y), found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-    return y, found
-
-  narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params["experts"], x))
-  narrow = ({**params, "experts": narrow[0]}, narrow[1])
-  if under == "vmap":
-    many = jax.tree.map(lambda a: jnp.stack([a, a]), narrow)
-    found = jax.tree.map(lambda a: a[1], jax.jit(jax.vmap(grads))(*many))
-  else:
-    found = jax.jit(grads)(*narrow)
-  cpu = jax.devices("cpu")[0]
-  wide = jax.tree.map(lambda a: jax.device_put(np.asarray(a, np.float32), cpu), narrow)
-  forced = jax.device_put(forced, cpu)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(jax.default_device(cpu))
-    stack.enter_context(devices.as_if("cpu"))
-    expected = jax.jit(grads)(*wide)
-  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    assert error(one, np.asarray(other, np.float64)) < 2e-2

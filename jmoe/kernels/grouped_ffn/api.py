@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import Array
 
 from jmoe.kernels.devices import current_device
@@ -18,45 +19,76 @@ from jmoe.kernels.grouped_matmul.api import (
   report_choice,
 )
 from jmoe.kernels.varying import together
-from jmoe.types import Groups
-from jmoe.use import Use, fact
+from jmoe.types import Rows
+from jmoe.use import Use, fact, nearest
+
+KEEPS = ("rows", "hidden", "inputs")
 
 
 def grouped_ffn(
-  x_RD: Array,
+  rows: Rows,
   ups: tuple[Matrix, ...],
   down: Matrix,
-  groups: Groups,
   hidden: Callable[..., Array],
   matmul: Callable[..., Array] | None = None,
+  *,
+  keep: str = "hidden",
 ) -> Array:
-  """`hidden(x up_0 + b_0, x up_1 + b_1, ...) down + c` with each row's own expert.
+  """`weight (hidden(x up_0 + b_0, x up_1 + b_1, ...) down + c)` of each row's expert.
 
   Args:
-    x_RD: rows grouped by expert, padding rows zero.
+    rows: R rows grouped by expert, or the tokens and where each goes.
     ups: matrices [E,D,F] into the hidden layer, each with a bias [E,F] or None.
     down: matrix [E,F,D] out of it, with a bias [E,D] or None.
-    groups: where each expert's rows are.
     hidden: elementwise, from as many [.,F] arrays as there are `ups` to one whose width
       `down` takes; compared by value as a static argument.
     matmul: a grouped matmul to compose instead of fusing; None chooses by device.
+    keep: what stays in memory for the backward pass beside the tokens and the matrices:
+      "rows" [R,D] and the hidden arrays [R,F], "hidden" those arrays alone (rows are
+      gathered anew; only the fused form on Hopper can, others keep the rows), or
+      "inputs": neither, all of it is computed anew.
 
   Returns:
     `[R,D]` in x's dtype; rows of no expert hold no meaning.  Their gradient must be
     zero, as `carry.home` makes it.
-  """
-  E = down[0].shape[0]
-  x_RD, groups = of_first(x_RD, groups, E), first(groups, E)
-  x_RD, ups, down, groups = together(x_RD, ups, down, groups)
-  if matmul is None:
-    name = report_choice(current_device(), groups, E, common(x_RD, down[0]))
-    if name == "blocks":
-      return ffn(hidden, x_RD, ups, down, groups)
-    if name == "hopper" and (activation := _in_registers(hidden, ups, down)):
-      from jmoe.kernels.grouped_ffn.hopper import gated_ffn  # imports Pallas
 
-      return gated_ffn(activation, x_RD, ups[0][0], ups[1][0], down[0], groups)
-  return reference(x_RD, ups, down, groups, hidden, matmul or grouped_matmul)
+  Raises:
+    ValueError: an unknown `keep`.
+  """
+  check_keep(keep)
+  E, weight_R = down[0].shape[0], rows.weight
+  groups = first(rows.groups, E)
+  name = "given"
+  if matmul is None:
+    name = report_choice(current_device(), groups, E, common(rows.x, down[0]))
+  if name == "hopper" and (activation := _in_registers(hidden, ups, down)):
+    from jmoe.kernels.grouped_ffn.hopper import Form, gated_ffn  # Pallas
+
+    x, layout = rows.x, rows.layout
+    if rows.scale is not None or groups is not rows.groups:
+      x, layout = of_first(rows.gathered(), rows.groups, E), None
+    arrays = together(x, layout, ups[0][0], ups[1][0], down[0], groups, weight_R)
+    return gated_ffn(Form(activation, keep), *arrays)
+
+  def plain(rows, ups, down):
+    x_RD = of_first(rows.gathered(), rows.groups, E)
+    x_RD, ups, down, groups, weight_R = together(
+      x_RD, ups, down, first(rows.groups, E), rows.weight
+    )
+    if name == "blocks":
+      return ffn(hidden, x_RD, ups, down, groups, weight_R)
+    return reference(
+      x_RD, ups, down, groups, hidden, matmul or grouped_matmul, weight_R
+    )
+
+  call = jax.checkpoint(plain) if keep == "inputs" else plain
+  return call(rows, ups, down)
+
+
+def check_keep(keep: Any) -> None:
+  """Raises unless it is one of `KEEPS`."""
+  if keep not in KEEPS:
+    raise ValueError(f"experts: keep={keep!r}; {nearest(str(keep), KEEPS)}")
 
 
 def _in_registers(hidden: Any, ups: tuple[Matrix, ...], down: Matrix) -> Any:

@@ -191,7 +191,8 @@ def _rows_kernel(
       group = lax.axis_index("wg")
       used = used_ref[0]
 
-      def make(t, state):
+      def make(t, state, real):
+        del real  # an equal result is stored twice
         which, column = chip.in_bands(t, used, cols, tile.band)
         row, col = block_ref[which] * BLOCK, column * tile.cols
         own = pl.ds(group * cols_own, cols_own)
@@ -269,8 +270,8 @@ def _matrices_kernel(
     def _(buffers, staged):
       group = lax.axis_index("wg")
 
-      def make(t, state):
-        del state
+      def make(t, state, real):
+        del state, real
         e = lax.div(t, jnp.int32(rows * cols))
         within = t - e * (rows * cols)
         band = min(tile.band, rows)

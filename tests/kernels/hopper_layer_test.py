@@ -1,0 +1,213 @@
+"""A sparse layer by Hopper's kernels: interpreted, lowered, and on a GPU."""
+# SPDX-License-Identifier: Apache-2.0
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmoe
+from jmoe.kernels import devices
+from jmoe.use import use
+from tests.kernels.hopper_cases import error, interpreted, lowers, on_cpu
+
+
+@pytest.fixture
+def as_hopper(monkeypatch):
+  """A Hopper GPU of two multiprocessors, interpreted; rows are carried by plain jax."""
+  from jmoe.kernels import hopper, permute_rows
+
+  monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
+  monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
+  with devices.as_if("hopper"), interpreted():
+    yield
+
+
+def with_free(limited: bool) -> jmoe.MoEConfig:
+  base = use(jmoe.experts.glu, d_ff=128)
+  return jmoe.MoEConfig(
+    128,
+    6,
+    experts=use(jmoe.experts.with_free, base=base, constant=1, copy=1, zero=1),
+    capacity=use(jmoe.capacity.by_factor, factor=1.5) if limited else None,
+    dispatch=use(jmoe.dispatch.buckets if limited else jmoe.dispatch.sort),
+  )
+
+
+def simple(keep: str | None = None, **fields) -> jmoe.MoEConfig:
+  """A small layer whose experts keep that much for the backward pass."""
+  config = jmoe.simple(128, 128, num_experts=4, k=2, **fields)
+  if keep is None:
+    return config
+  keywords = {**config.experts.kwargs, "keep": keep}
+  return dataclasses.replace(config, experts=use(config.experts.function, **keywords))
+
+
+LAYERS = {
+  "glu": simple(),
+  "glu, made anew": simple("inputs"),
+  "gelu, capacity, rows kept": simple(
+    "rows", activation=jax.nn.gelu, capacity_factor=1.0
+  ),
+  "mlp with biases": simple(gated=False, bias=True),
+  "free experts": with_free(False),
+  "free experts, capacity": with_free(True),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
+  """Values and all gradients; blocks that no kernel writes hold NaN here."""
+  config = LAYERS[name]
+  params = jmoe.moe_init(jax.random.key(0), config)
+  narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params["experts"])
+  params = {**params, "experts": narrow}
+  x = jax.random.normal(jax.random.key(1), (60, 128), jnp.bfloat16)
+  forced = jax.random.permutation(
+    jax.random.key(2),
+    jnp.tile(jnp.arange(config.num_experts), (60, 1)),
+    axis=1,
+    independent=True,
+  )[:, :2]
+
+  def grads(params, x):
+    def loss(params, x):
+      y, _ = jmoe.moe(params, x, config, forced=forced, train=True)
+      return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    (_, y), found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    return y, found
+
+  found = jax.jit(grads)(params, x)
+  wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+  with devices.as_if("cpu"):
+    expected = jax.jit(grads)(*wide)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert error(one, np.asarray(other, np.float64)) < 2e-2
+
+
+def narrow(params):
+  """Experts in bfloat16."""
+  experts = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params["experts"])
+  return {**params, "experts": experts}
+
+
+def lowered(config, keys=("gate", "experts"), tokens=300):
+  """What a Hopper GPU runs for a layer's output, and gradients of x and of `keys`."""
+  params = jax.eval_shape(
+    lambda key: narrow(jmoe.moe_init(key, config)), jax.random.key(0)
+  )
+  x = jax.ShapeDtypeStruct((tokens, config.d_model), jnp.bfloat16)
+
+  def loss(some, x, params):
+    y, _ = jmoe.moe({**params, **some}, x, config, train=True)
+    return jnp.sum(y.astype(jnp.float32))
+
+  with devices.as_if("hopper"):
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(
+      {key: params[key] for key in keys}, x, params
+    )
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+# forward and backward; a gradient over the array that it is of; rows out, and again
+KEEPS = {"rows": (7, 2), "hidden": (7, 3), "inputs": (8, 4)}
+
+
+@lowers
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="Triton asks for a GPU")
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_layer_lowers_for_cuda_to_as_few_kernels(keep):
+  text = lowered(simple(keep))
+  products, gathers = KEEPS[keep]
+  assert text.count("@mosaic_gpu") == products
+  assert text.count("__gpu$xla.gpu.triton") == gathers
+  assert text.count("output_operand_alias<") >= 2
+
+
+@lowers
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="Triton asks for a GPU")
+def test_matrices_that_do_not_learn_cost_nothing():
+  text = lowered(simple(), keys=("gate",))
+  assert text.count("@mosaic_gpu") == 4  # hidden, down; back, dx
+
+
+@lowers
+def test_layers_trace_for_hopper_inside_shard_map():
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
+  config = jmoe.simple(256, 384, num_experts=8, k=2)
+  params = jax.tree.map(
+    lambda a: a.astype(jnp.bfloat16), jmoe.moe_init(jax.random.key(0), config)
+  )
+  spec = jax.sharding.PartitionSpec
+
+  def layer(params, x):
+    return jmoe.moe(params, x[0], config)[0][None]
+
+  split = jax.shard_map(
+    layer, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data")
+  )
+
+  def loss(params, x):
+    return jnp.sum(split(params, x).astype(jnp.float32))
+
+  x = jnp.ones((8, 300, 256), jnp.bfloat16)
+  with devices.as_if("hopper"):
+    text = str(jax.jit(jax.grad(loss)).trace(params, x).jaxpr)
+  mosaic = text.count("mpmd_map[") + text.count("core_map[")  # its name before
+  assert mosaic >= 7 and "take_rows" in text and "psum" in text
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("under", ["jit", "remat", "scan", "vmap"])
+def test_a_layer_on_a_hopper_is_that_of_a_cpu(limited, under):
+  """In float32 on the host, in bfloat16 here; the same choices are replayed."""
+  config = jmoe.simple(
+    256, 384, num_experts=8, k=2, capacity_factor=1.5 if limited else None
+  )
+  params = jmoe.moe_init(jax.random.key(0), config)
+  x = jax.random.normal(jax.random.key(1), (1000, 256))
+  forced = jax.lax.top_k(jax.random.uniform(jax.random.key(2), (1000, 8)), 2)[1]
+
+  def layer(params, x):
+    y, _ = jmoe.moe(params, x, config, forced=forced, train=True)
+    return y
+
+  def twice(params, x):
+    if under == "scan":
+      step = lambda x, _: (x + layer(params, x), None)  # noqa: E731
+      return jax.lax.scan(step, x, None, length=2)[0]
+    return layer(params, x)
+
+  call = jax.checkpoint(twice) if under == "remat" else twice
+
+  def grads(params, x):
+    def loss(params, x):
+      y = call(params, x).astype(jnp.float32)
+      return jnp.sum(jnp.sin(y)), y
+
+    (_, y), found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    return y, found
+
+  narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params["experts"], x))
+  narrow = ({**params, "experts": narrow[0]}, narrow[1])
+  if under == "vmap":
+    many = jax.tree.map(lambda a: jnp.stack([a, a]), narrow)
+    found = jax.tree.map(lambda a: a[1], jax.jit(jax.vmap(grads))(*many))
+  else:
+    found = jax.jit(grads)(*narrow)
+  cpu = jax.devices("cpu")[0]
+  wide = jax.tree.map(lambda a: jax.device_put(np.asarray(a, np.float32), cpu), narrow)
+  forced = jax.device_put(forced, cpu)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.default_device(cpu))
+    stack.enter_context(devices.as_if("cpu"))
+    expected = jax.jit(grads)(*wide)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert error(one, np.asarray(other, np.float64)) < 2e-2
