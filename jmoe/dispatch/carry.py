@@ -19,7 +19,7 @@ from jmoe.types import Home, Layout, Rows, wide
 @jax.custom_vjp
 def out(x_TD: Array, layout: Layout) -> Array:
   """`[R,D]` the token of every row; padding rows are zero."""
-  return permute_rows.take(x_TD, layout.token)
+  return permute_rows.spread(x_TD, layout)
 
 
 def _out_forward(x_TD: Array, layout: Layout):
@@ -53,7 +53,7 @@ def summed_home(rows_RD: Array, layout: Layout) -> Array:
 
 
 def _summed_home_backward(layout: Layout, grad_TD: Array):
-  return permute_rows.take(grad_TD, layout.token), None
+  return permute_rows.spread(grad_TD, layout), None
 
 
 summed_home.defvjp(

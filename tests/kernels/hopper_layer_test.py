@@ -160,7 +160,7 @@ def test_layers_trace_for_hopper_inside_shard_map():
   with devices.as_if("hopper"):
     text = str(jax.jit(jax.grad(loss)).trace(params, x).jaxpr)
   mosaic = text.count("mpmd_map[") + text.count("core_map[")  # its name before
-  assert mosaic >= 7 and "take_rows" in text and "psum" in text
+  assert mosaic >= 7 and "spread_rows" in text and "psum" in text
 
 
 @pytest.mark.accelerator

@@ -6,8 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe import capacity, routers
+from jmoe.assign import assign
+from jmoe.dispatch.layout import equal, ragged
 from jmoe.kernels import permute_rows
 from jmoe.kernels.permute_rows import reference
+from jmoe.types import Context
+from jmoe.use import use
 from tests.tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
@@ -42,6 +47,29 @@ def test_interpreted_rows_are_those_of_plain_jax(cols, dtype):
   assert found[0].dtype == dtype and not np.asarray(found[0])[~there].any()
 
 
+def layout_of(T=40, E=5, k=3, limited=False, seed=0):
+  """Where the tokens of a random routing go, some of them to fewer experts than k."""
+  logits = jax.random.normal(jax.random.key(seed), (T, E))
+  context = Context(valid=jnp.arange(T) % 7 != 3)
+  routing = routers.top_k(logits, logits, logits, k=k, context=context)
+  slots = use(capacity.fixed, slots=k * T // E) if limited else None
+  plan = assign(routing, context, capacity=slots)
+  return equal(plan, alignment=8) if limited else ragged(plan)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("cols", [128, 1500])
+def test_interpreted_tokens_go_to_each_of_their_places(cols, limited):
+  from jmoe.kernels.permute_rows import triton
+
+  layout = layout_of(limited=limited)
+  x = jax.random.normal(jax.random.key(0), (layout.num_tokens, cols), jnp.bfloat16)
+  row_TK = layout.row.reshape(layout.num_tokens, layout.k)
+  assert (row_TK == layout.num_rows).any() and (layout.token == len(x)).any()
+  found = triton.spread(x, row_TK, layout.token, interpret=True)
+  np.testing.assert_array_equal(found, reference.take(x, layout.token))
+
+
 def test_interpreted_rows_can_be_batched():
   from jmoe.kernels.permute_rows import triton
 
@@ -50,6 +78,16 @@ def test_interpreted_rows_can_be_batched():
     jnp.stack([x, x + 1]), jnp.stack([index, index[::-1]])
   )
   np.testing.assert_array_equal(found[1], reference.take(x + 1, index[::-1]))
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("limited", [False, True])
+def test_tokens_on_a_gpu_go_to_each_of_their_places(limited):
+  layout = layout_of(T=1000, E=37, k=8, limited=limited)
+  x = jax.random.normal(jax.random.key(0), (1000, 1500), jnp.bfloat16)
+  np.testing.assert_array_equal(
+    jax.jit(permute_rows.spread)(x, layout), reference.take(x, layout.token)
+  )
 
 
 @pytest.mark.accelerator

@@ -93,7 +93,7 @@ class _Given:
     """`[R,D]` in the experts' order."""
     if self.layout is None:
       return self.x
-    return permute_rows.take(self.x, self.layout.token)
+    return permute_rows.spread(self.x, self.layout)
 
 
 @pytree

@@ -11,6 +11,7 @@ from jax import Array
 from jmoe.kernels.devices import current_device
 from jmoe.kernels.permute_rows import reference
 from jmoe.kernels.varying import together
+from jmoe.types import Layout
 
 
 def take(rows: Array, index: Array) -> Array:
@@ -25,6 +26,21 @@ def take(rows: Array, index: Array) -> Array:
   from jmoe.kernels.permute_rows import triton  # imports Pallas
 
   return triton.take(*together(rows, index))
+
+
+def spread(x_TD: Array, layout: Layout) -> Array:
+  """`[R,D]` the token of every row of the expert buffer; padding rows are zero.
+
+  Args:
+    x_TD: tokens.
+    layout: where each of them goes.
+  """
+  if layout.k is None or not _served(x_TD) or not layout.num_rows:
+    return take(x_TD, layout.token)
+  from jmoe.kernels.permute_rows import triton  # imports Pallas
+
+  row_TK = layout.row.reshape(layout.num_tokens, layout.k)
+  return triton.spread(*together(x_TD, row_TK, layout.token))
 
 
 def weighed(

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plt
 from jmoe.kernels.varying import struct
 
 _MOST = 1024  # columns of a step
+_LOOKED_AT = 32  # rows of which one program finds those that no token goes to
 
 
 def take(rows_ND: Array, index_R: Array, *, interpret: bool = False) -> Array:
@@ -25,6 +26,24 @@ def take(rows_ND: Array, index_R: Array, *, interpret: bool = False) -> Array:
     name="take_rows",
     interpret=interpret,
   )(index_R, rows_ND)[0]
+
+
+def spread(
+  x_TD: Array, row_TK: Array, token_R: Array, *, interpret: bool = False
+) -> Array:
+  """Each token's row at each of its places; zero where no token goes.
+
+  A program reads a token once and writes it k times: in the order of the rows it would
+  be read k times, mostly from memory.
+  """
+  (T, D), R = x_TD.shape, token_R.shape[0]
+  return _call(
+    functools.partial(_spread, num_tokens=T),
+    (struct((R, D), x_TD.dtype, x_TD),),
+    name="spread_rows",
+    interpret=interpret,
+    programs=T + pl.cdiv(R, _LOOKED_AT),
+  )(row_TK, token_R, x_TD)[0]
 
 
 def weighed(
@@ -60,6 +79,31 @@ def _take(index_ref, rows_ref, out_ref, *, num_rows: int):
     plt.store(out_ref.at[r, cols], found, mask=inside)
 
 
+def _spread(row_ref, token_ref, x_ref, out_ref, *, num_tokens: int):
+  t = pl.program_id(0)
+  (R, D), k = out_ref.shape, row_ref.shape[1]
+
+  @pl.when(t < num_tokens)
+  def _():
+    places = [row_ref[t, j] for j in range(k)]
+    for cols, inside in _columns(D):
+      found = plt.load(x_ref.at[t, cols], mask=inside, other=0.0)
+      for row in places:
+        there = row < R
+        row = jnp.where(there, row, 0)
+        plt.store(out_ref.at[row, cols], found, mask=inside & there)
+
+  @pl.when(t >= num_tokens)
+  def _():
+    first = (t - num_tokens) * _LOOKED_AT
+    for n in range(_LOOKED_AT):
+      row = jnp.minimum(first + n, R - 1)
+      nobody = token_ref[row] >= num_tokens
+      for cols, inside in _columns(D):
+        zero = jnp.zeros(cols.shape, out_ref.dtype)
+        plt.store(out_ref.at[row, cols], zero, mask=inside & nobody)
+
+
 def _weighed(
   index_ref, rows_ref, weight_ref, other_ref, out_ref, dot_ref, *, num_rows: int
 ):
@@ -91,13 +135,14 @@ def _columns(num_cols: int):
     yield cols, cols < num_cols
 
 
-def _call(kernel, out, *, name: str, interpret: bool):
+def _call(kernel, out, *, name: str, interpret: bool, programs: int | None = None):
+  """A call with a program for each index, or as many as are asked for."""
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
 
   def call(index_R, *arrays):
     return pl.pallas_call(
       kernel,
-      grid=(index_R.shape[0],),
+      grid=(programs or index_R.shape[0],),
       in_specs=[anywhere] * (1 + len(arrays)),
       out_specs=(anywhere,) * len(out),
       out_shape=out,
