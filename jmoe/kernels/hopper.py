@@ -38,6 +38,8 @@ class Tile:
     stages: steps whose operands are in shared memory.
     band: row tiles that are walked before the next column tile.
     chained: copying runs on into the next tile while this one is stored.
+    cluster: thread blocks that make tiles side by side and copy what these have in
+      common once for all.
   """
 
   rows: int
@@ -46,6 +48,20 @@ class Tile:
   stages: int = 4
   band: int = 8
   chained: bool = True
+  cluster: int = 1
+
+  def that_fits(self, number: int) -> "Tile":
+    """The same, without a cluster where that many tiles cannot be shared out evenly."""
+    return self if number % self.cluster == 0 else dataclasses.replace(self, cluster=1)
+
+  @property
+  def shared(self) -> dict[str, Any]:
+    """What a specification of an operand says that is common to a cluster."""
+    return {} if self.cluster == 1 else {"collective_axes": ("cluster",)}
+
+  def member(self) -> Any:
+    """Which thread block of its cluster this is."""
+    return 0 if self.cluster == 1 else lax.axis_index("cluster")
 
   @property
   def own(self) -> tuple[int, int]:
@@ -211,38 +227,34 @@ def nothing(*_: Any, **__: Any) -> None:
   """Stands for a function where only a pipeline's buffers are asked for."""
 
 
-def values_of_rows(ref: Any, first: Array, count: int) -> Array:
-  """[count] numbers from global memory, one for each row of a warpgroup's tile."""
-  rows = pl.ds(first, count)
-  if jax.__version_info__ < (0, 11):
-    return plgpu.load(ref, (rows,), optimized=False)
-  load: Any = plgpu.load  # takes no index any more
-  return load(ref.at[rows], optimized=False)
-
-
-def scaled(tile: Array, scale: Array) -> Array:
-  """Rows of a tile times a number each."""
-  return tile * lax.broadcast_in_dim(scale, tile.shape, (0,))
-
-
 def launch(
-  body: Callable[..., None], out: Any, *, blocks: int, name: str, updated: int = 0
+  body: Callable[..., None],
+  out: Any,
+  *,
+  blocks: int,
+  name: str,
+  cluster: int = 1,
+  updated: int = 0,
 ) -> Callable[..., Any]:
   """A persistent kernel of three warpgroups a thread block.
 
   Args:
     body: (operands, results) as refs.
     out: the results' shapes; those that are written over operands come first.
-    blocks: thread blocks.
+    blocks: thread blocks, or clusters of them.
     name: of the operation.
+    cluster: thread blocks of a cluster.
     updated: that many operands, the first ones, are written over by as many results,
       of equal shapes.  The body gets their refs twice.
   """
   threads: Any = dict(
     grid=(blocks,), grid_names=("sm",), num_threads=3, thread_name="wg"
   )
+  if cluster > 1:
+    threads.update(cluster=(cluster,), cluster_names=("cluster",))
   compiler_params = plgpu.CompilerParams(
-    lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    approx_math=True,  # exponentials to two units in the last place of float32
   )
   kernel: Any = plgpu.kernel(
     body, out_type=out, compiler_params=compiler_params, **threads

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
+from jmoe.kernels.hopper_rows import row_kernel, store
 from jmoe.types import Groups
 
 _ALIGNED = 64  # tiles in shared memory are 128 bytes wide, and so is what they are of
@@ -79,6 +80,7 @@ def rows(
   transpose: bool = False,
   num_sms: int | None = None,
   dtype: Any = None,
+  tile: Tile | None = None,
 ) -> Array:
   """`sum over pairs of x_r w_e(r)`, or with the matrices transposed; `[R,F]`.
 
@@ -88,21 +90,31 @@ def rows(
     transpose: contract the matrices' last dimension instead of the one before it.
     num_sms: multiprocessors to use; None: all.
     dtype: of the result; None: the operands'.
+    tile: None: `rows_tile`.
   """
   cols = pairs[0][1].shape[1 if transpose else 2]
   kernel = functools.partial(
-    _rows_kernel, transpose=transpose, num_sms=num_sms, out=dtype or pairs[0][0].dtype
+    _rows_kernel,
+    transpose=transpose,
+    num_sms=num_sms,
+    out=dtype or pairs[0][0].dtype,
+    tile=tile,
   )
   operands = [x for pair in pairs for x in (padded(pair[0], 1), padded(pair[1], 1, 2))]
   return foldable(kernel)(groups, *operands)[:, :cols]
 
 
 def matrices(
-  x_RD: Array, y_RF: Array, groups: Groups, *, num_sms: int | None = None
+  x_RD: Array,
+  y_RF: Array,
+  groups: Groups,
+  *,
+  num_sms: int | None = None,
+  tile: Tile | None = None,
 ) -> Array:
   """`[E,D,F]` the sum of `x_r y_r^T` over each expert's rows; zero without any."""
   D, F = x_RD.shape[1], y_RF.shape[1]
-  kernel = functools.partial(_matrices_kernel, num_sms=num_sms)
+  kernel = functools.partial(_matrices_kernel, num_sms=num_sms, tile=tile)
   return foldable(kernel)(groups, padded(x_RD, 1), padded(y_RF, 1))[:, :D, :F]
 
 
@@ -138,126 +150,80 @@ def padded(x: Array, *axes: int) -> Array:
 
 
 def _rows_kernel(
-  groups: Groups, *operands: Array, transpose: bool, num_sms: int | None, out: Any
+  groups: Groups,
+  *operands: Array,
+  transpose: bool,
+  num_sms: int | None,
+  out: Any,
+  tile: Tile | None,
 ) -> Array:
   """Operands are rows and matrices of each pair in turn."""
-  pairs = len(operands) // 2
-  R, D = operands[0].shape
-  F = operands[1].shape[1 if transpose else 2]
-  tile, dtype = rows_tile(F, D, pairs), operands[0].dtype
-  cols = pl.cdiv(F, tile.cols)
-  rows_own, cols_own = tile.own
-  sms = num_sms or chip.multiprocessors()
-  blocks = chip.used_blocks(groups, R)
-  x_spec = plgpu.BlockSpec(
-    (tile.rows, DEPTH), lambda k: (0, k), transforms=chip.swizzled(dtype, DEPTH)
+  lefts, rights = operands[::2], operands[1::2]
+  (R, D), F = lefts[0].shape, rights[0].shape[1 if transpose else 2]
+  tile = tile or rows_tile(F, D, len(lefts))
+
+  def multiply(place, tiles, totals):
+    for x, w in zip(tiles[: len(lefts)], tiles[len(lefts) :], strict=True):
+      w = chip.transposed(w.at[place.own]) if transpose else w.at[:, place.own]
+      plgpu.wgmma(totals[0], x, w)
+
+  def finish(place, sums, begun, scratch, others, results):
+    del begun, others
+    store(sums[0], scratch["staged"], place, results[0])
+
+  (made,) = row_kernel(
+    groups,
+    (),
+    lefts,
+    rights,
+    tile=tile,
+    transpose=transpose,
+    sums=1,
+    multiply=multiply,
+    finish=finish,
+    scratch={"staged": chip.staging(tile.own[0], out)},
+    out=(chip.struct((R, F), out, operands),),
+    name="grouped_matmul_transposed" if transpose else "grouped_matmul",
+    num_sms=num_sms,
   )
-  if transpose:
-    w_spec = plgpu.BlockSpec(
-      (tile.cols, DEPTH), lambda k: (0, k), transforms=chip.swizzled(dtype, DEPTH)
-    )
-  else:
-    w_spec = plgpu.BlockSpec(
-      (DEPTH, tile.cols), lambda k: (k, 0), transforms=chip.swizzled(dtype, 64)
-    )
-
-  def body(*refs):
-    *operand_refs, expert_ref, block_ref, used_ref, y_ref = refs
-
-    def pipe(multiply, context, state=None):
-      return chip.pipeline(
-        multiply,
-        context,
-        steps=pl.cdiv(D, DEPTH),
-        specs=[x_spec, w_spec] * pairs,
-        stages=tile.stages,
-        state=state,
-      )
-
-    def matrix(w_ref, e, c):
-      if transpose:
-        return w_ref.at[e, pl.ds(c, tile.cols), :]
-      return w_ref.at[e, :, pl.ds(c, tile.cols)]
-
-    shape = (tile.cols, D) if transpose else (D, tile.cols)
-    like = [jax.ShapeDtypeStruct((tile.rows, D), dtype)]
-    like += [jax.ShapeDtypeStruct(shape, dtype)]
-
-    @chip.scoped(
-      buffers=pipe(chip.nothing, chip.nothing).get_allocations(*like * pairs),
-      staged=chip.staging(rows_own, out),
-    )
-    def _(buffers, staged):
-      group = lax.axis_index("wg")
-      used = used_ref[0]
-
-      def make(t, state, real):
-        del real  # an equal result is stored twice
-        which, column = chip.in_bands(t, used, cols, tile.band)
-        row, col = block_ref[which] * BLOCK, column * tile.cols
-        own = pl.ds(group * cols_own, cols_own)
-
-        def multiply(_, *both):
-          *operands, total = both
-          for x, w in zip(operands[::2], operands[1::2], strict=True):
-            w = chip.transposed(w.at[own]) if transpose else w.at[:, own]
-            plgpu.wgmma(total, x, w)
-          plgpu.wgmma_wait(0)
-          return total
-
-        def context(run):
-          @functools.partial(pl.run_scoped, total=chip.accumulator(rows_own, cols_own))
-          def _(total):
-            run(total)
-            first = col + group * cols_own
-
-            def place(r, rows, c, cols):
-              return y_ref.at[pl.ds(row + r, rows), pl.ds(first + c, cols)]
-
-            chip.store(total[...].astype(out), staged, group, place)
-
-        sources = []
-        for x_ref, w_ref in zip(operand_refs[::2], operand_refs[1::2], strict=True):
-          sources += [x_ref.at[pl.ds(row, tile.rows), :]]
-          sources += [matrix(w_ref, expert_ref[which], col)]
-        pipe(multiply, context, state)(*sources, allocations=buffers)
-
-      chip.each_tile(used * cols, blocks=sms, chained=tile.chained, body=make)
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-  made = chip.struct((R, F), out, operands)
-  name = "grouped_matmul_transposed" if transpose else "grouped_matmul"
-  kernel = chip.launch(body, made, blocks=sms, name=name)
-  return kernel(*operands, blocks.expert, blocks.block, blocks.used)
+  return made
 
 
 def _matrices_kernel(
-  groups: Groups, x_RD: Array, y_RF: Array, *, num_sms: int | None
+  groups: Groups,
+  x_RD: Array,
+  y_RF: Array,
+  *,
+  num_sms: int | None,
+  tile: Tile | None,
 ) -> Array:
   R, D = x_RD.shape
   F, E = y_RF.shape[1], groups.start.shape[0]
-  tile, dtype = matrices_tile(F), x_RD.dtype
+  tile, dtype = tile or matrices_tile(F), x_RD.dtype
   rows, cols = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.cols)
+  # Thread blocks of a cluster make rows one below the other of the same columns.
+  tile = tile.that_fits(rows)
+  tall = rows // tile.cluster
   rows_own, cols_own = tile.own
-  sms = num_sms or chip.multiprocessors()
+  blocks = max(1, (num_sms or chip.multiprocessors()) // tile.cluster)
   # An expert without rows points inside the buffer, and its sum is not used.
   start_E = jnp.minimum(groups.start, R - BLOCK)
 
   def body(x_ref, y_ref, start_ref, rows_ref, w_ref):
     def pipe(multiply, context, steps, first, row, col):
-      def spec(width, place):
+      def spec(width, place, **shared):
         return plgpu.BlockSpec(
           (DEPTH, width),
           lambda k: (first + k, place),
           transforms=chip.swizzled(dtype, 64),
+          **shared,
         )
 
       return chip.pipeline(
         multiply,
         context,
         steps=steps,
-        specs=[spec(tile.rows, row), spec(tile.cols, col)],
+        specs=[spec(tile.rows, row), spec(tile.cols, col, **tile.shared)],
         stages=tile.stages,
       )
 
@@ -272,12 +238,13 @@ def _matrices_kernel(
 
       def make(t, state, real):
         del state, real
-        e = lax.div(t, jnp.int32(rows * cols))
-        within = t - e * (rows * cols)
-        band = min(tile.band, rows)
-        row, col = chip.in_bands(within, jnp.int32(rows), cols, band)
+        e = lax.div(t, jnp.int32(tall * cols))
+        within = t - e * (tall * cols)
+        band = min(tile.band, tall)
+        row, col = chip.in_bands(within, jnp.int32(tall), cols, band)
+        row = row * tile.cluster + tile.member()
         first = lax.div(start_ref[e], jnp.int32(DEPTH))
-        blocks = lax.div(rows_ref[e] + (BLOCK - 1), jnp.int32(BLOCK))
+        depth = lax.div(rows_ref[e] + (BLOCK - 1), jnp.int32(BLOCK))
         own = pl.ds(group * rows_own, rows_own)
 
         def multiply(_, x, y, total):
@@ -296,18 +263,20 @@ def _matrices_kernel(
 
             chip.store(total[...].astype(dtype), staged, group, place)
 
-        steps = blocks * (BLOCK // DEPTH)
+        steps = depth * (BLOCK // DEPTH)
         pipe(multiply, context, steps, first, row, col)(
           x_ref, y_ref, allocations=buffers
         )
 
-      count = jnp.int32(E * rows * cols)
-      chip.each_tile(count, blocks=sms, chained=False, body=make)
+      count = jnp.int32(E * tall * cols)
+      chip.each_tile(count, blocks=blocks, chained=False, body=make)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   out = chip.struct((E, D, F), dtype, x_RD)
-  kernel = chip.launch(body, out, blocks=sms, name="grouped_matmul_matrices")
+  kernel = chip.launch(
+    body, out, blocks=blocks, cluster=tile.cluster, name="grouped_matmul_matrices"
+  )
   return kernel(x_RD, y_RF, start_E, groups.rows)
 
 
