@@ -25,7 +25,6 @@ from jmoe.kernels.varying import differs, like, struct as struct, together
 from jmoe.types import Groups, pytree
 
 DEPTH = 64  # of the contracted dimension in a step: 128 bytes of a 16-bit type
-_COPY_REGISTERS = 40  # of a thread that only copies; the others get the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Tile:
     chained: copying runs on into the next tile while this one is stored.
     cluster: thread blocks that make tiles side by side and copy what these have in
       common once for all.
+    ring: copying never stops between tiles (`hopper_ring`), instead of `chained`.
+    alternating: a warpgroup makes every other tile by itself; needs `ring`.
   """
 
   rows: int
@@ -49,15 +50,12 @@ class Tile:
   band: int = 8
   chained: bool = True
   cluster: int = 1
+  ring: bool = False
+  alternating: bool = False
 
   def that_fits(self, number: int) -> "Tile":
     """The same, without a cluster where that many tiles cannot be shared out evenly."""
     return self if number % self.cluster == 0 else dataclasses.replace(self, cluster=1)
-
-  @property
-  def shared(self) -> dict[str, Any]:
-    """What a specification of an operand says that is common to a cluster."""
-    return {} if self.cluster == 1 else {"collective_axes": ("cluster",)}
 
   def member(self) -> Any:
     """Which thread block of its cluster this is."""
@@ -66,6 +64,8 @@ class Tile:
   @property
   def own(self) -> tuple[int, int]:
     """Rows and columns of one warpgroup."""
+    if self.alternating:
+      return self.rows, self.cols
     if self.by_cols:
       return self.rows, self.cols // 2
     return self.rows // 2, self.cols
@@ -198,29 +198,6 @@ def store(
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(staged.at[group, slot], place(r, rows, c, cols))
       slot = (slot + 1) % slots
-
-
-def pipeline(
-  multiply: Callable[..., Any],
-  context: Callable[..., Any],
-  *,
-  steps: Any,
-  specs: list[Any],
-  stages: int,
-  state: Any = None,
-) -> Any:
-  """A loop over the contracted dimension whose operands are copied ahead."""
-  return plgpu.emit_pipeline_warp_specialized(
-    multiply,
-    grid=(steps,),
-    in_specs=specs,
-    max_concurrent_steps=stages,
-    num_compute_wgs=2,
-    memory_registers=_COPY_REGISTERS,
-    wg_axis="wg",
-    compute_context=context,
-    pipeline_state=state,
-  )
 
 
 def nothing(*_: Any, **__: Any) -> None:

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
+from jmoe.kernels.hopper_walk import Operand, Work, walk
 from jmoe.types import Groups
 
 
@@ -30,8 +31,8 @@ class Place:
   column: Array  # which column of tiles
   rows: int
   cols: int
-  own: Any  # its rows or columns of the tile
-  real: Array  # False where a tile is only made again, as the end of a chain
+  own: Any  # its rows of the tile, or its columns (`Tile.by_cols`)
+  real: Any  # False where a tile is only made again, as the end of a chain
 
   def of(self, ref: Any, r: int = 0, rows: int = 0, c: int = 0, cols: int = 0) -> Any:
     """Its part of an array `[R,F]`, or a piece of that part."""
@@ -81,25 +82,11 @@ def row_kernel(
   """
   (R, D), dtype = lefts[0].shape, lefts[0].dtype
   F = rights[0].shape[1 if transpose else 2]
-  steps, columns = pl.cdiv(D, DEPTH), pl.cdiv(F, tile.cols)
+  columns = pl.cdiv(F, tile.cols)
   tile = tile.that_fits(columns)
   bands = columns // tile.cluster
   sms = num_sms or chip.multiprocessors()
   blocks, used = max(1, sms // tile.cluster), chip.used_blocks(groups, R)
-  # Thread blocks of a cluster make columns side by side of the same rows.
-  left_spec = plgpu.BlockSpec(
-    (tile.rows, DEPTH),
-    lambda k: (0, k),
-    transforms=chip.swizzled(dtype, DEPTH),
-    **tile.shared,
-  )
-  shape = (tile.cols, DEPTH) if transpose else (DEPTH, tile.cols)
-  right_spec = plgpu.BlockSpec(
-    shape,
-    (lambda k: (0, k)) if transpose else (lambda k: (k, 0)),
-    transforms=chip.swizzled(dtype, DEPTH if transpose else 64),
-  )
-  specs = [left_spec] * len(lefts) + [right_spec] * len(rights)
 
   def body(*refs):
     parts = []
@@ -109,58 +96,51 @@ def row_kernel(
     other_refs, left_refs, right_refs, (expert_ref, block_ref, used_ref) = parts
     out_refs = refs
 
-    def pipe(step, context, state=None):
-      return chip.pipeline(
-        step, context, steps=steps, specs=specs, stages=tile.stages, state=state
-      )
+    def arguments(t):
+      """(expert, first row, column of tiles)."""
+      which, band = chip.in_bands(t, used_ref[0], bands, tile.band)
+      # Thread blocks of a cluster make columns side by side of the same rows.
+      column = band * tile.cluster + tile.member()
+      return expert_ref[which], block_ref[which] * BLOCK, column
 
-    whole = [jax.ShapeDtypeStruct((tile.rows, D), dtype)] * len(lefts)
-    whole += [
-      jax.ShapeDtypeStruct((tile.cols, D) if transpose else (D, tile.cols), dtype)
-    ] * len(rights)
+    def make(group, which, real, scratch, over):
+      place = _place(tile, group, which, real)
 
-    @chip.scoped(
-      buffers=pipe(chip.nothing, chip.nothing).get_allocations(*whole),
-      scratch=dict(scratch or {}),
+      def with_sums(*totals):
+        begun = begin(place, other_refs)
+        over(totals)
+        values = [total[...] for total in totals]
+        finish(place, values, begun, scratch, other_refs, out_refs)
+
+      pl.run_scoped(with_sums, *[chip.accumulator(*tile.own)] * sums)
+
+    def step(k, group, which, real, scratch, tiles, totals):
+      place = _place(tile, group, which, real)
+      during(k, place, scratch, other_refs)
+      multiply(place, tiles, totals)
+      plgpu.wgmma_wait(0)
+
+    def left(ref):
+      def source(which):
+        return ref.at[pl.ds(which[1], tile.rows), :]
+
+      return Operand(tile.rows, 1, dtype, source, shared=tile.cluster > 1)
+
+    def right(ref):
+      def source(which):
+        e, across = which[0], pl.ds(which[2] * tile.cols, tile.cols)
+        return ref.at[e, across, :] if transpose else ref.at[e, :, across]
+
+      return Operand(tile.cols, int(transpose), dtype, source)
+
+    walk(
+      [*map(left, left_refs), *map(right, right_refs)],
+      Work(arguments, lambda _: pl.cdiv(D, DEPTH), make, step),
+      tile=tile,
+      count=used_ref[0] * bands,
+      blocks=blocks,
+      scratch=scratch or {},
     )
-    def _(buffers, scratch):
-      group = lax.axis_index("wg")
-
-      def make(t, state, real):
-        which, band = chip.in_bands(t, used_ref[0], bands, tile.band)
-        column = band * tile.cluster + tile.member()
-        place = _place(tile, group, block_ref[which] * BLOCK, column, real)
-
-        def step(indices, *operands):
-          during(indices[0], place, scratch, other_refs)
-          multiply(place, operands[:-1], operands[-1])
-          plgpu.wgmma_wait(0)
-          return operands[-1]
-
-        def context(run):
-          def with_sums(*totals):
-            begun = begin(place, other_refs)
-            run(totals)
-            values = [total[...] for total in totals]
-            finish(place, values, begun, scratch, other_refs, out_refs)
-
-          pl.run_scoped(with_sums, *[chip.accumulator(*tile.own)] * sums)
-
-        e, across = expert_ref[which], pl.ds(column * tile.cols, tile.cols)
-        rows = pl.ds(block_ref[which] * BLOCK, tile.rows)
-        pipe(step, context, state)(
-          *[ref.at[rows, :] for ref in left_refs],
-          *[
-            ref.at[(e, across) if transpose else (e, slice(None), across)]
-            for ref in right_refs
-          ],
-          allocations=buffers,
-        )
-
-      count = used_ref[0] * bands
-      chip.each_tile(count, blocks=blocks, chained=tile.chained, body=make)
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   kernel = chip.launch(
     body, out, blocks=blocks, cluster=tile.cluster, name=name, updated=updated
@@ -169,9 +149,11 @@ def row_kernel(
   return kernel(*operands, used.expert, used.block, used.used)
 
 
-def _place(tile: Tile, group: Array, row: Array, column: Array, real: Array) -> Place:
-  rows, cols = tile.own
+def _place(tile: Tile, group: Array, which: Any, real: Any) -> Place:
+  (rows, cols), (_, row, column) = tile.own, which
   col = column * tile.cols
+  if tile.alternating:
+    return Place(group, row, col, column, rows, cols, pl.ds(0, rows), real)
   if tile.by_cols:
     own = pl.ds(group * cols, cols)
     return Place(group, row, col + group * cols, column, rows, cols, own, real)

@@ -132,13 +132,14 @@ def _forward(form, *primals):
 def _backward(form, kept, dy_RD):
   given, groups = kept.given, kept.given.groups
   if isinstance(dy_RD, SymbolicZero):
-    dy_RD = jnp.zeros(dy_RD.shape, dy_RD.dtype)
+    zero: Any = dy_RD
+    dy_RD = jnp.zeros(zero.shape, zero.dtype)
   hidden = kept.hidden or _hidden(form, given, given.rows(), hidden=True, product=False)
   kernel = functools.partial(
     back_kernel, activation=form.activation, num_sms=form.num_sms
   )
-  operands = [padded(h, 1) for h in (dy_RD, *hidden)]
-  operands.insert(1, padded(given.down_EFD, 1, 2))
+  operands = [padded(dy_RD, 1), padded(given.down_EFD, 1, 2)]
+  operands += [padded(h, 1) for h in hidden]
   if given.weight_R is not None:
     operands.append(given.weight_R)
   F = given.gate_EDF.shape[2]

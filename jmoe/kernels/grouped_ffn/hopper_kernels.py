@@ -4,7 +4,6 @@ What the activation needs and gives stays in registers beside the sums of a prod
 """
 # SPDX-License-Identifier: Apache-2.0
 
-import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -13,12 +12,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
-from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
+from jmoe.kernels.hopper import DEPTH, Tile
 from jmoe.kernels.hopper_rows import row_kernel, scaled, store, values_of_rows
+from jmoe.kernels.hopper_tiles import choose
 from jmoe.types import Groups
 
+_SLOTS = 2  # pieces of the hidden arrays in shared memory, of each warpgroup
 Activation = Callable[[Array], tuple[Array, Array]]  # x -> its value, its derivative
-_COLS = 128  # of a tile of each of the two hidden arrays
 
 
 def hidden_kernel(
@@ -39,10 +39,10 @@ def hidden_kernel(
   Args:
     hidden: the first two.
     product: the third.
-    tile: of each of the two; None: `ffn_tile`.
+    tile: of each of the two; None: that of the table in `hopper_tiles`.
   """
   (R, D), F = x_RD.shape, gate_EDF.shape[2]
-  tile = tile or ffn_tile(D)
+  tile = tile or choose("hidden", width=F, depth=D, operands=3)
 
   def multiply(place, tiles, totals):
     x, gate, up = tiles
@@ -98,54 +98,71 @@ def back_kernel(
     `[R,F]` three times, and f32[R] if there is a weight.
   """
   (R, D), F, dtype = dy_RD.shape, down_EFD.shape[1], dy_RD.dtype
-  tile = tile or ffn_tile(D)
-  rows_own, cols_own = tile.own
+  tile = tile or choose("back", width=F, depth=D)
   steps = pl.cdiv(D, DEPTH)
+  # The hidden arrays come in pieces, some while the product is made.
+  rows_own, cols_own = tile.own
+  pieces = [(r, c) for r in range(0, rows_own, 64) for c in range(0, cols_own, 64)]
+
+  def fetch(p, place, scratch, others):
+    held, arrived = scratch["held"], scratch["arrived"]
+    (r, c), slot = pieces[p], p % _SLOTS
+    for n, ref in enumerate(others[:2]):
+      plgpu.copy_gmem_to_smem(
+        place.of(ref, r, 64, c, 64),
+        held.at[place.group, slot, n],
+        arrived.at[place.group, slot],
+      )
 
   def during(step, place, scratch, others):
-    # The hidden arrays come while the product is made; by then what the last tile left
-    # in their places has gone out.
+    # By then what the last tile left in their places has gone out.
     @pl.when(step == min(4, steps - 1))
     def _():
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      for n, ref in enumerate(others[:2]):
-        held, arrived = scratch["held"], scratch["arrived"]
-        plgpu.copy_gmem_to_smem(
-          place.of(ref), held.at[place.group, n], arrived.at[place.group, n]
-        )
+      for p in range(min(_SLOTS, len(pieces))):
+        fetch(p, place, scratch, others)
 
   def multiply(place, tiles, totals):
     dy, down = tiles
-    plgpu.wgmma(totals[0], dy.at[place.own], chip.transposed(down))
+    if not tile.alternating:
+      dy = dy.at[place.own]
+    plgpu.wgmma(totals[0], dy, chip.transposed(down))
 
   def finish(place, sums, scale, scratch, others, results):
-    del others
-    held, arrived, dots = scratch["held"], scratch["arrived"], []
-    plgpu.barrier_wait(arrived.at[place.group, 0])
-    plgpu.barrier_wait(arrived.at[place.group, 1])
-    for c in range(0, cols_own, 64):  # few registers at a time
-      piece = pl.ds(c, 64)
-      g = held[place.group, 0, :, piece].astype(jnp.float32)
-      u = held[place.group, 1, :, piece].astype(jnp.float32)
-      d = sums[0][:, c : c + 64]
+    held, arrived = scratch["held"], scratch["arrived"]
+    dots: dict[int, Array] = {}
+    for p, (r, c) in enumerate(pieces):
+      slot = p % _SLOTS
+      if p and _SLOTS <= p + _SLOTS - 1 < len(pieces):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the piece before this one
+        fetch(p + _SLOTS - 1, place, scratch, others)
+      plgpu.barrier_wait(arrived.at[place.group, slot])
+      g, u = (held[place.group, slot, n].astype(jnp.float32) for n in range(2))
+      d = sums[0][r : r + 64, c : c + 64]
       value, slope = activation(g)
       a = value * u
       if scale:
-        dots.append(jnp.sum(d * a, axis=1))
-        d, a = scaled(d, scale[0]), scaled(a, scale[0])
-      held[place.group, 0, :, piece] = (d * u * slope).astype(dtype)
-      held[place.group, 1, :, piece] = (d * value).astype(dtype)
-      held[place.group, 2, :, piece] = a.astype(dtype)
-    plgpu.commit_smem()
+        dots[r] = jnp.sum(d * a, axis=1) + (dots[r] if r in dots else 0.0)
+        own = scale[0][r : r + 64] if rows_own > 64 else scale[0]
+        d, a = scaled(d, own), scaled(a, own)
+      held[place.group, slot, 0] = (d * u * slope).astype(dtype)
+      held[place.group, slot, 1] = (d * value).astype(dtype)
+      held[place.group, slot, 2] = a.astype(dtype)
+      plgpu.commit_smem()
 
-    # A repeated tile read what has been written over: its results are wrong.
+      # A repeated tile read what has been written over: its results are wrong.
+      @pl.when(place.real)
+      def _(r=r, c=c, slot=slot):
+        for n, ref in enumerate(results[:3]):
+          plgpu.copy_smem_to_gmem(
+            held.at[place.group, slot, n], place.of(ref, r, 64, c, 64)
+          )
+
     @pl.when(place.real)
     def _():
-      for n, ref in enumerate(results[:3]):
-        plgpu.copy_smem_to_gmem(held.at[place.group, n], place.of(ref))
       for ref in results[3:]:
-        mine = pl.ds(place.row, place.rows)
-        ref[place.column, mine] = functools.reduce(jnp.add, dots)
+        for r, dot in dots.items():
+          ref[place.column, pl.ds(place.row + r, 64)] = dot
 
   out = (chip.struct((R, F), dtype, dy_RD),) * 3
   weights = () if weight_R is None else (weight_R,)
@@ -153,10 +170,9 @@ def back_kernel(
     columns = pl.cdiv(F, tile.cols)
     out += (chip.struct((columns, R), jnp.float32, dy_RD),)
   # What a warpgroup reads of the two hidden arrays, then their gradients in the same
-  # places, and the third result: [warpgroup, which, rows, cols].
-  held = plgpu.SMEM(
-    (2, 3, rows_own, cols_own), dtype, transforms=chip.swizzled(dtype, 64)
-  )
+  # places, and the third result: [warpgroup, slot, which, rows, cols].
+  held = plgpu.SMEM((2, _SLOTS, 3, 64, 64), dtype, transforms=chip.swizzled(dtype, 64))
+  arrived = plgpu.Barrier(num_arrivals=2, num_barriers=(2, _SLOTS))
   *found, last = row_kernel(
     groups,
     (g_RF, u_RF, *weights),
@@ -169,21 +185,13 @@ def back_kernel(
     begin=lambda place, others: _weights(place, others[2:]),
     during=during,
     finish=finish,
-    scratch={"held": held, "arrived": plgpu.Barrier(num_barriers=(2, 2))},
+    scratch={"held": held, "arrived": arrived},
     out=out,
     name="gated_back",
     num_sms=num_sms,
     updated=2,
   )
   return *found, jnp.sum(last, axis=0) if weights else last
-
-
-def ffn_tile(depth: int) -> Tile:
-  """The tile of both kernels, by the contracted dimension."""
-  steps = pl.cdiv(depth, DEPTH)
-  stages = next((n for n in (4, 2) if steps % n == 0), 2)
-  chained = steps % stages == 0
-  return Tile(BLOCK, _COLS, by_cols=False, stages=stages, chained=chained)
 
 
 def _weights(place, others):

@@ -22,6 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.kernels import hopper as chip
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
 from jmoe.kernels.hopper_rows import row_kernel, store
+from jmoe.kernels.hopper_tiles import choose
+from jmoe.kernels.hopper_walk import Operand, Work, walk
 from jmoe.types import Groups
 
 _ALIGNED = 64  # tiles in shared memory are 128 bytes wide, and so is what they are of
@@ -90,7 +92,7 @@ def rows(
     transpose: contract the matrices' last dimension instead of the one before it.
     num_sms: multiprocessors to use; None: all.
     dtype: of the result; None: the operands'.
-    tile: None: `rows_tile`.
+    tile: None: that of the table in `hopper_tiles`.
   """
   cols = pairs[0][1].shape[1 if transpose else 2]
   kernel = functools.partial(
@@ -118,28 +120,6 @@ def matrices(
   return foldable(kernel)(groups, padded(x_RD, 1), padded(y_RF, 1))[:, :D, :F]
 
 
-def rows_tile(cols: int, depth: int, pairs: int) -> Tile:
-  """The tile for rows times matrices.
-
-  Args:
-    cols: of the output.
-    depth: contracted, of each pair.
-    pairs: that are summed.
-  """
-  steps = pl.cdiv(depth, DEPTH)
-  most = (4, 3, 2) if pairs == 1 else (2,)  # what shared memory holds
-  stages = next((n for n in most if steps % n == 0), 2)
-  # A chain goes on with the slot after the last one, so a tile must end with the last.
-  chained = steps % stages == 0
-  width = 256 if cols >= 256 else 128
-  return Tile(BLOCK, width, by_cols=True, stages=stages, chained=chained)
-
-
-def matrices_tile(cols: int) -> Tile:
-  """The tile for a matrix's gradient, whose depth is the rows of an expert."""
-  return Tile(128, 256 if cols >= 256 else 128, by_cols=False, chained=False)
-
-
 def padded(x: Array, *axes: int) -> Array:
   """With zeros up to sizes that a tile in shared memory can be cut from."""
   sizes = [max(x.shape[n], 128) for n in axes]
@@ -160,11 +140,16 @@ def _rows_kernel(
   """Operands are rows and matrices of each pair in turn."""
   lefts, rights = operands[::2], operands[1::2]
   (R, D), F = lefts[0].shape, rights[0].shape[1 if transpose else 2]
-  tile = tile or rows_tile(F, D, len(lefts))
+  tile = tile or choose("rows", width=F, depth=D, operands=len(operands))
 
   def multiply(place, tiles, totals):
     for x, w in zip(tiles[: len(lefts)], tiles[len(lefts) :], strict=True):
-      w = chip.transposed(w.at[place.own]) if transpose else w.at[:, place.own]
+      if tile.alternating or not tile.by_cols:
+        x, w = x.at[place.own], chip.transposed(w) if transpose else w
+      elif transpose:
+        w = chip.transposed(w.at[place.own])
+      else:
+        w = w.at[:, place.own]
       plgpu.wgmma(totals[0], x, w)
 
   def finish(place, sums, begun, scratch, others, results):
@@ -199,7 +184,7 @@ def _matrices_kernel(
 ) -> Array:
   R, D = x_RD.shape
   F, E = y_RF.shape[1], groups.start.shape[0]
-  tile, dtype = tile or matrices_tile(F), x_RD.dtype
+  tile, dtype = tile or choose("matrices", width=F), x_RD.dtype
   rows, cols = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.cols)
   # Thread blocks of a cluster make rows one below the other of the same columns.
   tile = tile.that_fits(rows)
@@ -210,68 +195,62 @@ def _matrices_kernel(
   start_E = jnp.minimum(groups.start, R - BLOCK)
 
   def body(x_ref, y_ref, start_ref, rows_ref, w_ref):
-    def pipe(multiply, context, steps, first, row, col):
-      def spec(width, place, **shared):
-        return plgpu.BlockSpec(
-          (DEPTH, width),
-          lambda k: (first + k, place),
-          transforms=chip.swizzled(dtype, 64),
-          **shared,
-        )
+    def arguments(t):
+      """(expert, row and column of tiles)."""
+      e = lax.div(t, jnp.int32(tall * cols))
+      within = t - e * (tall * cols)
+      row, col = chip.in_bands(within, jnp.int32(tall), cols, min(tile.band, tall))
+      return e, row * tile.cluster + tile.member(), col
 
-      return chip.pipeline(
-        multiply,
-        context,
-        steps=steps,
-        specs=[spec(tile.rows, row), spec(tile.cols, col, **tile.shared)],
-        stages=tile.stages,
-      )
+    def steps(which):
+      blocks = lax.div(rows_ref[which[0]] + (BLOCK - 1), jnp.int32(BLOCK))
+      return blocks * (BLOCK // DEPTH)
 
-    @chip.scoped(
-      buffers=pipe(chip.nothing, chip.nothing, 64, 0, 0, 0).get_allocations(
-        x_ref, y_ref
-      ),
-      staged=chip.staging(rows_own, dtype),
+    def own(group):
+      return pl.ds(0 if tile.alternating else group * rows_own, rows_own)
+
+    def make(group, which, real, scratch, over):
+      del real
+      e, row, col = which
+
+      def with_sum(total):
+        over((total,))
+        top = row * tile.rows + own(group).start
+
+        def place(r, rows, c, cols):
+          left = col * tile.cols + c
+          return w_ref.at[e, pl.ds(top + r, rows), pl.ds(left, cols)]
+
+        chip.store(total[...].astype(dtype), scratch["staged"], group, place)
+
+      pl.run_scoped(with_sum, chip.accumulator(rows_own, cols_own))
+
+    def step(k, group, which, real, scratch, tiles, totals):
+      del k, which, real, scratch
+      x, y = tiles
+      plgpu.wgmma(totals[0], chip.transposed(x.at[:, own(group)]), y)
+      plgpu.wgmma_wait(0)
+
+    def origin(which):
+      return lax.div(start_ref[which[0]], jnp.int32(DEPTH))
+
+    def left(which):
+      return x_ref.at[:, pl.ds(which[1] * tile.rows, tile.rows)]
+
+    def right(which):
+      return y_ref.at[:, pl.ds(which[2] * tile.cols, tile.cols)]
+
+    walk(
+      [
+        Operand(tile.rows, 0, dtype, left, origin),
+        Operand(tile.cols, 0, dtype, right, origin, shared=tile.cluster > 1),
+      ],
+      Work(arguments, steps, make, step),
+      tile=tile,
+      count=jnp.int32(E * tall * cols),
+      blocks=blocks,
+      scratch={"staged": chip.staging(rows_own, dtype)},
     )
-    def _(buffers, staged):
-      group = lax.axis_index("wg")
-
-      def make(t, state, real):
-        del state, real
-        e = lax.div(t, jnp.int32(tall * cols))
-        within = t - e * (tall * cols)
-        band = min(tile.band, tall)
-        row, col = chip.in_bands(within, jnp.int32(tall), cols, band)
-        row = row * tile.cluster + tile.member()
-        first = lax.div(start_ref[e], jnp.int32(DEPTH))
-        depth = lax.div(rows_ref[e] + (BLOCK - 1), jnp.int32(BLOCK))
-        own = pl.ds(group * rows_own, rows_own)
-
-        def multiply(_, x, y, total):
-          plgpu.wgmma(total, chip.transposed(x.at[:, own]), y)
-          plgpu.wgmma_wait(0)
-          return total
-
-        def context(run):
-          @functools.partial(pl.run_scoped, total=chip.accumulator(rows_own, cols_own))
-          def _(total):
-            run(total)
-            top, left = row * tile.rows + group * rows_own, col * tile.cols
-
-            def place(r, rows, c, cols):
-              return w_ref.at[e, pl.ds(top + r, rows), pl.ds(left + c, cols)]
-
-            chip.store(total[...].astype(dtype), staged, group, place)
-
-        steps = depth * (BLOCK // DEPTH)
-        pipe(multiply, context, steps, first, row, col)(
-          x_ref, y_ref, allocations=buffers
-        )
-
-      count = jnp.int32(E * tall * cols)
-      chip.each_tile(count, blocks=blocks, chained=False, body=make)
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   out = chip.struct((E, D, F), dtype, x_RD)
   kernel = chip.launch(

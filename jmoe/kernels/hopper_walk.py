@@ -1,0 +1,252 @@
+"""How a thread block on Hopper walks over its share of the output tiles.
+
+One warpgroup copies tiles of the operands ahead into shared memory (TMA), two multiply
+them.  There are two ways with one signature: Pallas's own pipeline, once for each
+output tile, and a ring that runs on from one tile to the next.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.kernels import hopper as chip
+from jmoe.kernels.hopper import DEPTH, Tile
+
+_COPYING, _COMPUTING = 40, 232  # registers of a thread
+_COPIER = 2  # which warpgroup copies
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+  """What each step reads a tile of.
+
+  Args:
+    width: of its tile, across the contracted dimension, of which a step reads `DEPTH`.
+    axis: which of the two dimensions is contracted.
+    dtype: of a 16-bit type.
+    source: (which output tile) -> the part of it in global memory that holds its tiles.
+    origin: (which output tile) -> the first of them.
+    shared: the thread blocks of a cluster read the same.
+  """
+
+  width: int
+  axis: int
+  dtype: Any
+  source: Callable[[Any], Any]
+  origin: Callable[[Any], Any] = lambda _: 0
+  shared: bool = False
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return (self.width, DEPTH) if self.axis == 1 else (DEPTH, self.width)
+
+  @property
+  def transforms(self) -> tuple[Any, ...]:
+    return chip.swizzled(self.dtype, DEPTH if self.axis == 1 else 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What is done for an output tile.
+
+  Args:
+    arguments: (number) -> which output tile that is, for the functions below and those
+      of the operands.
+    steps: (which) -> how many.
+    make: (warpgroup, which, real, scratch, over); makes a tile, or its part.
+      `over(totals)` runs all steps.  `real` is false where a tile is made again.
+    step: (k, warpgroup, which, real, scratch, tiles, totals); one step.
+  """
+
+  arguments: Callable[[Array], Any]
+  steps: Callable[[Any], Any]
+  make: Callable[..., None]
+  step: Callable[..., None]
+
+
+def walk(
+  operands: Sequence[Operand],
+  work: Work,
+  *,
+  tile: Tile,
+  count: Array,
+  blocks: int,
+  scratch: Mapping[str, Any],
+) -> None:
+  """Makes this thread block's output tiles.
+
+  Args:
+    operands: of each step.
+    work: on a tile.
+    tile: how tiles are made.
+    count: output tiles, those of a cluster's thread blocks being one.
+    blocks: thread blocks, or clusters of them.
+    scratch: shared memory and barriers by name.
+  """
+  way = _ring if tile.ring else _pipelines
+  way(operands, work, tile, count, blocks, dict(scratch))
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _pipelines(operands, work, tile, count, blocks, scratch):
+  """A pipeline a tile; where the number of steps is static they can be chained."""
+
+  def spec(one: Operand, origin: Any):
+    index: Any = (
+      (lambda k: (0, origin + k)) if one.axis else (lambda k: (origin + k, 0))
+    )
+    shared: Any = {"collective_axes": ("cluster",)} if one.shared else {}
+    return plgpu.BlockSpec(one.shape, index, transforms=one.transforms, **shared)
+
+  def pipe(step, context, steps, origins, state=None):
+    return plgpu.emit_pipeline_warp_specialized(
+      step,
+      grid=(steps,),
+      in_specs=[spec(*pair) for pair in zip(operands, origins, strict=True)],
+      max_concurrent_steps=tile.stages,
+      num_compute_wgs=2,
+      memory_registers=_COPYING,
+      wg_axis="wg",
+      compute_context=context,
+      pipeline_state=state,
+    )
+
+  def whole(one: Operand):  # many steps of it
+    shape = [64 * size if n == one.axis else size for n, size in enumerate(one.shape)]
+    return jax.ShapeDtypeStruct(shape, one.dtype)
+
+  empty = pipe(chip.nothing, chip.nothing, 64, [0] * len(operands))
+  buffers = empty.get_allocations(*map(whole, operands))
+
+  @chip.scoped(buffers=buffers, scratch=scratch)
+  def _(buffers, scratch):
+    group = lax.axis_index("wg")
+
+    def make(t, state, real):
+      which = work.arguments(t)
+
+      def step(indices, *refs):
+        *tiles, totals = refs
+        work.step(indices[0], group, which, real, scratch, tiles, totals)
+        return totals
+
+      def context(run):
+        work.make(group, which, real, scratch, run)
+
+      origins = [one.origin(which) for one in operands]
+      pipe(step, context, work.steps(which), origins, state)(
+        *[one.source(which) for one in operands], allocations=buffers
+      )
+
+    chip.each_tile(count, blocks=blocks, chained=tile.chained, body=make)
+
+
+def _ring(operands, work, tile, count, blocks, scratch):
+  """Never drained, also where depths are data, as those of matrices' gradients are.
+
+  Either both warpgroups make one output tile together, or each makes every other tile
+  by itself (ping-pong): what one does behind its products, activations and stores, then
+  goes on under the products of the other.
+  """
+  stages, makers = tile.stages, 2 if tile.alternating else 1
+  arrivals = 3 - makers
+  consumed: Any = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+  if tile.cluster > 1:
+    consumed = plgpu.ClusterBarrier(
+      collective_axes=("cluster",), num_arrivals=arrivals, num_barriers=stages
+    )
+  slots = [
+    plgpu.SMEM((stages, *one.shape), one.dtype, transforms=one.transforms)
+    for one in operands
+  ]
+  # A barrier is waited for by one side at every turn, or it would lose count: what has
+  # come is told to whoever makes the tile, on barriers of its own.
+  produced = plgpu.Barrier(num_arrivals=len(operands), num_barriers=(makers, stages))
+  block = lax.axis_index("sm")
+  mine = lax.div(count - block + (blocks - 1), jnp.int32(blocks))
+
+  def each(body):
+    """`body(i, which, its first step)` for this block's tiles; the number of steps."""
+
+    def one(i, first):
+      which = work.arguments(block + i * blocks)
+      body(i, which, first)
+      return first + jnp.int32(work.steps(which))
+
+    return lax.fori_loop(0, mine, one, jnp.int32(0))
+
+  @chip.scoped(slots=slots, produced=produced, consumed=consumed, scratch=scratch)
+  def _(slots, produced, consumed, scratch):
+    group = lax.axis_index("wg")
+
+    def maker(i):
+      return lax.rem(i, jnp.int32(makers))
+
+    @pl.when(group == _COPIER)
+    def _():
+      plgpu.set_max_registers(_COPYING, action="decrease")
+
+      def free(n):
+        """The slot of the n-th step, when it has been read."""
+        slot = lax.rem(n, jnp.int32(stages))
+
+        @pl.when(n >= stages)
+        def _():
+          plgpu.barrier_wait(consumed.at[slot])
+
+        return slot
+
+      def copy(i, which, first):
+        sources = [one.source(which) for one in operands]
+        origins = [one.origin(which) for one in operands]
+
+        def step(k, _):
+          slot = free(first + k)
+          for one, ref, origin, to in zip(
+            operands, sources, origins, slots, strict=True
+          ):
+            at = pl.ds((origin + k) * DEPTH, DEPTH)
+            plgpu.copy_gmem_to_smem(
+              ref.at[:, at] if one.axis else ref.at[at, :],
+              to.at[slot],
+              produced.at[maker(i), slot],
+              collective_axes="cluster" if one.shared else None,
+            )
+
+        lax.fori_loop(0, work.steps(which), step, None)
+
+      # Neither barriers nor memory may go while others still use them.
+      total = each(copy)
+      lax.fori_loop(0, stages, lambda n, _: chip.nothing(free(total + n)), None)
+
+    @pl.when(group != _COPIER)
+    def _():
+      plgpu.set_max_registers(_COMPUTING, action="increase")
+
+      def make(i, which, first):
+        def over(totals):
+          def step(k, _):
+            slot = lax.rem(first + k, jnp.int32(stages))
+            plgpu.barrier_wait(produced.at[maker(i), slot])
+            tiles = [ref.at[slot] for ref in slots]
+            work.step(k, group, which, True, scratch, tiles, totals)
+            plgpu.barrier_arrive(consumed.at[slot])
+
+          lax.fori_loop(0, work.steps(which), step, None)
+
+        if not tile.alternating:
+          work.make(group, which, True, scratch, over)
+          return
+
+        @pl.when(maker(i) == group)
+        def _():
+          work.make(group, which, True, scratch, over)
+
+      each(make)
