@@ -5,7 +5,7 @@ import collections
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +43,44 @@ def shown(
   return rows[:most]
 
 
-def _table(compiled: Any, operands: list[Any], kept: int | None) -> list[list[Any]]:
+def spent(run: Callable[[], Any]) -> float:
+  """Milliseconds of all operations on the device while `run` queues them."""
+  return sum(ms for _, ms in _operations(run))
+
+
+def _operations(run: Callable[[], Any]) -> list[tuple[str, float]]:
+  """(operation, milliseconds) on the device; waits for what `run` returns."""
   import jax
 
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
-      for _ in range(_CALLS):
-        out = compiled(*operands)
-        if kept is not None:
-          operands[kept] = out[0]
-      jax.block_until_ready(out)
+      jax.block_until_ready(run())
     (path,) = Path(folder).rglob("*.xplane.pb")
     found = jax.profiler.ProfileData.from_file(str(path))
+  return [
+    (str(dict(event.stats).get("hlo_op", event.name)), event.duration_ns / 1e6)
+    for plane in found.planes
+    if plane.name.startswith("/device:")
+    for line in plane.lines
+    if line.name.startswith("Stream")
+    for event in line.events
+  ]
+
+
+def _table(compiled: Any, operands: list[Any], kept: int | None) -> list[list[Any]]:
+  def run():
+    for _ in range(_CALLS):
+      out = compiled(*operands)
+      if kept is not None:
+        operands[kept] = out[0]
+    return out
+
   text = compiled.as_text()
   places = dict(re.findall(r"%?([\w.-]+) = [^\n]*?op_name=\"([^\"]*)\"", text))
   spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-  for plane in found.planes:
-    if not plane.name.startswith("/device:"):
-      continue
-    for line in plane.lines:
-      if not line.name.startswith("Stream"):
-        continue
-      for event in line.events:
-        name = str(dict(event.stats).get("hlo_op", event.name))
-        spent[name][0] += event.duration_ns / 1e6 / _CALLS
-        spent[name][1] += 1 / _CALLS
+  for name, ms in _operations(run):
+    spent[name][0] += ms / _CALLS
+    spent[name][1] += 1 / _CALLS
   return sorted(
     (
       [ms, count, name[:33], "/".join(places.get(name, "").split("/")[-4:])[-80:]]

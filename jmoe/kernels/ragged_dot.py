@@ -38,10 +38,11 @@ def ragged_dot(
 
   Args:
     lhs: `[m, k]`.
-    rhs: `[g, k, n]`, of the same dtype.
+    rhs: `[g, k, n]`; where one dtype is wider than the other, that one's is used.
     group_sizes: integers `[g]`, not negative; their sum is at most m.
     precision: None or the default one: sums are in float32 or wider in any case.
-    preferred_element_type: of the result; None: that of the operands.
+    preferred_element_type: of the result; None: that of the operands.  Float32 of
+      16-bit operands is not rounded on the way; what is narrower is rounded once.
     group_offset: None; jax's own does not take one on most devices either.
 
   Returns:
@@ -52,9 +53,10 @@ def ragged_dot(
     ValueError: shapes or dtypes that do not fit, or what is not supported.
   """
   lhs, rhs, group_sizes = (jnp.asarray(x) for x in (lhs, rhs, group_sizes))
-  dtype = _checked(
+  common, dtype = _checked(
     lhs, rhs, group_sizes, precision, preferred_element_type, group_offset
   )
+  lhs, rhs = lhs.astype(common), rhs.astype(common)
   (M, _), G = lhs.shape, rhs.shape[0]
   if M == 0 or G == 0:
     return jnp.zeros((M, rhs.shape[2]), dtype)
@@ -67,12 +69,14 @@ def ragged_dot(
   padded_G = -(-sizes_G // block) * block
   start_G = jnp.cumsum(padded_G, dtype=jnp.int32) - padded_G
   moved_G = start_G - (end_G - sizes_G)  # how far each group moves
-  row_M = jnp.arange(M, dtype=jnp.int32)
+  # Searching wants rows that vary over a mesh as the sizes do, before jax 0.10.
+  row_M, row_R, end_G = together(
+    jnp.arange(M, dtype=jnp.int32), jnp.arange(R, dtype=jnp.int32), end_G
+  )
   group_M = jnp.searchsorted(end_G, row_M, side="right", method=search_method())
   there_M = jnp.where(
     row_M < end_G[-1], row_M + moved_G[jnp.minimum(group_M, G - 1)], R
   )
-  row_R = jnp.arange(R, dtype=jnp.int32)
   group_R = jnp.searchsorted(
     start_G + padded_G, row_R, side="right", method=search_method()
   )
@@ -113,8 +117,8 @@ reordered.defvjp(_reordered_forward, _reordered_backward)
 
 def _product(x_RK: Array, w_GKN: Array, groups: Groups, dtype: Any) -> Array:
   """The products in the dtype asked for, which may be wider than the operands'."""
-  if dtype == x_RK.dtype:
-    return grouped_matmul(x_RK, w_GKN, groups)
+  if jnp.dtype(dtype).itemsize <= x_RK.dtype.itemsize:
+    return grouped_matmul(x_RK, w_GKN, groups).astype(dtype)
   device, G = current_device(), w_GKN.shape[0]
   if choose(device, groups, G, x_RK.dtype)[0] == "hopper" and dtype == jnp.float32:
     from jmoe.kernels.grouped_matmul.hopper import hopper  # imports Pallas
@@ -124,8 +128,8 @@ def _product(x_RK: Array, w_GKN: Array, groups: Groups, dtype: Any) -> Array:
   return made.astype(dtype)
 
 
-def _checked(lhs, rhs, sizes, precision, preferred, offset) -> Any:
-  """The dtype of the result.
+def _checked(lhs, rhs, sizes, precision, preferred, offset) -> tuple[Any, Any]:
+  """The dtypes of the operands and of the result.
 
   Raises:
     ValueError: on one line.
@@ -136,10 +140,13 @@ def _checked(lhs, rhs, sizes, precision, preferred, offset) -> Any:
       f"ragged_dot: lhs {lhs.shape}, rhs {rhs.shape}, group_sizes {sizes.shape}; give "
       "[m, k], [g, k, n] and [g]."
     )
+  common = lhs.dtype
   if lhs.dtype != rhs.dtype:
-    raise ValueError(
-      f"ragged_dot: lhs is {lhs.dtype} and rhs {rhs.dtype}; cast one of them."
-    )
+    common = max(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
+    if lhs.dtype.itemsize == rhs.dtype.itemsize or not _floating(lhs, rhs):
+      raise ValueError(
+        f"ragged_dot: lhs is {lhs.dtype} and rhs {rhs.dtype}; cast one of them."
+      )
   if not jnp.issubdtype(sizes.dtype, jnp.integer):
     raise ValueError(f"ragged_dot: group_sizes is {sizes.dtype}; give integers.")
   if precision not in (None, "default", jax.lax.Precision.DEFAULT):
@@ -150,14 +157,21 @@ def _checked(lhs, rhs, sizes, precision, preferred, offset) -> Any:
   if offset is not None:
     raise ValueError("ragged_dot: group_offset is not supported; slice rhs instead.")
   try:
-    dtype = lhs.dtype if preferred is None else jnp.dtype(preferred)
+    dtype = common if preferred is None else jnp.dtype(preferred)
   except TypeError:
     raise ValueError(
-      f"ragged_dot: preferred_element_type={preferred!r} is no dtype; give {lhs.dtype}."
+      f"ragged_dot: preferred_element_type={preferred!r} is no dtype; give {common}."
     ) from None
-  if dtype not in (lhs.dtype, wide(lhs)):
+  widest = jnp.dtype(wide(lhs, rhs))
+  narrower = _floating(common, dtype) and dtype.itemsize < common.itemsize
+  if dtype not in (common, widest) and not narrower:
     raise ValueError(
-      f"ragged_dot: preferred_element_type={dtype} of {lhs.dtype} operands; give "
-      f"{lhs.dtype} or {jnp.dtype(wide(lhs))}."
+      f"ragged_dot: preferred_element_type={dtype} of {common} operands; give "
+      f"{common} or {widest}."
     )
-  return dtype
+  return common, dtype
+
+
+def _floating(*of: Any) -> bool:
+  """Whether all arrays or dtypes are of real numbers."""
+  return all(jnp.issubdtype(jnp.result_type(one), jnp.floating) for one in of)

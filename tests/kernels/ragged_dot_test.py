@@ -173,12 +173,12 @@ def test_products_on_an_accelerator_are_those_of_float32(sizes, preferred):
   ("change", "said"),
   [
     (dict(lhs=jnp.ones((4, 5))), r"lhs \(4, 5\), rhs \(2, 6, 3\)"),
-    (dict(rhs=jnp.ones((2, 6, 3), jnp.bfloat16)), "lhs is float32 and rhs bfloat16"),
+    (dict(rhs=jnp.ones((2, 6, 3), jnp.int8)), "lhs is float32 and rhs int8"),
     (dict(group_sizes=jnp.ones(3, jnp.int32)), r"group_sizes \(3,\)"),
     (dict(group_sizes=jnp.ones(2)), "group_sizes is float32"),
     (dict(precision="highest"), "precision='highest'"),
     (dict(group_offset=jnp.zeros(1, jnp.int32)), "group_offset is not supported"),
-    (dict(preferred_element_type=jnp.bfloat16), "preferred_element_type=bfloat16"),
+    (dict(preferred_element_type=jnp.int32), "preferred_element_type=int32"),
     (dict(preferred_element_type="bad"), "preferred_element_type='bad' is no dtype"),
   ],
 )
