@@ -81,7 +81,9 @@ def grouped_ffn(
       x_RD, ups, down, groups, hidden, matmul or grouped_matmul, weight_R
     )
 
-  call = jax.checkpoint(plain) if keep == "inputs" else plain
+  call: Callable[..., Array] = plain
+  if keep == "inputs":
+    call = jax.checkpoint(plain)
   return call(rows, ups, down)
 
 

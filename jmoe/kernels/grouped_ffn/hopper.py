@@ -143,8 +143,8 @@ def _backward(form, kept, dy_RD):
   if given.weight_R is not None:
     operands.append(given.weight_R)
   F = given.gate_EDF.shape[2]
-  *found, d_weight = (*foldable(kernel)(groups, *operands), None)[:4]
-  dg_RF, du_RF, a_RF = (h[:, :F] for h in found)
+  dg_RF, du_RF, a_RF, *d_weight = foldable(kernel)(groups, *operands)
+  dg_RF, du_RF, a_RF = (h[:, :F] for h in (dg_RF, du_RF, a_RF))
   d_matrices = None, None, None
   if kept.learns:
     of = functools.partial(matrices, groups=groups, num_sms=form.num_sms)
@@ -160,7 +160,7 @@ def _backward(form, kept, dy_RD):
   dx = rows(pairs, groups, transpose=True, num_sms=form.num_sms)
   if given.layout is not None:
     dx = permute_rows.summed(dx, given.layout).astype(dx.dtype)
-  return dx, None, *d_matrices, None, d_weight
+  return dx, None, *d_matrices, None, *(d_weight or (None,))
 
 
 gated_ffn.defvjp(_forward, _backward, symbolic_zeros=True)
