@@ -163,12 +163,12 @@ def products(shape: shapes.Shape) -> dict[str, Leg]:
 
     return 1, MATRICES, call, (left, right)
 
-  silu = dict(activation=activations.silu, num_sms=None)
+  silu = dict(activation=activations.silu, ups=2, num_sms=None)
 
   def hidden(way):
     made = tile("hidden", way, width=F, depth=D, operands=3)
     return lambda groups, *arrays: gated.hidden_kernel(
-      groups, *arrays, hidden=True, product=True, tile=made, **silu
+      groups, *arrays, biased=False, hidden=True, product=True, tile=made, **silu
     )
 
   def back(way):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -26,6 +27,7 @@ class Place:
   """Where the part of an output tile is that one warpgroup makes."""
 
   group: Array  # which warpgroup
+  expert: Array
   row: Array  # of the whole output, the first of its part
   col: Array
   column: Array  # which column of tiles
@@ -49,7 +51,7 @@ def row_kernel(
   tile: Tile,
   transpose: bool,
   sums: int,
-  multiply: Callable[[Place, Sequence[Any], Sequence[Any]], None],
+  products: Callable[[Place, Sequence[Any], Sequence[Any]], None],
   finish: Callable[..., None],
   out: tuple[Any, ...],
   name: str,
@@ -69,8 +71,8 @@ def row_kernel(
     tile: of the output, and how it is made.
     transpose: the matrices' last dimension is contracted, not the one before it.
     sums: accumulators of a tile.
-    multiply: (place, tiles of lefts and rights in shared memory, accumulators); issues
-      the products of one step.
+    products: (place, tiles of lefts and rights in shared memory, accumulators); issues
+      those of one step.
     finish: (place, sums, what `begin` gave, scratch, others, results); stores.
     out: shapes of the results, `updated` ones first.
     name: of the operation.
@@ -117,7 +119,7 @@ def row_kernel(
     def step(k, group, which, real, scratch, tiles, totals):
       place = _place(tile, group, which, real)
       during(k, place, scratch, other_refs)
-      multiply(place, tiles, totals)
+      products(place, tiles, totals)
       plgpu.wgmma_wait(0)
 
     def left(ref):
@@ -150,15 +152,27 @@ def row_kernel(
 
 
 def _place(tile: Tile, group: Array, which: Any, real: Any) -> Place:
-  (rows, cols), (_, row, column) = tile.own, which
-  col = column * tile.cols
-  if tile.alternating:
-    return Place(group, row, col, column, rows, cols, pl.ds(0, rows), real)
-  if tile.by_cols:
-    own = pl.ds(group * cols, cols)
-    return Place(group, row, col + group * cols, column, rows, cols, own, real)
-  own = pl.ds(group * rows, rows)
-  return Place(group, row + group * rows, col, column, rows, cols, own, real)
+  (rows, cols), (expert, row, column) = tile.own, which
+  col, own = column * tile.cols, pl.ds(0, rows)
+  if tile.by_cols and not tile.alternating:
+    own, col = pl.ds(group * cols, cols), col + group * cols
+  elif not tile.alternating:
+    own, row = pl.ds(group * rows, rows), row + group * rows
+  return Place(group, expert, row, col, column, rows, cols, own, real)
+
+
+def multiply(
+  tile: Tile, place: Place, total: Any, x: Any, w: Any, *, transpose: bool = False
+) -> None:
+  """Adds the product of a step's two tiles to a warpgroup's sums."""
+  if tile.alternating or not tile.by_cols:
+    x = x.at[place.own]
+    w = chip.transposed(w) if transpose else w
+  elif transpose:
+    w = chip.transposed(w.at[place.own])
+  else:
+    w = w.at[:, place.own]
+  plgpu.wgmma(total, x, w)
 
 
 def store(value: Array, staged: Any, place: Place, ref: Any) -> None:
@@ -169,14 +183,28 @@ def store(value: Array, staged: Any, place: Place, ref: Any) -> None:
 
 
 def values_of_rows(place: Place, ref: Any) -> Array:
-  """[rows] a number for each row of a warpgroup's part, from global memory."""
-  rows = pl.ds(place.row, place.rows)
+  """[rows] of an array [R], for the rows of a warpgroup's part of a tile."""
+  return _from_global(ref, pl.ds(place.row, place.rows))
+
+
+def values_of_columns(place: Place, ref: Any) -> Array:
+  """[cols] of an array [E,F], for the expert and the columns of a part of a tile."""
+  return _from_global(ref, place.expert, pl.ds(place.col, place.cols))
+
+
+def _from_global(ref: Any, *index: Any) -> Array:
+  """A vector in registers; of few values, so that how it is read does not matter."""
   if jax.__version_info__ < (0, 11):
-    return plgpu.load(ref, (rows,), optimized=False)
+    return plgpu.load(ref, index, optimized=False)
   load: Any = plgpu.load  # takes no index any more
-  return load(ref.at[rows], optimized=False)
+  return load(ref.at[index], optimized=False)
 
 
-def scaled(tile: Array, scale: Array) -> Array:
-  """Rows of a tile times a number each."""
-  return tile * lax.broadcast_in_dim(scale, tile.shape, (0,))
+def over_rows(values: Array, tile: Array) -> Array:
+  """A number for each row, as wide as a tile."""
+  return lax.broadcast_in_dim(values.astype(jnp.float32), tile.shape, (0,))
+
+
+def over_columns(values: Array, tile: Array) -> Array:
+  """A number for each column, as high as a tile."""
+  return lax.broadcast_in_dim(values.astype(jnp.float32), tile.shape, (1,))

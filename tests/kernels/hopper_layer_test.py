@@ -52,10 +52,24 @@ LAYERS = {
   "gelu, capacity, rows kept": simple(
     "rows", activation=jax.nn.gelu, capacity_factor=1.0
   ),
-  "mlp with biases": simple(gated=False, bias=True),
+  "glu with biases": simple(bias=True),
+  "mlp with biases, made anew": simple("inputs", gated=False, bias=True),
+  "relu": simple(gated=False, activation=jax.nn.relu),
   "free experts": with_free(False),
   "free experts, capacity": with_free(True),
 }
+
+
+def narrow(params):
+  """Experts in bfloat16."""
+  experts = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params["experts"])
+  return {**params, "experts": experts}
+
+
+def moved(a):
+  """An array and something else."""
+  key = jax.random.key(a.size)
+  return a + (0.1 * jax.random.normal(key, a.shape)).astype(a.dtype)
 
 
 @on_cpu
@@ -63,9 +77,8 @@ LAYERS = {
 def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
   """Values and all gradients; blocks that no kernel writes hold NaN here."""
   config = LAYERS[name]
-  params = jmoe.moe_init(jax.random.key(0), config)
-  narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params["experts"])
-  params = {**params, "experts": narrow}
+  params = narrow(jmoe.moe_init(jax.random.key(0), config))
+  params["experts"] = jax.tree.map(moved, params["experts"])  # biases start at zero
   x = jax.random.normal(jax.random.key(1), (60, 128), jnp.bfloat16)
   forced = jax.random.permutation(
     jax.random.key(2),
@@ -88,12 +101,6 @@ def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
     expected = jax.jit(grads)(*wide)
   for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert error(one, np.asarray(other, np.float64)) < 2e-2
-
-
-def narrow(params):
-  """Experts in bfloat16."""
-  experts = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params["experts"])
-  return {**params, "experts": experts}
 
 
 def lowered(config, keys=("gate", "experts"), tokens=300):

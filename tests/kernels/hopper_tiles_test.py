@@ -50,7 +50,7 @@ class Operands:
     from jmoe.kernels.grouped_matmul import hopper as kernels
 
     case, sms = self.case, dict(num_sms=4)
-    silu = dict(activation=activations.silu, **sms)
+    silu = dict(activation=activations.silu, ups=2, **sms)
     sizes = dict(width=WIDTH, depth=DEPTH)
     y = kernels.rows(
       ((case.x, case.w),), case.groups, tile=tile("rows", way, **sizes), **sms
@@ -71,6 +71,7 @@ class Operands:
       case.w,
       case.w,
       self.weight,
+      biased=False,
       hidden=True,
       product=True,
       tile=tile("hidden", way, operands=3, **sizes),

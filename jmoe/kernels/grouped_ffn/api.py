@@ -61,16 +61,16 @@ def grouped_ffn(
   name = "given"
   if matmul is None:
     name = report_choice(current_device(), groups, E, common(rows.x, down[0]))
-  if name == "hopper" and (activation := _in_registers(hidden, ups, down)):
-    from jmoe.kernels.grouped_ffn.hopper import Form, gated_ffn  # Pallas
+  if name == "hopper" and (activation := _in_registers(hidden, ups)):
+    from jmoe.kernels.grouped_ffn.hopper import Form, fused_ffn  # Pallas
 
     x, layout = rows.x, rows.layout
     if rows.scale is not None or groups is not rows.groups:
       x, layout = of_first(rows.gathered(), rows.groups, E), None
-    arrays = together(x, layout, ups[0][0], ups[1][0], down[0], groups, weight_R)
-    return gated_ffn(Form(activation, keep), *arrays)
+    arrays = together(x, layout, ups, down, groups, weight_R)
+    return fused_ffn(Form(activation, keep), *arrays)
 
-  def plain(rows, ups, down):
+  def plain(rows, ups, down) -> Any:
     x_RD = of_first(rows.gathered(), rows.groups, E)
     x_RD, ups, down, groups, weight_R = together(
       x_RD, ups, down, first(rows.groups, E), rows.weight
@@ -81,9 +81,7 @@ def grouped_ffn(
       x_RD, ups, down, groups, hidden, matmul or grouped_matmul, weight_R
     )
 
-  call: Callable[..., Array] = plain
-  if keep == "inputs":
-    call = jax.checkpoint(plain)
+  call = jax.checkpoint(plain) if keep == "inputs" else plain
   return call(rows, ups, down)
 
 
@@ -93,10 +91,10 @@ def check_keep(keep: Any) -> None:
     raise ValueError(f"experts: keep={keep!r}; {nearest(str(keep), KEEPS)}")
 
 
-def _in_registers(hidden: Any, ups: tuple[Matrix, ...], down: Matrix) -> Any:
-  """The activation of a gated unit without biases, if a kernel can compute it."""
+def _in_registers(hidden: Any, ups: tuple[Matrix, ...]) -> Any:
+  """The activation, if a kernel can compute it: of one array, or of a gated unit."""
+  if len(ups) == 1:
+    return activations.of(hidden)
   if not isinstance(hidden, Use) or not fact(hidden, "gated", False):
-    return None
-  if any(bias is not None for _, bias in (*ups, down)):
     return None
   return activations.of(hidden.kwargs.get("activation"))

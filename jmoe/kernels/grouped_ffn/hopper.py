@@ -1,17 +1,17 @@
-"""A gated feed-forward on Hopper, from tokens to weighed rows, with its gradients.
+"""A feed-forward on Hopper, from tokens to weighed rows, with its gradients.
 
   forward    x rows = tokens in the experts' order
-             h_g, h_u = x gate, x up;  a = w f(h_g) h_u       one kernel, three results
-             y = a down
-  backward   da = dy down^T;  dh_g, dh_u, a, dw = <da, a>/w   one kernel over h_g, h_u
+             h_n = x w_n + b_n;  a = w f(h_0) h_1             one kernel, its results
+             y = a down + w c
+  backward   da = dy down^T;  dh_n, a, dw = <da, a> / w       one kernel over the h_n
              d down = a^T dy
-             x rows again;  d gate, d up
-             dx = dh_g gate^T + dh_u up^T                     one kernel, one sum
+             x rows again;  d w_n = x^T dh_n
+             dx = sum of dh_n w_n^T                           one kernel, one sum
              dx of tokens = sums of their rows
 
 So `a`, `da` and a second `dx` never make a way to memory and back of their own, `y` is
 not kept, and at no time do two arrays [R,D] stand beside the hidden ones.  Kept for the
-backward pass are the tokens, h_g and h_u (`keep="hidden"`), the rows too ("rows"), or
+backward pass are the tokens and the h_n (`keep="hidden"`), the rows too ("rows"), or
 only the tokens ("inputs").  The algebra is SonicMoE's (arXiv 2512.14080).
 """
 # SPDX-License-Identifier: Apache-2.0
@@ -31,16 +31,25 @@ from jmoe.kernels.grouped_ffn.hopper_kernels import (
   back_kernel,
   hidden_kernel,
 )
-from jmoe.kernels.grouped_matmul.hopper import foldable, matrices, padded, rows
+from jmoe.kernels.grouped_ffn.reference import Matrix
+from jmoe.kernels.grouped_matmul.hopper import (
+  expert_of_rows,
+  foldable,
+  matrices,
+  padded,
+  rows,
+  sums_of_rows,
+)
 from jmoe.types import Groups, Layout, pytree, static
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """What is static about a gated feed-forward.
+  """What is static about a feed-forward.
 
   Args:
-    activation: of `activations`.
+    activation: of `activations`; of the first hidden array, which the second one, if
+      there is one, is multiplied with.
     keep: what the backward pass finds, of `api.KEEPS`.
     num_sms: multiprocessors to use; None: all.
   """
@@ -51,30 +60,30 @@ class Form:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated_ffn(
+def fused_ffn(
   form: Form,
   x: Array,
   layout: Layout | None,
-  gate_EDF: Array,
-  up_EDF: Array,
-  down_EFD: Array,
+  ups: tuple[Matrix, ...],
+  down: Matrix,
   groups: Groups,
   weight_R: Array | None = None,
 ) -> Array:
-  """`weight (f(x gate) (x up)) down`, `[R,D]`; undefined in blocks without rows.
+  """`weight (f(h_0) h_1 down + c)`, `[R,D]`; undefined in blocks without rows.
 
   Args:
     form: what is static.
     x: the tokens [T,D], or without a layout the rows [R,D], padding rows zero; in
       bfloat16 or float16.
     layout: where each token goes, or None.
-    gate_EDF, up_EDF, down_EFD: matrices of the same dtype.
+    ups: one or two matrices [E,D,F], each with a bias [E,F] or None, of x's dtype.
+    down: matrix [E,F,D] with a bias [E,D] or None.
     groups: aligned to `hopper.BLOCK`.
     weight_R: f32[R], or None for ones.
   """
-  given = _Given(x, layout, gate_EDF, up_EDF, down_EFD, groups, weight_R)
+  given = _Given(x, layout, ups, down, groups, weight_R)
   (a_RF,) = _hidden(form, given, given.rows(), hidden=False, product=True)
-  return rows(((a_RF, down_EFD),), groups, num_sms=form.num_sms)
+  return _out(form, given, a_RF)
 
 
 @pytree
@@ -83,9 +92,8 @@ class _Given:
 
   x: Any
   layout: Any
-  gate_EDF: Any
-  up_EDF: Any
-  down_EFD: Any
+  ups: Any
+  down: Any
   groups: Any
   weight_R: Any
 
@@ -102,19 +110,35 @@ class _Kept:
 
   given: _Given
   x_RD: Array | None
-  hidden: tuple[Array, ...]  # h_g and h_u, [R,F]; none if they are made anew
+  hidden: tuple[Array, ...]  # [R,F]; none if they are made anew
   learns: bool = static(default=True)  # whether a gradient of the matrices is needed
 
 
 def _hidden(form: Form, given: _Given, x_RD: Array, **results: bool):
+  """What is asked for of the hidden arrays and the activation."""
+  biased = any(bias is not None for _, bias in given.ups)
   kernel = functools.partial(
-    hidden_kernel, activation=form.activation, num_sms=form.num_sms, **results
+    hidden_kernel,
+    ups=len(given.ups),
+    biased=biased,
+    activation=form.activation,
+    num_sms=form.num_sms,
+    **results,
   )
-  F = given.gate_EDF.shape[2]
-  operands = [padded(x_RD, 1), padded(given.gate_EDF, 1, 2), padded(given.up_EDF, 1, 2)]
+  F = given.ups[0][0].shape[2]
+  operands = [padded(x_RD, 1), *(padded(w, 1, 2) for w, _ in given.ups)]
+  if biased:
+    none = jnp.zeros((given.ups[0][0].shape[0], F), x_RD.dtype)
+    operands += [padded(none if b is None else b, 1) for _, b in given.ups]
   if given.weight_R is not None:
     operands.append(given.weight_R)
   return tuple(h[:, :F] for h in foldable(kernel)(given.groups, *operands))
+
+
+def _out(form: Form, given: _Given, a_RF: Array) -> Array:
+  w_EFD, c_ED = given.down
+  of = functools.partial(rows, num_sms=form.num_sms)
+  return of(((a_RF, w_EFD),), given.groups, c_ED, given.weight_R)
 
 
 def _forward(form, *primals):
@@ -123,10 +147,9 @@ def _forward(form, *primals):
   x_RD = given.rows()
   keeps_hidden = form.keep != "inputs"
   *hidden, a_RF = _hidden(form, given, x_RD, hidden=keeps_hidden, product=True)
-  y_RD = rows(((a_RF, given.down_EFD),), given.groups, num_sms=form.num_sms)
   x_RD = x_RD if form.keep == "rows" and given.layout is not None else None
-  learns = told.gate_EDF or told.up_EDF or told.down_EFD
-  return y_RD, _Kept(given, x_RD, tuple(hidden), learns=bool(learns))
+  learns = any(jax.tree.leaves((told.ups, told.down)))
+  return _out(form, given, a_RF), _Kept(given, x_RD, tuple(hidden), learns=learns)
 
 
 def _backward(form, kept, dy_RD):
@@ -136,31 +159,56 @@ def _backward(form, kept, dy_RD):
     dy_RD = jnp.zeros(zero.shape, zero.dtype)
   hidden = kept.hidden or _hidden(form, given, given.rows(), hidden=True, product=False)
   kernel = functools.partial(
-    back_kernel, activation=form.activation, num_sms=form.num_sms
+    back_kernel, ups=len(hidden), activation=form.activation, num_sms=form.num_sms
   )
-  operands = [padded(dy_RD, 1), padded(given.down_EFD, 1, 2)]
+  operands = [padded(dy_RD, 1), padded(given.down[0], 1, 2)]
   operands += [padded(h, 1) for h in hidden]
   if given.weight_R is not None:
     operands.append(given.weight_R)
-  F = given.gate_EDF.shape[2]
-  dg_RF, du_RF, a_RF, *d_weight = foldable(kernel)(groups, *operands)
-  dg_RF, du_RF, a_RF = (h[:, :F] for h in (dg_RF, du_RF, a_RF))
-  d_matrices = None, None, None
+  found = foldable(kernel)(groups, *operands)
+  cut = slice(given.down[0].shape[1])
+  dhs_RF = tuple(h[:, cut] for h in found[: len(hidden)])
+  a_RF = found[len(hidden)][:, cut]
+  d_weight = _of_weight(given, dy_RD, found[len(hidden) + 1 :])
+  d_ups, d_down = ((None, None),) * len(hidden), (None, None)
   if kept.learns:
     of = functools.partial(matrices, groups=groups, num_sms=form.num_sms)
-    d_down = of(a_RF, dy_RD)
+    d_down = of(a_RF, dy_RD), _of_bias(given.down[1], dy_RD, groups, given.weight_R)
     x_RD = kept.x_RD
     if x_RD is None:
       # Not before `dy` and `a` are done with: two arrays fewer at the same time.
-      x, _ = lax.optimization_barrier((given.x, d_down))
+      x, _ = lax.optimization_barrier((given.x, d_down[0]))
       x_RD = dataclasses.replace(given, x=x).rows()
-    d_matrices = of(x_RD, dg_RF), of(x_RD, du_RF), d_down
-    (dg_RF, du_RF), _ = lax.optimization_barrier(((dg_RF, du_RF), d_matrices))
-  pairs = ((dg_RF, given.gate_EDF), (du_RF, given.up_EDF))
+    d_ups = tuple(
+      (of(x_RD, dh_RF), _of_bias(bias, dh_RF, groups))
+      for dh_RF, (_, bias) in zip(dhs_RF, given.ups, strict=True)
+    )
+    made = [d_matrix for d_matrix, _ in d_ups]
+    dhs_RF, _ = lax.optimization_barrier((dhs_RF, made))
+  pairs = [(dh_RF, w) for dh_RF, (w, _) in zip(dhs_RF, given.ups, strict=True)]
   dx = rows(pairs, groups, transpose=True, num_sms=form.num_sms)
   if given.layout is not None:
     dx = permute_rows.summed(dx, given.layout).astype(dx.dtype)
-  return dx, None, *d_matrices, None, *(d_weight or (None,))
+  return dx, None, d_ups, d_down, None, d_weight
 
 
-gated_ffn.defvjp(_forward, _backward, symbolic_zeros=True)
+def _of_weight(given: _Given, dy_RD: Array, dots: tuple[Array, ...]) -> Array | None:
+  """`<da, a> + <dy, c>`, f32[R]."""
+  c_ED = given.down[1]
+  if not dots or c_ED is None:
+    return dots[0] if dots else None
+  c_RD = c_ED[expert_of_rows(given.groups, dy_RD.shape[0])].astype(jnp.float32)
+  return dots[0] + jnp.sum(dy_RD.astype(jnp.float32) * c_RD, axis=1)
+
+
+def _of_bias(
+  bias_EF: Array | None, dy_RF: Array, groups: Groups, weight_R: Array | None = None
+) -> Array | None:
+  if bias_EF is None:
+    return None
+  if weight_R is not None:
+    dy_RF = dy_RF.astype(jnp.float32) * weight_R[:, None]
+  return sums_of_rows(dy_RF, groups).astype(bias_EF.dtype)
+
+
+fused_ffn.defvjp(_forward, _backward, symbolic_zeros=True)

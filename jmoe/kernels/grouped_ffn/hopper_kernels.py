@@ -1,4 +1,4 @@
-"""The two kernels of a gated feed-forward on Hopper, each with three results or more.
+"""The two kernels of a feed-forward on Hopper, each with several results.
 
 What the activation needs and gives stays in registers beside the sums of a product.
 """
@@ -13,7 +13,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
 from jmoe.kernels.hopper import DEPTH, Tile
-from jmoe.kernels.hopper_rows import row_kernel, scaled, store, values_of_rows
+from jmoe.kernels.hopper_rows import (
+  multiply,
+  over_columns,
+  over_rows,
+  row_kernel,
+  store,
+  values_of_columns,
+  values_of_rows,
+)
 from jmoe.kernels.hopper_tiles import choose
 from jmoe.types import Groups
 
@@ -24,78 +32,107 @@ Activation = Callable[[Array], tuple[Array, Array]]  # x -> its value, its deriv
 def hidden_kernel(
   groups: Groups,
   x_RD: Array,
-  gate_EDF: Array,
-  up_EDF: Array,
-  weight_R: Array | None = None,
-  *,
+  *arrays: Array,
+  ups: int,
+  biased: bool,
   activation: Activation,
   num_sms: int | None,
   hidden: bool,
   product: bool,
   tile: Tile | None = None,
 ) -> tuple[Array, ...]:
-  """What is asked for of `x gate, x up` and `weight f(x gate) (x up)`, `[R,F]` each.
+  """What is asked for of `h_n = x w_n + b_n` and `weight f(h_0) h_1`, `[R,F]` each.
 
   Args:
-    hidden: the first two.
-    product: the third.
-    tile: of each of the two; None: that of the table in `hopper_tiles`.
+    groups: aligned to `hopper.BLOCK`.
+    x_RD: rows.
+    arrays: `ups` matrices [E,D,F], then if `biased` as many [E,F], then perhaps f32[R].
+    ups: one or two; with one the product is `weight f(h_0)`.
+    biased: whether there are biases.
+    activation: f.
+    num_sms: multiprocessors to use; None: all.
+    hidden: give the first arrays.
+    product: give the last one.
+    tile: of each of the first arrays; None: that of the table in `hopper_tiles`.
   """
-  (R, D), F = x_RD.shape, gate_EDF.shape[2]
-  tile = tile or choose("hidden", width=F, depth=D, operands=3)
+  (R, D), F = x_RD.shape, arrays[0].shape[2]
+  kernel = "hidden" if ups == 2 else "rows"
+  tile = tile or choose(kernel, width=F, depth=D, operands=1 + ups)
 
-  def multiply(place, tiles, totals):
-    x, gate, up = tiles
-    plgpu.wgmma(totals[0], x.at[place.own], gate)
-    plgpu.wgmma(totals[1], x.at[place.own], up)
+  def products(place, tiles, totals):
+    for total, w in zip(totals, tiles[1:], strict=True):
+      multiply(tile, place, total, tiles[0], w)
 
-  def finish(place, sums, scale, scratch, others, results):
+  def begin(place, others):
+    biases, weights = others[: ups * biased], others[ups * biased :]
+    return (
+      [values_of_columns(place, ref) for ref in biases],
+      [values_of_rows(place, ref) for ref in weights],
+    )
+
+  def finish(place, sums, begun, scratch, others, results):
     del others
-    g, u = sums
-    values = (g, u) if hidden else ()
+    biases, weights = begun
+    for n, bias in enumerate(biases):
+      sums[n] += over_columns(bias, sums[n])
+    values = sums if hidden else []
     if product:
-      a = activation(g)[0] * u
-      values += (scaled(a, scale[0]) if scale else a,)
+      values = [*values, _product(activation(sums[0])[0], sums[1:], weights)]
     for value, ref in zip(values, results, strict=True):
       store(value, scratch["staged"], place, ref)
 
   return row_kernel(
     groups,
-    () if weight_R is None else (weight_R,),
+    arrays[ups:],
     (x_RD,),
-    (gate_EDF, up_EDF),
+    arrays[:ups],
     tile=tile,
     transpose=False,
-    sums=2,
-    multiply=multiply,
-    begin=_weights,
+    sums=ups,
+    products=products,
+    begin=begin,
     finish=finish,
     scratch={"staged": chip.staging(tile.own[0], x_RD.dtype)},
-    out=(chip.struct((R, F), x_RD.dtype, x_RD),) * (2 * hidden + product),
-    name="gated_hidden",
+    out=(chip.struct((R, F), x_RD.dtype, x_RD),) * (ups * hidden + product),
+    name="ffn_hidden",
     num_sms=num_sms,
   )
+
+
+def _product(value, others, weights) -> Array:
+  """The activation times the other hidden array and the weight, if there are any."""
+  for other in others:
+    value = value * other
+  return value * over_rows(weights[0], value) if weights else value
 
 
 def back_kernel(
   groups: Groups,
   dy_RD: Array,
   down_EFD: Array,
-  g_RF: Array,
-  u_RF: Array,
-  weight_R: Array | None = None,
-  *,
+  *arrays: Array,
+  ups: int,
   activation: Activation,
   num_sms: int | None,
   tile: Tile | None = None,
 ) -> tuple[Array, ...]:
-  """Gradients of `x gate` and `x up`, `weight f(x gate) (x up)`, and the weight's.
+  """Gradients of the hidden arrays, what went into `down`, and the weight's gradient.
 
-  The first two are written over the arrays that they are gradients of, which saves two
-  of [R,F]; not inside `shard_map`.
+  The first ones are written over the arrays that they are gradients of, which saves as
+  many of [R,F]; not inside `shard_map`.
+
+  Args:
+    groups: aligned to `hopper.BLOCK`.
+    dy_RD: gradient of the rows that come out.
+    down_EFD: the matrix that made them.
+    arrays: the hidden arrays [R,F], and perhaps the weight f32[R].
+    ups: how many hidden arrays.
+    activation: of the first of them.
+    num_sms: multiprocessors to use; None: all.
+    tile: None: that of the table in `hopper_tiles`.
 
   Returns:
-    `[R,F]` three times, and f32[R] if there is a weight.
+    `[R,F]` `ups + 1` times, and f32[R] if there is a weight.
   """
   (R, D), F, dtype = dy_RD.shape, down_EFD.shape[1], dy_RD.dtype
   tile = tile or choose("back", width=F, depth=D)
@@ -107,7 +144,7 @@ def back_kernel(
   def fetch(p, place, scratch, others):
     held, arrived = scratch["held"], scratch["arrived"]
     (r, c), slot = pieces[p], p % _SLOTS
-    for n, ref in enumerate(others[:2]):
+    for n, ref in enumerate(others[:ups]):
       plgpu.copy_gmem_to_smem(
         place.of(ref, r, 64, c, 64),
         held.at[place.group, slot, n],
@@ -122,11 +159,8 @@ def back_kernel(
       for p in range(min(_SLOTS, len(pieces))):
         fetch(p, place, scratch, others)
 
-  def multiply(place, tiles, totals):
-    dy, down = tiles
-    if not tile.alternating:
-      dy = dy.at[place.own]
-    plgpu.wgmma(totals[0], dy, chip.transposed(down))
+  def products(place, tiles, totals):
+    multiply(tile, place, totals[0], *tiles, transpose=True)
 
   def finish(place, sums, scale, scratch, others, results):
     held, arrived = scratch["held"], scratch["arrived"]
@@ -137,63 +171,60 @@ def back_kernel(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the piece before this one
         fetch(p + _SLOTS - 1, place, scratch, others)
       plgpu.barrier_wait(arrived.at[place.group, slot])
-      g, u = (held[place.group, slot, n].astype(jnp.float32) for n in range(2))
+      mine = [held.at[place.group, slot, n] for n in range(ups + 1)]
+      h, *other = (ref[...].astype(jnp.float32) for ref in mine[:ups])
       d = sums[0][r : r + 64, c : c + 64]
-      value, slope = activation(g)
-      a = value * u
+      value, slope = activation(h)
+      a = _product(value, other, ())
       if scale:
         dots[r] = jnp.sum(d * a, axis=1) + (dots[r] if r in dots else 0.0)
         own = scale[0][r : r + 64] if rows_own > 64 else scale[0]
-        d, a = scaled(d, own), scaled(a, own)
-      held[place.group, slot, 0] = (d * u * slope).astype(dtype)
-      held[place.group, slot, 1] = (d * value).astype(dtype)
-      held[place.group, slot, 2] = a.astype(dtype)
+        d, a = d * over_rows(own, d), a * over_rows(own, a)
+      mine[0][...] = _product(d * slope, other, ()).astype(dtype)
+      if other:
+        mine[1][...] = (d * value).astype(dtype)
+      mine[-1][...] = a.astype(dtype)
       plgpu.commit_smem()
 
       # A repeated tile read what has been written over: its results are wrong.
       @pl.when(place.real)
-      def _(r=r, c=c, slot=slot):
-        for n, ref in enumerate(results[:3]):
-          plgpu.copy_smem_to_gmem(
-            held.at[place.group, slot, n], place.of(ref, r, 64, c, 64)
-          )
+      def _(r=r, c=c, mine=mine):
+        for ref, result in zip(mine, results, strict=False):
+          plgpu.copy_smem_to_gmem(ref, place.of(result, r, 64, c, 64))
 
     @pl.when(place.real)
     def _():
-      for ref in results[3:]:
+      for ref in results[ups + 1 :]:
         for r, dot in dots.items():
           ref[place.column, pl.ds(place.row + r, 64)] = dot
 
-  out = (chip.struct((R, F), dtype, dy_RD),) * 3
-  weights = () if weight_R is None else (weight_R,)
-  if weights:  # a partial sum of each column of tiles
+  out = (chip.struct((R, F), dtype, dy_RD),) * (ups + 1)
+  weighed = len(arrays) > ups
+  if weighed:  # a partial sum of each column of tiles
     columns = pl.cdiv(F, tile.cols)
     out += (chip.struct((columns, R), jnp.float32, dy_RD),)
-  # What a warpgroup reads of the two hidden arrays, then their gradients in the same
-  # places, and the third result: [warpgroup, slot, which, rows, cols].
-  held = plgpu.SMEM((2, _SLOTS, 3, 64, 64), dtype, transforms=chip.swizzled(dtype, 64))
-  arrived = plgpu.Barrier(num_arrivals=2, num_barriers=(2, _SLOTS))
+  # What a warpgroup reads of the hidden arrays, then their gradients in the same
+  # places, and what went into `down`: [warpgroup, slot, which, rows, cols].
+  held = plgpu.SMEM(
+    (2, _SLOTS, ups + 1, 64, 64), dtype, transforms=chip.swizzled(dtype, 64)
+  )
+  arrived = plgpu.Barrier(num_arrivals=ups, num_barriers=(2, _SLOTS))
   *found, last = row_kernel(
     groups,
-    (g_RF, u_RF, *weights),
+    arrays,
     (dy_RD,),
     (down_EFD,),
     tile=tile,
     transpose=True,
     sums=1,
-    multiply=multiply,
-    begin=lambda place, others: _weights(place, others[2:]),
+    products=products,
+    begin=lambda place, others: [values_of_rows(place, ref) for ref in others[ups:]],
     during=during,
     finish=finish,
     scratch={"held": held, "arrived": arrived},
     out=out,
-    name="gated_back",
+    name="ffn_back",
     num_sms=num_sms,
-    updated=2,
+    updated=ups,
   )
-  return *found, jnp.sum(last, axis=0) if weights else last
-
-
-def _weights(place, others):
-  """They come while the products are made."""
-  return [values_of_rows(place, ref) for ref in others]
+  return *found, jnp.sum(last, axis=0) if weighed else last

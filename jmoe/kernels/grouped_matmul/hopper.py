@@ -21,7 +21,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
-from jmoe.kernels.hopper_rows import row_kernel, store
+from jmoe.kernels.hopper_rows import (
+  multiply,
+  over_columns,
+  over_rows,
+  row_kernel,
+  store,
+  values_of_columns,
+  values_of_rows,
+)
 from jmoe.kernels.hopper_tiles import choose
 from jmoe.kernels.hopper_walk import Operand, Work, walk
 from jmoe.types import Groups
@@ -48,11 +56,7 @@ def hopper(
     num_sms: multiprocessors to use; None: all.
     dtype: of the result, the operands' or float32; None: the operands'.
   """
-  pairs = ((x_RD, w_EDF),)
-  if bias_EF is None:
-    return rows(pairs, groups, num_sms=num_sms, dtype=dtype)
-  y_RF = rows(pairs, groups, num_sms=num_sms, dtype=jnp.float32)  # rounded once
-  return _plus_bias(y_RF, bias_EF, groups).astype(dtype or x_RD.dtype)
+  return rows(((x_RD, w_EDF),), groups, bias_EF, num_sms=num_sms, dtype=dtype)
 
 
 def _forward(x_RD, w_EDF, groups, bias_EF, num_sms, dtype):
@@ -68,7 +72,7 @@ def _backward(num_sms, dtype, residual, dy_RF):
   dw_EDF = matrices(x_RD, dy_RF, groups, num_sms=num_sms)
   d_bias = None
   if bias_EF is not None:
-    d_bias = _sums(dy_RF, groups).astype(bias_EF.dtype)
+    d_bias = sums_of_rows(dy_RF, groups).astype(bias_EF.dtype)
   return dx_RD, dw_EDF, None, d_bias
 
 
@@ -78,17 +82,21 @@ hopper.defvjp(_forward, _backward)
 def rows(
   pairs: Sequence[tuple[Array, Array]],
   groups: Groups,
+  bias_EF: Array | None = None,
+  weight_R: Array | None = None,
   *,
   transpose: bool = False,
   num_sms: int | None = None,
   dtype: Any = None,
   tile: Tile | None = None,
 ) -> Array:
-  """`sum over pairs of x_r w_e(r)`, or with the matrices transposed; `[R,F]`.
+  """`weight_r bias_e(r) + sum over pairs of x_r w_e(r)`; `[R,F]`.
 
   Args:
     pairs: rows [R,D] and matrices [E,D,F] (transposed: [E,F,D]), all of one shape.
     groups: aligned to `BLOCK`.
+    bias_EF: a bias per expert, or None.
+    weight_R: f32[R] of the bias alone, or None for ones.
     transpose: contract the matrices' last dimension instead of the one before it.
     num_sms: multiprocessors to use; None: all.
     dtype: of the result; None: the operands'.
@@ -97,12 +105,16 @@ def rows(
   cols = pairs[0][1].shape[1 if transpose else 2]
   kernel = functools.partial(
     _rows_kernel,
+    pairs=len(pairs),
     transpose=transpose,
     num_sms=num_sms,
     out=dtype or pairs[0][0].dtype,
     tile=tile,
   )
   operands = [x for pair in pairs for x in (padded(pair[0], 1), padded(pair[1], 1, 2))]
+  if bias_EF is not None:
+    operands.append(padded(bias_EF, 1))
+    operands += [] if weight_R is None else [weight_R]
   return foldable(kernel)(groups, *operands)[:, :cols]
 
 
@@ -132,39 +144,44 @@ def padded(x: Array, *axes: int) -> Array:
 def _rows_kernel(
   groups: Groups,
   *operands: Array,
+  pairs: int,
   transpose: bool,
   num_sms: int | None,
   out: Any,
   tile: Tile | None,
 ) -> Array:
-  """Operands are rows and matrices of each pair in turn."""
+  """Operands are rows and matrices of each pair in turn, then biases, then weights."""
+  operands, others = operands[: 2 * pairs], operands[2 * pairs :]
   lefts, rights = operands[::2], operands[1::2]
   (R, D), F = lefts[0].shape, rights[0].shape[1 if transpose else 2]
   tile = tile or choose("rows", width=F, depth=D, operands=len(operands))
 
-  def multiply(place, tiles, totals):
-    for x, w in zip(tiles[: len(lefts)], tiles[len(lefts) :], strict=True):
-      if tile.alternating or not tile.by_cols:
-        x, w = x.at[place.own], chip.transposed(w) if transpose else w
-      elif transpose:
-        w = chip.transposed(w.at[place.own])
-      else:
-        w = w.at[:, place.own]
-      plgpu.wgmma(totals[0], x, w)
+  def products(place, tiles, totals):
+    for x, w in zip(tiles[:pairs], tiles[pairs:], strict=True):
+      multiply(tile, place, totals[0], x, w, transpose=transpose)
+
+  def begin(place, others):
+    both = values_of_columns, values_of_rows
+    return [read(place, ref) for read, ref in zip(both, others)]
 
   def finish(place, sums, begun, scratch, others, results):
-    del begun, others
-    store(sums[0], scratch["staged"], place, results[0])
+    del others
+    (y,) = sums
+    if begun:
+      bias = over_columns(begun[0], y)
+      y += bias if len(begun) == 1 else bias * over_rows(begun[1], y)
+    store(y, scratch["staged"], place, results[0])
 
   (made,) = row_kernel(
     groups,
-    (),
+    others,
     lefts,
     rights,
     tile=tile,
     transpose=transpose,
     sums=1,
-    multiply=multiply,
+    products=products,
+    begin=begin,
     finish=finish,
     scratch={"staged": chip.staging(tile.own[0], out)},
     out=(chip.struct((R, F), out, operands),),
@@ -259,13 +276,7 @@ def _matrices_kernel(
   return kernel(x_RD, y_RF, start_E, groups.rows)
 
 
-def _plus_bias(y_RF: Array, bias_EF: Array, groups: Groups) -> Array:
-  """Each row plus the bias of its expert; XLA makes one pass of it."""
-  expert_R = _expert_of_rows(groups, y_RF.shape[0])
-  return (y_RF + bias_EF[expert_R].astype(y_RF.dtype)).astype(y_RF.dtype)
-
-
-def _expert_of_rows(groups: Groups, num_rows: int) -> Array:
+def expert_of_rows(groups: Groups, num_rows: int) -> Array:
   """i32[R] of every row that exists; anything in range for the others."""
   block_B = jnp.arange(num_rows // BLOCK, dtype=jnp.int32) * BLOCK
   end_E = groups.start + -(-groups.rows // BLOCK) * BLOCK
@@ -273,11 +284,11 @@ def _expert_of_rows(groups: Groups, num_rows: int) -> Array:
   return jnp.repeat(jnp.argmax(inside_BE, axis=1).astype(jnp.int32), BLOCK)
 
 
-def _sums(y_RF: Array, groups: Groups) -> Array:
+def sums_of_rows(y_RF: Array, groups: Groups) -> Array:
   """f32[E,F] sums of each expert's rows, by blocks; nothing else is read."""
   R, F = y_RF.shape
   place_R = jnp.arange(R, dtype=jnp.int32)
-  expert_R = _expert_of_rows(groups, R)
+  expert_R = expert_of_rows(groups, R)
   real_R = (place_R >= groups.start[expert_R]) & (
     place_R < groups.start[expert_R] + groups.rows[expert_R]
   )
