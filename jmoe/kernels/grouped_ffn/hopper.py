@@ -21,8 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
-from jmoe.kernels.grouped_matmul.hopper import foldable, matrices, padded, rows
+from jmoe.kernels.folding import foldable
+from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
+from jmoe.kernels.row_blocks import in_bands, used_blocks
 from jmoe.types import Groups
 
 Activation = Callable[[Array], tuple[Array, Array]]  # x -> its value, its derivative
@@ -100,7 +102,7 @@ def _hidden_kernel(
   cols = pl.cdiv(F, tile.cols)
   rows_own, cols_own = tile.own
   sms = num_sms or chip.multiprocessors()
-  blocks = chip.used_blocks(groups, R)
+  blocks = used_blocks(groups, R, BLOCK)
   x_spec = plgpu.BlockSpec(
     (tile.rows, DEPTH), lambda k: (0, k), transforms=chip.swizzled(dtype, DEPTH)
   )
@@ -131,7 +133,7 @@ def _hidden_kernel(
       used = used_ref[0]
 
       def make(t, state):
-        which, column = chip.in_bands(t, used, cols, tile.band)
+        which, column = in_bands(t, used, cols, tile.band)
         row, col = block_ref[which] * BLOCK, column * tile.cols
         own = pl.ds(group * rows_own, rows_own)
 
@@ -188,7 +190,7 @@ def _back_kernel(
   cols = pl.cdiv(F, tile.cols)
   rows_own, cols_own = tile.own
   sms = num_sms or chip.multiprocessors()
-  blocks = chip.used_blocks(groups, R)
+  blocks = used_blocks(groups, R, BLOCK)
   spec = plgpu.BlockSpec(
     (tile.rows, DEPTH), lambda k: (0, k), transforms=chip.swizzled(dtype, DEPTH)
   )
@@ -220,7 +222,7 @@ def _back_kernel(
       used = used_ref[0]
 
       def make(t, state):
-        which, column = chip.in_bands(t, used, cols, tile.band)
+        which, column = in_bands(t, used, cols, tile.band)
         row, col = block_ref[which] * BLOCK, column * tile.cols
         own = pl.ds(group * rows_own, rows_own)
         first = row + group * rows_own

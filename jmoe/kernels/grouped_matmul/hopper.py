@@ -9,18 +9,19 @@ Prefixes of names: `x` rows that go in, `y` rows that come out.
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
+from jmoe.kernels.folding import foldable
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
+from jmoe.kernels.row_blocks import expert_of_rows, in_bands, sums, used_blocks
 from jmoe.types import Groups
 
 _ALIGNED = 64  # tiles in shared memory are 128 bytes wide, and so is what they are of
@@ -65,7 +66,7 @@ def _backward(num_sms, dtype, residual, dy_RF):
   dw_EDF = matrices(x_RD, dy_RF, groups, num_sms=num_sms)
   d_bias = None
   if bias_EF is not None:
-    d_bias = _sums(dy_RF, groups).astype(bias_EF.dtype)
+    d_bias = sums(dy_RF, groups, BLOCK).astype(bias_EF.dtype)
   return dx_RD, dw_EDF, None, d_bias
 
 
@@ -148,7 +149,7 @@ def _rows_kernel(
   cols = pl.cdiv(F, tile.cols)
   rows_own, cols_own = tile.own
   sms = num_sms or chip.multiprocessors()
-  blocks = chip.used_blocks(groups, R)
+  blocks = used_blocks(groups, R, BLOCK)
   x_spec = plgpu.BlockSpec(
     (tile.rows, DEPTH), lambda k: (0, k), transforms=chip.swizzled(dtype, DEPTH)
   )
@@ -192,7 +193,7 @@ def _rows_kernel(
       used = used_ref[0]
 
       def make(t, state):
-        which, column = chip.in_bands(t, used, cols, tile.band)
+        which, column = in_bands(t, used, cols, tile.band)
         row, col = block_ref[which] * BLOCK, column * tile.cols
         own = pl.ds(group * cols_own, cols_own)
 
@@ -274,7 +275,7 @@ def _matrices_kernel(
         e = lax.div(t, jnp.int32(rows * cols))
         within = t - e * (rows * cols)
         band = min(tile.band, rows)
-        row, col = chip.in_bands(within, jnp.int32(rows), cols, band)
+        row, col = in_bands(within, jnp.int32(rows), cols, band)
         first = lax.div(start_ref[e], jnp.int32(DEPTH))
         blocks = lax.div(rows_ref[e] + (BLOCK - 1), jnp.int32(BLOCK))
         own = pl.ds(group * rows_own, rows_own)
@@ -312,60 +313,5 @@ def _matrices_kernel(
 
 def _plus_bias(y_RF: Array, bias_EF: Array, groups: Groups) -> Array:
   """Each row plus the bias of its expert; XLA makes one pass of it."""
-  expert_R = _expert_of_rows(groups, y_RF.shape[0])
+  expert_R = expert_of_rows(groups, y_RF.shape[0], BLOCK)
   return (y_RF + bias_EF[expert_R].astype(y_RF.dtype)).astype(y_RF.dtype)
-
-
-def _expert_of_rows(groups: Groups, num_rows: int) -> Array:
-  """i32[R] of every row that exists; anything in range for the others."""
-  block_B = jnp.arange(num_rows // BLOCK, dtype=jnp.int32) * BLOCK
-  end_E = groups.start + -(-groups.rows // BLOCK) * BLOCK
-  inside_BE = (block_B[:, None] >= groups.start) & (block_B[:, None] < end_E)
-  return jnp.repeat(jnp.argmax(inside_BE, axis=1).astype(jnp.int32), BLOCK)
-
-
-def _sums(y_RF: Array, groups: Groups) -> Array:
-  """f32[E,F] sums of each expert's rows, by blocks; nothing else is read."""
-  R, F = y_RF.shape
-  place_R = jnp.arange(R, dtype=jnp.int32)
-  expert_R = _expert_of_rows(groups, R)
-  real_R = (place_R >= groups.start[expert_R]) & (
-    place_R < groups.start[expert_R] + groups.rows[expert_R]
-  )
-  y_RF = jnp.where(real_R[:, None], y_RF, 0).astype(jnp.float32)
-  sum_BF = jnp.sum(y_RF.reshape(-1, BLOCK, F), axis=1)
-  E = groups.start.shape[0]
-  own_EB = jnp.arange(E, dtype=jnp.int32)[:, None] == expert_R[::BLOCK]
-  return jnp.matmul(
-    own_EB.astype(jnp.float32), sum_BF, precision=jax.lax.Precision.HIGHEST
-  )
-
-
-def foldable(kernel: Callable[..., Any]) -> Callable[..., Any]:
-  """A kernel for which models that share a program are more experts of one.
-
-  Args:
-    kernel: (groups, arrays [R,...] or [E,...] each) -> a tree of such arrays.
-  """
-
-  @custom_vmap
-  def call(groups, *arrays):
-    return kernel(groups, *arrays)
-
-  @call.def_vmap
-  def _(size, batched, groups, *arrays):
-    def whole(x, is_batched):
-      return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-
-    groups, *arrays = jax.tree.map(whole, (groups, *arrays), tuple(batched))
-    # Rows are in the first array of every kernel.
-    first = jnp.arange(size, dtype=jnp.int32)[:, None] * arrays[0].shape[1]
-    folded = Groups(
-      (groups.start + first).reshape(-1), groups.rows.reshape(-1), groups.block
-    )
-    flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
-    out = foldable(kernel)(folded, *flat)
-    apart = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-    return apart, jax.tree.map(lambda _: True, out)
-
-  return call
