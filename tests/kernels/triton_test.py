@@ -194,7 +194,7 @@ def test_an_interpreted_layer_is_that_of_a_cpu(limited, monkeypatch):
 
   with devices.as_if("ampere"):
     traced = jax.jit(differentiated).trace(params, x)
-    assert "name=grouped_matmul_matrices" in str(traced.jaxpr)
+    assert "pallas_call" in str(traced.jaxpr)
     found = traced.lower().compile()(params, x)
   with devices.as_if("cpu"):
     wanted = jax.jit(lambda *a: differentiated(*a))(params, x)
@@ -203,6 +203,7 @@ def test_an_interpreted_layer_is_that_of_a_cpu(limited, monkeypatch):
     assert_close(one / scale, other / scale)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
 def test_layers_trace_for_triton_inside_shard_map():
   import jmoe
 

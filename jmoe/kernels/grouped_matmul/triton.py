@@ -67,8 +67,8 @@ def row_tile(block: int) -> int:
 def rows_tile(rows: int, cols: int, dtype: Any) -> Tile:
   """The tile for rows times matrices.
 
-  Two of each fit the registers and the 100 KiB of shared memory of a small chip's
-  multiprocessor; no register is spilled.
+  Two at a time fit the registers of a multiprocessor, and the 100 KiB of shared memory
+  that small chips have.
 
   Args:
     rows: of a tile, from `row_tile`.
