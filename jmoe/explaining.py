@@ -61,7 +61,8 @@ def explain(
     config: the layer.
     num_tokens: T of a call, padding included.
     train: capacity factors of training, and its noise.
-    device: "cpu", "gpu", "hopper" or "tpu"; None: jax's default.
+    device: "cpu", "gpu", "ampere" (compute capability 8.0 and up), "hopper" or "tpu";
+      None: jax's default.
     num_rows: sequences or images that the tokens make, for routing by row.
     dtype: of the activations.
 
@@ -81,7 +82,7 @@ def explain(
   device = devices.current_device() if device is None else device
   if device not in devices.DEVICES:
     raise ValueError(
-      f"explain: device={device!r}; use 'cpu', 'gpu', 'hopper' or 'tpu'."
+      f"explain: device={device!r}; use one of {', '.join(devices.DEVICES)}."
     )
   with devices.as_if(device):
     seen = _trace(config, x_TD, num_rows, train)

@@ -163,7 +163,7 @@ def products(shape: shapes.Shape) -> dict[str, Leg]:
 
     return 1, MATRICES, call, (left, right)
 
-  silu = dict(activation=activations.silu, ups=2, num_sms=None)
+  silu: Any = dict(activation=activations.silu, ups=2, num_sms=None)
 
   def hidden(way):
     made = tile("hidden", way, width=F, depth=D, operands=3)

@@ -3,6 +3,9 @@
 
 import contextlib
 import contextvars
+import functools
+import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 HOPPER_BLOCK = 128  # rows to which Hopper's kernels want each expert's aligned
+TRITON_BLOCK = 16  # and Triton's: the least that tensor cores multiply
 _HOPPER_JAX = (0, 10)  # the first whose Pallas compiles these kernels
 
-
-DEVICES = ("cpu", "gpu", "hopper", "tpu")
+GPUS = ("gpu", "ampere", "hopper")
+DEVICES = ("cpu", *GPUS, "tpu")
 
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar(
   "device", default=None
@@ -40,7 +44,10 @@ def as_if(device: str) -> Iterator[None]:
 
 
 def current_device() -> str:
-  """ "cpu", "tpu", "hopper" for an H100 or H200, or "gpu" for any other.
+  """ "cpu", "tpu", or which GPU.
+
+  "hopper" is an H100 or H200, "ampere" any other NVIDIA GPU of compute capability 8.0
+  and up (A100, L4, 4090, B200), "gpu" what is older or another maker's.
 
   Of `jax.default_device`, or else of the default backend; that arrays were put on
   another device is not known while a function is traced.
@@ -57,9 +64,12 @@ def current_device() -> str:
     return device
   if chosen is None or isinstance(chosen, str):
     chosen = jax.devices(chosen)[0]
-  capability = getattr(chosen, "compute_capability", None)
+  capability = str(getattr(chosen, "compute_capability", None))
   # Mosaic's kernels are for one generation: their instructions ended with it.
-  return "hopper" if str(capability) == "9.0" else "gpu"
+  if capability == "9.0":
+    return "hopper"
+  is_number = re.fullmatch(r"\d+\.\d+", capability)  # not AMD's "gfx90a"
+  return "ampere" if is_number and float(capability) >= 8.0 else "gpu"
 
 
 def unfit_for_hopper(dtype: Any, block: int) -> str | None:
@@ -78,11 +88,40 @@ def unfit_for_hopper(dtype: Any, block: int) -> str | None:
   return None
 
 
+def unfit_for_triton(dtype: Any, block: int) -> str | None:
+  """Why the kernels in Pallas's Triton cannot serve, if they cannot.
+
+  Args:
+    dtype: of rows and matrices.
+    block: rows to which each expert's are aligned.
+  """
+  if not has_triton():
+    return f"jax {jax.__version__} has no Pallas Triton"
+  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    return f"{jnp.dtype(dtype).name} is not bfloat16, float16 or float32"
+  if block % TRITON_BLOCK:
+    return f"groups are aligned to {block} rows, not to {TRITON_BLOCK}"
+  return None
+
+
+@functools.cache
+def has_triton() -> bool:
+  """Whether this jax has Pallas's Triton, which is to be removed from it."""
+  try:
+    triton = importlib.import_module("jax.experimental.pallas.triton")
+  except ImportError:
+    return False
+  return hasattr(triton, "CompilerParams")
+
+
 def row_alignment(dtype: Any) -> int:
   """Rows to which each expert's should be aligned on this device; 1: any number."""
-  if current_device() != "hopper" or unfit_for_hopper(dtype, HOPPER_BLOCK):
-    return 1
-  return HOPPER_BLOCK
+  device = current_device()
+  if device == "hopper" and not unfit_for_hopper(dtype, HOPPER_BLOCK):
+    return HOPPER_BLOCK
+  if device in ("ampere", "hopper") and not unfit_for_triton(dtype, TRITON_BLOCK):
+    return TRITON_BLOCK
+  return 1
 
 
 def search_method() -> str:

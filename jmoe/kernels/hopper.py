@@ -20,10 +20,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.kernels.devices import HOPPER_BLOCK as BLOCK, search_method
+from jmoe.kernels.devices import HOPPER_BLOCK
 from jmoe.kernels.varying import differs, like, struct as struct, together
-from jmoe.types import Groups, pytree
 
+BLOCK = HOPPER_BLOCK
 DEPTH = 64  # of the contracted dimension in a step: 128 bytes of a 16-bit type
 
 
@@ -71,35 +71,6 @@ class Tile:
     return self.rows // 2, self.cols
 
 
-@pytree
-class Blocks:
-  """The blocks that hold rows, in the order of experts."""
-
-  expert: Array  # i32[R / BLOCK]  of each used block
-  block: Array  # i32[R / BLOCK]  where it is: its first row is BLOCK times this
-  used: Array  # i32[1]  how many are used, at least one
-
-
-def used_blocks(groups: Groups, num_rows: int) -> Blocks:
-  """The blocks of a layout that is aligned to `BLOCK`.
-
-  Args:
-    groups: where each expert's rows are.
-    num_rows: R of the buffer.
-  """
-  assert groups.block % BLOCK == 0, groups.block
-  E, B = groups.start.shape[0], num_rows // BLOCK
-  count_E = -(-groups.rows // BLOCK)
-  end_E = jnp.cumsum(count_E, dtype=jnp.int32)
-  place_B = jnp.arange(B, dtype=jnp.int32)
-  expert_B = jnp.searchsorted(end_E, place_B, side="right", method=search_method())
-  expert_B = jnp.minimum(expert_B.astype(jnp.int32), E - 1)
-  first_E = groups.start // BLOCK - (end_E - count_E)
-  block_B = jnp.clip(place_B + first_E[expert_B], 0, B - 1)
-  # Where no expert has a row, one block that nobody reads is made all the same.
-  return Blocks(expert_B, block_B, jnp.maximum(end_E[-1:], 1))
-
-
 def multiprocessors() -> int:
   """Of the default device; an H100's where there is none to ask."""
   count = getattr(jax.devices()[0], "core_count", None)
@@ -122,17 +93,6 @@ def transposed(ref: Any) -> Any:
   if hasattr(ref, "transpose"):
     return ref.transpose((1, 0))
   return plgpu.transpose_ref(ref, (1, 0))
-
-
-def in_bands(t: Array, rows: Array, cols: int, band: int) -> tuple[Array, Array]:
-  """(row, column) of the t-th tile of a grid, whose rows may be traced.
-
-  Bands of `band` rows from top to bottom; in a band column by column.
-  """
-  which = lax.div(t, jnp.int32(band * cols))
-  within = t - which * (band * cols)
-  height = jnp.minimum(jnp.int32(band), rows - which * band)
-  return which * band + lax.rem(within, height), lax.div(within, height)
 
 
 def each_tile(

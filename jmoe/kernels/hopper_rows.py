@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.kernels import hopper as chip
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
 from jmoe.kernels.hopper_walk import Operand, Work, walk
+from jmoe.kernels.row_blocks import in_bands, used_blocks
 from jmoe.types import Groups
 
 
@@ -88,7 +89,7 @@ def row_kernel(
   tile = tile.that_fits(columns)
   bands = columns // tile.cluster
   sms = num_sms or chip.multiprocessors()
-  blocks, used = max(1, sms // tile.cluster), chip.used_blocks(groups, R)
+  blocks, used = max(1, sms // tile.cluster), used_blocks(groups, R, BLOCK)
 
   def body(*refs):
     parts = []
@@ -100,7 +101,7 @@ def row_kernel(
 
     def arguments(t):
       """(expert, first row, column of tiles)."""
-      which, band = chip.in_bands(t, used_ref[0], bands, tile.band)
+      which, band = in_bands(t, used_ref[0], bands, tile.band)
       # Thread blocks of a cluster make columns side by side of the same rows.
       column = band * tile.cluster + tile.member()
       return expert_ref[which], block_ref[which] * BLOCK, column

@@ -120,10 +120,15 @@ def _product(x_RK: Array, w_GKN: Array, groups: Groups, dtype: Any) -> Array:
   if jnp.dtype(dtype).itemsize <= x_RK.dtype.itemsize:
     return grouped_matmul(x_RK, w_GKN, groups).astype(dtype)
   device, G = current_device(), w_GKN.shape[0]
-  if choose(device, groups, G, x_RK.dtype)[0] == "hopper" and dtype == jnp.float32:
+  name = choose(device, groups, G, x_RK.dtype)[0]
+  if name == "hopper" and dtype == jnp.float32:
     from jmoe.kernels.grouped_matmul.hopper import hopper  # imports Pallas
 
     return hopper(x_RK, w_GKN, groups, None, None, jnp.float32)
+  if name == "triton" and dtype == jnp.float32:
+    from jmoe.kernels.grouped_matmul.triton import triton  # imports Pallas
+
+    return triton(x_RK, w_GKN, groups, None, jnp.float32)
   made = grouped_matmul(x_RK.astype(dtype), w_GKN.astype(dtype), groups)
   return made.astype(dtype)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-from jmoe.kernels.devices import current_device
+from jmoe.kernels.devices import GPUS, current_device
 
 _log = logging.getLogger("jmoe")
 _said: set[str] = set()
@@ -91,7 +91,7 @@ def choose(implementation: str | None, q: Array, k: Array) -> tuple[str, str]:
 
 def _unfit(q: Array, k: Array) -> str | None:
   """Why cuDNN cannot serve, if it cannot."""
-  if current_device() not in ("gpu", "hopper"):
+  if current_device() not in GPUS:
     return f"the device is {current_device()}"
   capability = getattr(jax.devices()[0], "compute_capability", None)
   if capability is None or "." not in str(capability):

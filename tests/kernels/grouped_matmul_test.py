@@ -11,7 +11,7 @@ import pytest
 
 from jmoe.kernels import grouped_ffn, grouped_matmul
 from jmoe.kernels.grouped_ffn import reference as ffn_reference
-from jmoe.kernels.grouped_matmul import choose, reference
+from jmoe.kernels.grouped_matmul import reference
 from jmoe.kernels.grouped_matmul.reference import expert_of_rows
 from jmoe.types import Groups, Rows
 from jmoe.use import use
@@ -133,13 +133,6 @@ def test_a_dense_product_is_refused_unless_asked_for():
     grouped_matmul(x, w, groups, implementation="block")
   with pytest.raises(ValueError, match="equal groups"):
     grouped_matmul(x, w, groups, implementation="batched")
-
-
-def test_no_device_is_served_by_a_dense_product():
-  for equal in (False, True):
-    groups = groups_of(LOADS["mixed"], equal=equal)
-    for device in ("cpu", "gpu"):
-      assert choose(device, groups, E)[0] in ("blocks", "batched")
 
 
 def test_the_choice_is_said_once(caplog):

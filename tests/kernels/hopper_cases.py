@@ -1,4 +1,4 @@
-"""Operands for Hopper's kernels, what they must give in float64, and where they run."""
+"""Operands for a GPU's kernels, what they give in float64, and where those run."""
 # SPDX-License-Identifier: Apache-2.0
 
 import jax
@@ -36,18 +36,28 @@ class Case:
     dtype: of everything.
     stride: rows between two experts, of capacity buckets; None: ragged.
     spare: blocks after the last expert's.
+    block: rows to which the layout is aligned.
   """
 
   def __init__(
-    self, loads, depth, width, *, dtype=jnp.bfloat16, stride=None, spare=1, seed=0
+    self,
+    loads,
+    depth,
+    width,
+    *,
+    dtype=jnp.bfloat16,
+    stride=None,
+    spare=1,
+    seed=0,
+    block=BLOCK,
   ):
     rng = np.random.default_rng(seed)
     loads = np.asarray(loads)
-    padded = -(-loads // BLOCK) * BLOCK
+    padded = -(-loads // block) * block
     if stride is not None:
       padded = np.full_like(loads, stride)
     start = np.cumsum(padded) - padded
-    R = int(padded.sum()) + spare * BLOCK
+    R = int(padded.sum()) + spare * block
     self.real = np.zeros(R, bool)
     self.expert = np.zeros(R, int)
     for e, (s, n) in enumerate(zip(start, loads, strict=True)):
@@ -62,7 +72,7 @@ class Case:
       jnp.asarray(a, dtype) for a in (x, w, dy, bias)
     )
     self.groups = Groups(
-      jnp.asarray(start, jnp.int32), jnp.asarray(loads, jnp.int32), BLOCK, stride
+      jnp.asarray(start, jnp.int32), jnp.asarray(loads, jnp.int32), block, stride
     )
 
   def expected(self):

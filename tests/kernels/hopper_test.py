@@ -90,32 +90,18 @@ def test_products_and_gradients_lower_for_cuda(dtype, depth, width):
   assert lowered.as_text().count("mosaic_gpu") >= 3
 
 
-def test_the_choice_says_why_hopper_does_not_serve():
-  from jmoe.kernels.grouped_matmul import choose
-  from jmoe.types import Groups
-
-  def groups(block):
-    return Groups(None, None, block)  # type: ignore[arg-type]
-
-  served = jax.__version_info__ >= devices._HOPPER_JAX
-  if served:
-    assert choose("hopper", groups(128), 4, jnp.bfloat16)[0] == "hopper"
-  for block, dtype, reason in (
-    (64, jnp.bfloat16, "aligned to 64 rows"),
-    (128, jnp.float32, "float32 is not a 16-bit type"),
-  ):
-    name, why, slow = choose("hopper", groups(block), 4, dtype)
-    assert name == "blocks" and slow and (reason in why or not served)
-
-
 def test_the_device_is_that_which_jax_was_told_to_use(monkeypatch):
   here = jax.devices()[0]
   gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
   monkeypatch.setattr(devices.jax, "default_backend", lambda: "cuda")
   monkeypatch.setattr(devices.jax, "devices", lambda *_: [gpu])
   assert devices.current_device() == "hopper"
-  gpu.compute_capability = "8.0"
-  assert devices.current_device() == "gpu"
+  for capability in ("8.0", "8.9", "10.0", "12.1"):
+    gpu.compute_capability = capability
+    assert devices.current_device() == "ampere"
+  for capability in ("7.5", "gfx90a", None):
+    gpu.compute_capability = capability
+    assert devices.current_device() == "gpu"
   with jax.default_device(here):
     assert devices.current_device() == "cpu"
   with pytest.raises(ValueError, match="as_if: device='bogus'"):
@@ -126,8 +112,10 @@ def test_the_device_is_that_which_jax_was_told_to_use(monkeypatch):
 def test_layouts_are_aligned_for_the_device_in_view():
   with devices.as_if("hopper"):
     served = jax.__version_info__ >= devices._HOPPER_JAX
-    assert devices.row_alignment(jnp.bfloat16) == (BLOCK if served else 1)
-    assert devices.row_alignment(jnp.float32) == 1
+    assert devices.row_alignment(jnp.bfloat16) == (BLOCK if served else 16)
+    assert devices.row_alignment(jnp.float32) == 16
+  with devices.as_if("ampere"):
+    assert devices.row_alignment(jnp.bfloat16) == 16
   assert devices.row_alignment(jnp.bfloat16) == 1
 
 

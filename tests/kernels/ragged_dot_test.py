@@ -1,6 +1,8 @@
 """jmoe.ragged_dot is jax.lax.ragged_dot: values, gradients, transformations, errors."""
 # SPDX-License-Identifier: Apache-2.0
 
+import importlib
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -148,6 +150,21 @@ def test_interpreted_hopper_products_are_those_of_jax(monkeypatch, preferred):
   for one, other in zip(found, expected, strict=True):
     gap = jnp.linalg.norm(one.astype(jnp.float32) - other)
     assert gap < 4e-3 * jnp.linalg.norm(other)
+
+
+def test_a_wider_result_of_interpreted_triton_is_not_rounded(monkeypatch):
+  from jmoe.kernels import devices, permute_rows
+
+  module = importlib.import_module("jmoe.kernels.grouped_matmul.triton")
+  kernel = module.triton
+  monkeypatch.setattr(module, "triton", lambda *args: kernel(*args, True))
+  monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
+  args = operands(SIZES["mixed"], k=64, dtype=jnp.bfloat16)[:3]
+  with devices.as_if("ampere"):
+    found = jmoe.ragged_dot(*args, preferred_element_type=jnp.float32)
+  expected = jax.lax.ragged_dot(*(a.astype(jnp.float32) for a in args[:2]), args[2])
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.accelerator

@@ -26,20 +26,16 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jmoe.kernels import permute_rows
+from jmoe.kernels.folding import foldable
 from jmoe.kernels.grouped_ffn.hopper_kernels import (
   Activation,
   back_kernel,
   hidden_kernel,
 )
 from jmoe.kernels.grouped_ffn.reference import Matrix
-from jmoe.kernels.grouped_matmul.hopper import (
-  expert_of_rows,
-  foldable,
-  matrices,
-  padded,
-  rows,
-  sums_of_rows,
-)
+from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
+from jmoe.kernels.hopper import BLOCK
+from jmoe.kernels.row_blocks import expert_of_rows, sums
 from jmoe.types import Groups, Layout, pytree, static
 
 
@@ -197,7 +193,7 @@ def _of_weight(given: _Given, dy_RD: Array, dots: tuple[Array, ...]) -> Array | 
   c_ED = given.down[1]
   if not dots or c_ED is None:
     return dots[0] if dots else None
-  c_RD = c_ED[expert_of_rows(given.groups, dy_RD.shape[0])].astype(jnp.float32)
+  c_RD = c_ED[expert_of_rows(given.groups, dy_RD.shape[0], BLOCK)].astype(jnp.float32)
   return dots[0] + jnp.sum(dy_RD.astype(jnp.float32) * c_RD, axis=1)
 
 
@@ -208,7 +204,7 @@ def _of_bias(
     return None
   if weight_R is not None:
     dy_RF = dy_RF.astype(jnp.float32) * weight_R[:, None]
-  return sums_of_rows(dy_RF, groups).astype(bias_EF.dtype)
+  return sums(dy_RF, groups, BLOCK).astype(bias_EF.dtype)
 
 
 fused_ffn.defvjp(_forward, _backward, symbolic_zeros=True)

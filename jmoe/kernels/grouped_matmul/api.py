@@ -3,14 +3,18 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmoe.kernels.devices import current_device, unfit_for_hopper
+from jmoe.kernels.devices import (
+  current_device,
+  unfit_for_hopper,
+  unfit_for_triton,
+)
 from jmoe.kernels.grouped_matmul.blocks import blocks
 from jmoe.kernels.grouped_matmul.xla import batched, ragged_dot
 from jmoe.kernels.varying import together
@@ -29,23 +33,57 @@ def _hopper(
   return hopper(x_RD, w_EDF, groups, bias_EF)
 
 
+def _triton(
+  x_RD: Array, w_EDF: Array, groups: Groups, bias_EF: Array | None = None
+) -> Array:
+  from jmoe.kernels.grouped_matmul.triton import triton  # imports Pallas
+
+  return triton(x_RD, w_EDF, groups, bias_EF)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
   "blocks": blocks,
   "batched": batched,
   "ragged_dot": ragged_dot,
   "hopper": _hopper,
+  "triton": _triton,
 }
 
-# (device, equal groups) -> implementation, why, whether users should hear a warning
+
+class _Row(NamedTuple):
+  """An implementation, why it is chosen, and whether users should hear a warning."""
+
+  name: str
+  why: str
+  slow: bool = False
+
+
+_CHUNKS = _Row(
+  "blocks", "a cuBLAS product a chunk of an expert's rows, loops run by the host", True
+)
+_BATCHED = _Row("batched", "one batched cuBLAS product")
+_TRITON = _Row("triton", "Pallas Triton, only rows that exist")
+
+# (device, equal groups) -> the first that can serve
 _TABLE = {
-  ("cpu", False): ("blocks", "only rows that exist are multiplied", False),
-  ("cpu", True): ("blocks", "only slots that are taken are multiplied", False),
-  ("hopper", False): ("hopper", "warp-specialised, only rows that exist", False),
-  ("hopper", True): ("hopper", "warp-specialised, only slots that are taken", False),
-  ("gpu", False): ("blocks", "portable; a chip's own kernel is far faster", True),
-  ("gpu", True): ("batched", "one batched cuBLAS product", False),
-  ("tpu", False): ("ragged_dot", "XLA groups it on TPU", False),
-  ("tpu", True): ("batched", "one batched product", False),
+  ("cpu", False): (_Row("blocks", "only rows that exist are multiplied"),),
+  ("cpu", True): (_Row("blocks", "only slots that are taken are multiplied"),),
+  ("hopper", False): (
+    _Row("hopper", "warp-specialised, only rows that exist"),
+    _TRITON,
+    _CHUNKS,
+  ),
+  ("hopper", True): (
+    _Row("hopper", "warp-specialised, only slots that are taken"),
+    _TRITON,
+    _BATCHED,
+  ),
+  ("ampere", False): (_TRITON, _CHUNKS),
+  ("ampere", True): (_TRITON, _BATCHED),
+  ("gpu", False): (_TRITON, _CHUNKS),
+  ("gpu", True): (_BATCHED,),
+  ("tpu", False): (_Row("ragged_dot", "XLA groups it on TPU"),),
+  ("tpu", True): (_Row("batched", "one batched product"),),
 }
 
 
@@ -55,7 +93,7 @@ def choose(
   """The implementation for a device, the reason, and whether it is a slow one.
 
   Args:
-    device: "cpu", "gpu", "hopper" or "tpu".
+    device: one of `devices.DEVICES`.
     groups: only its static fields are read.
     num_experts: matrices.
     dtype: of rows and matrices.
@@ -68,16 +106,29 @@ def choose(
     return "batched", "one expert is a plain product", False
   if equal and groups.block == 1:  # every slot is computed anyway (einsum, mix)
     return "batched", "one batched product", False
-  unfit = unfit_for_hopper(dtype, groups.block) if device == "hopper" else None
-  name, why, slow = _TABLE.get(
-    ("gpu" if unfit else device, equal), _TABLE["gpu", equal]
-  )
-  if unfit:
-    why = f"{why}; {unfit}"
+  rows = _TABLE.get((device, equal), _TABLE["gpu", equal])
+  reasons = []
+  for chosen in rows:
+    unfit = _unfit(chosen.name, device, dtype, groups.block)
+    if unfit is None:
+      break
+    reasons.append(unfit)
+  why = "; ".join([chosen.why, *reasons])
   # Before 0.12 the gradient of ragged_dot's matrices is dense on TPU: E times the work.
-  if name == "ragged_dot" and jax.__version_info__ < (0, 12):
+  if chosen.name == "ragged_dot" and jax.__version_info__ < (0, 12):
     return "blocks", f"jax {jax.__version__} has a dense weight gradient on TPU", True
-  return name, why, slow
+  return chosen.name, why, chosen.slow
+
+
+def _unfit(name: str, device: str, dtype: Any, block: int) -> str | None:
+  """Why a kernel cannot serve, if it cannot."""
+  if name == "hopper":
+    return unfit_for_hopper(dtype, block) if device == name else f"this is no {name}"
+  if name == "triton":
+    if device not in ("ampere", "hopper"):
+      return "this is no NVIDIA GPU of compute capability 8.0 or more"
+    return unfit_for_triton(dtype, block)
+  return None
 
 
 def first(groups: Groups, num_experts: int) -> Groups:
@@ -121,8 +172,8 @@ def grouped_matmul(
     w_EDF: a matrix per expert; may be of the first experts of `groups` only.
     groups: where each expert's rows are.
     bias_EF: a bias per expert.
-    implementation: "blocks", "batched" (equal groups), "hopper" or "ragged_dot"; None
-      chooses by device, and says so once in the log "jmoe".
+    implementation: "blocks", "batched" (equal groups), "hopper", "triton" or
+      "ragged_dot"; None chooses by device, and says so once in the log "jmoe".
     allow_dense: accept an implementation known to multiply every row by every matrix.
 
   Returns:
@@ -147,13 +198,12 @@ def grouped_matmul(
       "grouped_matmul: implementation='batched' needs equal groups (a capacity); "
       "use 'blocks'."
     )
-  if implementation == "hopper":
-    unfit = unfit_for_hopper(dtype, groups.block)
-    if device != "hopper" or unfit:
-      raise ValueError(
-        "grouped_matmul: implementation='hopper' cannot serve, "
-        f"{unfit or f'the device is {device}'}; use None to choose by device."
-      )
+  unfit = _unfit(implementation, device, dtype, groups.block)
+  if unfit:
+    raise ValueError(
+      f"grouped_matmul: implementation={implementation!r} cannot serve, {unfit}; use "
+      "None to choose by device."
+    )
   if implementation == "ragged_dot" and device != "tpu" and not allow_dense:
     raise ValueError(
       f"grouped_matmul: implementation='ragged_dot' on {device} multiplies every row "

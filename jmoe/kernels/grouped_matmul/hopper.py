@@ -9,17 +9,17 @@ Prefixes of names: `x` rows that go in, `y` rows that come out.
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
+from jmoe.kernels.folding import foldable
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
 from jmoe.kernels.hopper_rows import (
   multiply,
@@ -32,6 +32,7 @@ from jmoe.kernels.hopper_rows import (
 )
 from jmoe.kernels.hopper_tiles import choose
 from jmoe.kernels.hopper_walk import Operand, Work, walk
+from jmoe.kernels.row_blocks import in_bands, sums
 from jmoe.types import Groups
 
 _ALIGNED = 64  # tiles in shared memory are 128 bytes wide, and so is what they are of
@@ -72,7 +73,7 @@ def _backward(num_sms, dtype, residual, dy_RF):
   dw_EDF = matrices(x_RD, dy_RF, groups, num_sms=num_sms)
   d_bias = None
   if bias_EF is not None:
-    d_bias = sums_of_rows(dy_RF, groups).astype(bias_EF.dtype)
+    d_bias = sums(dy_RF, groups, BLOCK).astype(bias_EF.dtype)
   return dx_RD, dw_EDF, None, d_bias
 
 
@@ -164,9 +165,9 @@ def _rows_kernel(
     both = values_of_columns, values_of_rows
     return [read(place, ref) for read, ref in zip(both, others)]
 
-  def finish(place, sums, begun, scratch, others, results):
+  def finish(place, totals, begun, scratch, others, results):
     del others
-    (y,) = sums
+    (y,) = totals
     if begun:
       bias = over_columns(begun[0], y)
       y += bias if len(begun) == 1 else bias * over_rows(begun[1], y)
@@ -216,7 +217,7 @@ def _matrices_kernel(
       """(expert, row and column of tiles)."""
       e = lax.div(t, jnp.int32(tall * cols))
       within = t - e * (tall * cols)
-      row, col = chip.in_bands(within, jnp.int32(tall), cols, min(tile.band, tall))
+      row, col = in_bands(within, jnp.int32(tall), cols, min(tile.band, tall))
       return e, row * tile.cluster + tile.member(), col
 
     def steps(which):
@@ -274,58 +275,3 @@ def _matrices_kernel(
     body, out, blocks=blocks, cluster=tile.cluster, name="grouped_matmul_matrices"
   )
   return kernel(x_RD, y_RF, start_E, groups.rows)
-
-
-def expert_of_rows(groups: Groups, num_rows: int) -> Array:
-  """i32[R] of every row that exists; anything in range for the others."""
-  block_B = jnp.arange(num_rows // BLOCK, dtype=jnp.int32) * BLOCK
-  end_E = groups.start + -(-groups.rows // BLOCK) * BLOCK
-  inside_BE = (block_B[:, None] >= groups.start) & (block_B[:, None] < end_E)
-  return jnp.repeat(jnp.argmax(inside_BE, axis=1).astype(jnp.int32), BLOCK)
-
-
-def sums_of_rows(y_RF: Array, groups: Groups) -> Array:
-  """f32[E,F] sums of each expert's rows, by blocks; nothing else is read."""
-  R, F = y_RF.shape
-  place_R = jnp.arange(R, dtype=jnp.int32)
-  expert_R = expert_of_rows(groups, R)
-  real_R = (place_R >= groups.start[expert_R]) & (
-    place_R < groups.start[expert_R] + groups.rows[expert_R]
-  )
-  y_RF = jnp.where(real_R[:, None], y_RF, 0).astype(jnp.float32)
-  sum_BF = jnp.sum(y_RF.reshape(-1, BLOCK, F), axis=1)
-  E = groups.start.shape[0]
-  own_EB = jnp.arange(E, dtype=jnp.int32)[:, None] == expert_R[::BLOCK]
-  return jnp.matmul(
-    own_EB.astype(jnp.float32), sum_BF, precision=jax.lax.Precision.HIGHEST
-  )
-
-
-def foldable(kernel: Callable[..., Any]) -> Callable[..., Any]:
-  """A kernel for which models that share a program are more experts of one.
-
-  Args:
-    kernel: (groups, arrays [R,...] or [E,...] each) -> a tree of such arrays.
-  """
-
-  @custom_vmap
-  def call(groups, *arrays):
-    return kernel(groups, *arrays)
-
-  @call.def_vmap
-  def _(size, batched, groups, *arrays):
-    def whole(x, is_batched):
-      return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-
-    groups, *arrays = jax.tree.map(whole, (groups, *arrays), tuple(batched))
-    # Rows are in the first array of every kernel.
-    first = jnp.arange(size, dtype=jnp.int32)[:, None] * arrays[0].shape[1]
-    folded = Groups(
-      (groups.start + first).reshape(-1), groups.rows.reshape(-1), groups.block
-    )
-    flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
-    out = foldable(kernel)(folded, *flat)
-    apart = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-    return apart, jax.tree.map(lambda _: True, out)
-
-  return call

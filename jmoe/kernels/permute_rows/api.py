@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jmoe.kernels.devices import current_device
+from jmoe.kernels.devices import current_device, has_triton
 from jmoe.kernels.permute_rows import reference
 from jmoe.kernels.varying import together
 from jmoe.types import Layout
@@ -67,7 +67,9 @@ def weighed(
 
 def _served(rows: Array) -> bool:
   """Whether Triton's kernels take them; smaller rows are not worth a program each."""
-  new = jax.__version_info__ >= (0, 10)
+  if current_device() not in ("ampere", "hopper"):
+    return False
+  new = jax.__version_info__ >= (0, 10) and has_triton()
   kind = rows.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
   wide = rows.ndim == 2 and rows.shape[0] > 0 and rows.shape[1] >= 128
-  return new and kind and wide and current_device() == "hopper"
+  return new and kind and wide
