@@ -82,7 +82,7 @@ def explain(
   device = devices.current_device() if device is None else device
   if device not in devices.DEVICES:
     raise ValueError(
-      f"explain: device={device!r}; use one of {', '.join(devices.DEVICES)}."
+      f"explain: device={device!r}; use one of {', '.join(map(repr, devices.DEVICES))}."
     )
   with devices.as_if(device):
     seen = _trace(config, x_TD, num_rows, train)
