@@ -207,10 +207,16 @@ def launch(
 
       mesh = plgpu.Mesh(**threads)
       made: Any = pl.kernel(
-        with_twice, out_type=(), mesh=mesh, compiler_params=compiler_params, name=name
+        with_twice,
+        out_type=tuple(out[updated:]),
+        mesh=mesh,
+        compiler_params=compiler_params,
+        name=name,
       )
-      made(*refs[:updated], *kept, *refs[updated:])
+      for ref, result in zip(refs[updated:], made(*refs[:updated], *kept), strict=True):
+        ref[...] = result
 
+    # Never read, and so never made: the refs only carry results out.
     blank = tuple(lax.empty(o.shape, o.dtype) for o in out[updated:])
     return pl.run_state(run)((*operands[:updated], *blank))
 

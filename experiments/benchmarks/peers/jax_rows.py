@@ -38,6 +38,9 @@ def _row(name: str, call: Any, shape: Shape) -> rows.Row | rows.Missing:
 
   def step(params, x, weight, dy):
     y, pull = jax.vjp(forward, params, x, weight)
+    # As in a model, where the gradient comes of the output; else XLA may do what makes
+    # the output last, and hold on to what that needs.
+    y, dy = jax.lax.optimization_barrier((y, dy))
     return y, pull(dy)
 
   figures: dict[str, Any] = {}

@@ -4,6 +4,7 @@ The gate's product and the selection are not part of it, as they are not of the 
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +22,13 @@ from jmoe.use import use
 
 
 def layer(
-  shape: Shape, *, capacity_factor: float | None = None
+  shape: Shape, *, capacity_factor: float | None = None, keep: str = "hidden"
 ) -> Callable[[Any, Array, Array, Array], Array]:
   """`(params, x_TD, weight_TK, expert_TK) -> y_TD`."""
   limit = None
   if capacity_factor is not None:
     limit = use(capacity.by_factor, factor=capacity_factor)
+  experts = use(jmoe.experts.glu, d_ff=shape.d_ff, keep=keep)
   dispatch = jmoe.dispatch.sort if limit is None else jmoe.dispatch.buckets
 
   def call(params: Any, x_TD: Array, weight_TK: Array, expert_TK: Array) -> Array:
@@ -44,12 +46,8 @@ def layer(
       k=K,
     )
     plan = assign(routing, Context(), capacity=limit)
-    return dispatch(
-      x_TD,
-      plan,
-      lambda rows: jmoe.experts.glu(params, rows),
-      combine.weighted_sum(plan),
-    )
+    home = dataclasses.replace(combine.weighted_sum(plan), inside=True)  # as `moe` does
+    return dispatch(x_TD, plan, lambda rows: experts(params, rows), home)
 
   return call
 
