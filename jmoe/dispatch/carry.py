@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe.keeping import named
 from jmoe.kernels import permute_rows
 from jmoe.kernels.permute_rows.reference import take
 from jmoe.types import Home, Layout, Rows, wide
@@ -118,6 +119,7 @@ def through(
   x_TD: Array, layout: Layout, experts: Callable[[Rows], Array], way: Home
 ) -> Array:
   """Out, through the experts, and home: what strategies on one device share."""
+  layout = named(layout, "routing")
   scale = None
   if way.input_scale is not None:
     scale = spread(way.input_scale, layout)
