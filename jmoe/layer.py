@@ -7,7 +7,7 @@ x_TD --gate--> logits_TE --restrict--> mask_TE --router--> Routing --assign--> P
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,33 @@ from jmoe.parameters import (
   param_shapes as param_shapes,
 )
 from jmoe.report import report, report_mixing
-from jmoe.types import Context, Groups, Home, Info, Params, Plan, Rows, State
+from jmoe.types import (
+  Context,
+  Groups,
+  Home,
+  Info,
+  Layout,
+  Params,
+  Plan,
+  Rows,
+  State,
+)
+from jmoe.use import Use
 
 _STAGES = ("input_noise", "logit_noise", "select_noise", "restrict", "router", "assign")
+
+
+class _Experts(NamedTuple):
+  """What a dispatch gets: rows -> rows, and the whole layer where it is offered."""
+
+  use: Use
+  params: Params
+
+  def __call__(self, rows: Rows) -> Array:
+    return self.use(self.params, rows)
+
+  def whole(self, x_TD: Array, layout: Layout, weight_N: Array) -> Array | None:
+    return self.use.whole(self.params, x_TD, layout, weight_N)
 
 
 def moe(
@@ -132,7 +156,7 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
     forced = choose_layer(forced, context)
   keys = _keys(key, context)
   gate_params = {**params.get("gate", {}), **state.gate}
-  experts = functools.partial(config.experts, params.get("experts", {}))
+  experts = _Experts(config.experts, params.get("experts", {}))
 
   # What the gate thinks.
   seen_TD = _noisy(config.input_noise, x_TD, context, keys["input_noise"], train)

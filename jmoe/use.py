@@ -47,6 +47,8 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
   Facts in use (each optional):
     init: `(key, *, d_model, num_experts, dtype, ...) -> dict`, makes the parameters
       that the function takes first; `use` binds keywords to either of the two.
+    whole: of an expert function: `(params, x_TD, layout, weight_N, **keywords)`, the
+      tokens' weighted sums `[T,D]`, or None where its rows have to do.
     check: `(config, **keywords)`, raises on values that cannot work.
     needs: names of `Context` fields without which it cannot run.
     random: `(train, **keywords) -> bool`, whether a call draws random numbers.
@@ -120,6 +122,11 @@ class Use:
     """The parameters of the function; an empty dict if it has none."""
     init = getattr(self.function, "init", None)
     return {} if init is None else _call(init, self.kwargs, args, passed)
+
+  def whole(self, *args: Any) -> Any:
+    """What an expert function offers for a layer at once; None: nothing, here."""
+    offer = getattr(self.function, "whole", None)
+    return None if offer is None else _call(offer, self.kwargs, args, {})
 
   def get(self, keyword: str) -> Any:
     """The value a keyword will have: as given, or the function's default."""

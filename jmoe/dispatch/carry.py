@@ -29,7 +29,7 @@ def _out_forward(x_TD: Array, layout: Layout):
 
 
 def _out_backward(layout: Layout, grad_RD: Array):
-  return _sum_home(grad_RD, None, layout).astype(grad_RD.dtype), None
+  return sum_home(grad_RD, None, layout).astype(grad_RD.dtype), None
 
 
 out.defvjp(_out_forward, _out_backward)
@@ -62,14 +62,15 @@ def home(rows_RD: Array, way: Home, layout: Layout) -> Array:
     at least float32.
   """
   if way.sums:
-    return _sum_home(rows_RD, way.weight, layout).astype(rows_RD.dtype)
+    return sum_home(rows_RD, way.weight, layout).astype(rows_RD.dtype)
   assert layout.k is not None
   entries_ND = take(rows_RD, layout.row)
   weighed_ND = entries_ND.astype(wide(rows_RD)) * way.weight[:, None]
   return weighed_ND.astype(rows_RD.dtype).reshape(layout.num_tokens, layout.k, -1)
 
 
-def _sum_home(rows_RD: Array, weight_N: Array | None, layout: Layout) -> Array:
+def sum_home(rows_RD: Array, weight_N: Array | None, layout: Layout) -> Array:
+  """`[T,D]` sums of each token's rows, weighed or not, in at least float32."""
   dtype, num_tokens = wide(rows_RD), layout.num_tokens
   if layout.k is None:  # tokens differ in how many experts chose them
     weight_R = (
@@ -118,8 +119,17 @@ home.defvjp(_home_forward, _home_backward)
 def through(
   x_TD: Array, layout: Layout, experts: Callable[[Rows], Array], way: Home
 ) -> Array:
-  """Out, through the experts, and home: what strategies on one device share."""
+  """Out, through the experts, and home: what strategies on one device share.
+
+  Experts that have an attribute `whole` are offered all three at once, and decline by
+  returning None.
+  """
   layout = named(layout, "routing")
+  whole = getattr(experts, "whole", None)
+  if whole is not None and way.sums and way.input_scale is None:
+    y_TD = whole(x_TD, layout, way.weight)
+    if y_TD is not None:
+      return y_TD
   scale = None
   if way.input_scale is not None:
     scale = spread(way.input_scale, layout)

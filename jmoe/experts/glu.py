@@ -11,7 +11,8 @@ from jax import Array
 from jmoe import initializers
 from jmoe.experts._common import check_width, init_mlp
 from jmoe.kernels import grouped_ffn
-from jmoe.types import Params, Rows
+from jmoe.kernels.grouped_ffn import gated_layer
+from jmoe.types import Layout, Params, Rows
 from jmoe.use import Use, marked, use
 
 
@@ -41,7 +42,24 @@ def _init(
   return params
 
 
-@marked(init=_init, check=check_width, matrices=3)
+def _whole(
+  params: Params,
+  x_TD: Array,
+  layout: Layout,
+  weight_N: Array,
+  *,
+  activation: Callable[[Array], Array] = jax.nn.silu,
+  matmul: Callable[..., Array] | None = None,
+) -> Array | None:
+  """The layer at once, where Hopper's kernels serve it."""
+  if matmul is not None:
+    return None
+  gate, up, down = _matrices(params, x_TD.dtype)
+  hidden = use(_gated, activation=activation)
+  return gated_layer(x_TD, weight_N, (gate, up), down, layout, hidden)
+
+
+@marked(init=_init, check=check_width, matrices=3, whole=_whole)
 def glu(
   params: Params,
   rows: Rows,
@@ -66,10 +84,7 @@ def glu(
     `[R,D]` in the rows' dtype.
   """
   x_RD = rows.gathered()
-  weights = {name: w.astype(x_RD.dtype) for name, w in params.items()}
-  gate = weights["gate_EDF"], weights.get("gate_bias_EF")
-  up = weights["up_EDF"], weights.get("up_bias_EF")
-  down = weights["down_EFD"], weights.get("down_bias_ED")
+  gate, up, down = _matrices(params, x_RD.dtype)
   hidden = use(_gated, activation=activation)
   return grouped_ffn(x_RD, (gate, up), down, rows.groups, hidden, matmul)
 
@@ -77,3 +92,13 @@ def glu(
 @marked(gated=True)
 def _gated(gate: Array, up: Array, *, activation: Callable[[Array], Array]) -> Array:
   return activation(gate) * up
+
+
+def _matrices(params: Params, dtype: Any) -> tuple[Any, Any, Any]:
+  """Gate, up and down in a dtype, each with its bias or None."""
+  cast = {name: w.astype(dtype) for name, w in params.items()}
+  return (
+    (cast["gate_EDF"], cast.get("gate_bias_EF")),
+    (cast["up_EDF"], cast.get("up_bias_EF")),
+    (cast["down_EFD"], cast.get("down_bias_ED")),
+  )

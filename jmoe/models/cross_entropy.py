@@ -62,12 +62,17 @@ def cross_entropy(
   _check(x_TD, matrix_DV, target_T, weight_T, chunk)
   (T, V), dtype = (x_TD.shape[0], matrix_DV.shape[1]), _operands(x_TD, matrix_DV)
   if chunk is None:
-    chunk = 2 ** max(7, int(math.log2(_LOGITS / V)))
+    chunk = default_chunk(V)
   x_TD, matrix_DV = x_TD.astype(dtype), matrix_DV.astype(dtype)
   weight_T = weight_T.astype(wide(x_TD))
   operands = together(x_TD, matrix_DV, target_T, weight_T)
   loss, nats_T = _summed(min(chunk, T), float(z_loss), *operands)
   return loss, jax.lax.stop_gradient(nats_T)
+
+
+def default_chunk(vocab_size: int) -> int:
+  """Tokens at a time: a power of two of no more than 2**27 logits, at least 128."""
+  return 2 ** max(7, int(math.log2(_LOGITS / vocab_size)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

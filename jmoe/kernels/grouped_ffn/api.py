@@ -18,7 +18,7 @@ from jmoe.kernels.grouped_matmul.api import (
   report_choice,
 )
 from jmoe.kernels.varying import together
-from jmoe.types import Groups
+from jmoe.types import Groups, Layout
 from jmoe.use import Use, fact
 
 
@@ -57,6 +57,37 @@ def grouped_ffn(
 
       return gated_ffn(activation, x_RD, ups[0][0], ups[1][0], down[0], groups)
   return reference(x_RD, ups, down, groups, hidden, matmul or grouped_matmul)
+
+
+def gated_layer(
+  x_TD: Array,
+  weight_N: Array,
+  ups: tuple[Matrix, ...],
+  down: Matrix,
+  layout: Layout,
+  hidden: Callable[..., Array],
+) -> Array | None:
+  """`[T,D]`: tokens through their experts and home, or None: `grouped_ffn` has to do.
+
+  Args:
+    x_TD: tokens.
+    weight_N: f32[N] what each assignment's output is multiplied by.
+    ups, down, hidden: as for `grouped_ffn`.
+    layout: where each assignment's row is.
+  """
+  E = down[0].shape[0]
+  if layout.groups.start.shape[0] != E or not layout.num_rows:
+    return None
+  kind = common(x_TD, down[0])
+  if report_choice(current_device(), layout.groups, E, kind) != "hopper":
+    return None
+  activation = _in_registers(hidden, ups, down)
+  if activation is None:
+    return None
+  from jmoe.dispatch.whole import gated  # imports Pallas
+
+  matrices = ups[0][0], ups[1][0], down[0]
+  return gated(activation, *together(x_TD, weight_N, *matrices, layout))
 
 
 def _in_registers(hidden: Any, ups: tuple[Matrix, ...], down: Matrix) -> Any:

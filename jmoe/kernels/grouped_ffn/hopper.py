@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmoe.keeping import named
 from jmoe.kernels import hopper as chip
 from jmoe.kernels.grouped_matmul.hopper import foldable, matrices, padded, rows
 from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
@@ -51,18 +52,38 @@ def gated_ffn(
   return _forward(activation, x_RD, gate_EDF, up_EDF, down_EFD, groups, num_sms)[0]
 
 
-def _forward(activation, x_RD, gate_EDF, up_EDF, down_EFD, groups, num_sms):
+def forward(
+  activation: Activation,
+  x_RD: Array,
+  gate_EDF: Array,
+  up_EDF: Array,
+  down_EFD: Array,
+  groups: Groups,
+  num_sms: int | None = None,
+) -> tuple[Array, Array, Array]:
+  """(the output, x gate, x up)."""
   F = gate_EDF.shape[2]
   kernel = functools.partial(_hidden_kernel, activation=activation, num_sms=num_sms)
   operands = padded(x_RD, 1), padded(gate_EDF, 1, 2), padded(up_EDF, 1, 2)
   hidden = foldable(kernel)(groups, *operands)
   g_RF, u_RF, a_RF = (h[:, :F] for h in hidden)
   y_RD = rows(((a_RF, down_EFD),), groups, num_sms=num_sms)
-  return y_RD, (x_RD, g_RF, u_RF, gate_EDF, up_EDF, down_EFD, groups)
+  return y_RD, g_RF, u_RF
 
 
-def _backward(activation, num_sms, residual, dy_RD):
-  x_RD, g_RF, u_RF, gate_EDF, up_EDF, down_EFD, groups = residual
+def backward(
+  activation: Activation,
+  x_RD: Array,
+  g_RF: Array,
+  u_RF: Array,
+  gate_EDF: Array,
+  up_EDF: Array,
+  down_EFD: Array,
+  groups: Groups,
+  dy_RD: Array,
+  num_sms: int | None = None,
+) -> tuple[Array, tuple[Array, Array, Array], Array]:
+  """Gradients: of x, (of the three matrices), of x up."""
   F = gate_EDF.shape[2]
   kernel = functools.partial(_back_kernel, activation=activation, num_sms=num_sms)
   operands = padded(dy_RD, 1), padded(down_EFD, 1, 2), padded(g_RF, 1), padded(u_RF, 1)
@@ -71,7 +92,18 @@ def _backward(activation, num_sms, residual, dy_RD):
   pairs = ((dg_RF, gate_EDF), (du_RF, up_EDF))
   dx_RD = rows(pairs, groups, transpose=True, num_sms=num_sms)
   of = functools.partial(matrices, groups=groups, num_sms=num_sms)
-  return dx_RD, of(x_RD, dg_RF), of(x_RD, du_RF), of(a_RF, dy_RD), None
+  return dx_RD, (of(x_RD, dg_RF), of(x_RD, du_RF), of(a_RF, dy_RD)), du_RF
+
+
+def _forward(activation, x_RD, gate_EDF, up_EDF, down_EFD, groups, num_sms):
+  matrices = gate_EDF, up_EDF, down_EFD
+  y_RD, *hidden = forward(activation, x_RD, *matrices, groups, num_sms)
+  return y_RD, (x_RD, *named(hidden, "hidden"), *matrices, groups)
+
+
+def _backward(activation, num_sms, residual, dy_RD):
+  dx_RD, grads, _ = backward(activation, *residual, dy_RD, num_sms)
+  return dx_RD, *grads, None
 
 
 gated_ffn.defvjp(_forward, _backward)

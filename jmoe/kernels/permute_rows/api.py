@@ -27,6 +27,21 @@ def take(rows: Array, index: Array) -> Array:
   return triton.take(*together(rows, index))
 
 
+def scaled(rows_ND: Array, index_R: Array, weight_R: Array) -> Array:
+  """`weight rows[index]`, rounded once; zero where the index is past the end.
+
+  Args:
+    rows_ND: what is read.
+    index_R: i32[R] which row; N for none.
+    weight_R: f32[R].
+  """
+  if not _served(rows_ND) or not index_R.shape[0]:
+    return reference.scaled(rows_ND, index_R, weight_R)
+  from jmoe.kernels.permute_rows import triton  # imports Pallas
+
+  return triton.scaled(*together(rows_ND, index_R, weight_R))
+
+
 def weighed(
   rows_ND: Array, index_R: Array, weight_R: Array, other_RD: Array
 ) -> tuple[Array, Array]:

@@ -27,6 +27,19 @@ def take(rows_ND: Array, index_R: Array, *, interpret: bool = False) -> Array:
   )(index_R, rows_ND)[0]
 
 
+def scaled(
+  rows_ND: Array, index_R: Array, weight_R: Array, *, interpret: bool = False
+) -> Array:
+  """`weight rows[index]`, zero where the index is past the end."""
+  (N, D), R = rows_ND.shape, index_R.shape[0]
+  return _call(
+    functools.partial(_scaled, num_rows=N),
+    (struct((R, D), rows_ND.dtype, rows_ND),),
+    name="scale_rows",
+    interpret=interpret,
+  )(index_R, rows_ND, weight_R.astype(jnp.float32))[0]
+
+
 def weighed(
   rows_ND: Array,
   index_R: Array,
@@ -57,6 +70,19 @@ def _take(index_ref, rows_ref, out_ref, *, num_rows: int):
   for cols, inside in _columns(out_ref.shape[1]):
     mask = inside & there
     found = plt.load(rows_ref.at[index, cols], mask=mask, other=0.0)
+    plt.store(out_ref.at[r, cols], found, mask=inside)
+
+
+def _scaled(index_ref, rows_ref, weight_ref, out_ref, *, num_rows: int):
+  r = pl.program_id(0)
+  index = index_ref[r]
+  there = index < num_rows
+  index = jnp.where(there, index, 0)
+  weight = weight_ref[r]
+  for cols, inside in _columns(out_ref.shape[1]):
+    mask = inside & there
+    found = plt.load(rows_ref.at[index, cols], mask=mask, other=0.0)
+    found = (found.astype(jnp.float32) * weight).astype(out_ref.dtype)
     plt.store(out_ref.at[r, cols], found, mask=inside)
 
 
