@@ -49,11 +49,11 @@ class AdamW(NamedTuple):
     """
     leaves, tree = jax.tree.flatten(params)
     each = [jax.tree.leaves(t) for t in (grads, *moments)]
-    done = [self._one(*leaf, corrections) for leaf in zip(leaves, *each, strict=True)]
+    done = [self._one(corrections, *leaf) for leaf in zip(leaves, *each, strict=True)]
     p, m, v = (jax.tree.unflatten(tree, part) for part in zip(*done, strict=True))
     return p, (m, v)
 
-  def _one(self, p, g, m, v, corrections):
+  def _one(self, corrections, p, g, m, v):
     dtypes = p.dtype, m.dtype, v.dtype
     p, g, m, v = (x.astype(wide(p)) for x in (p, g, m, v))
     m = self.b1 * m + (1 - self.b1) * g

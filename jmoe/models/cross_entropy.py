@@ -14,6 +14,7 @@ C tokens of a chunk, V entries of the vocabulary; the other letters are those of
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,8 @@ def cross_entropy(
   x_TD, matrix_DV = x_TD.astype(dtype), matrix_DV.astype(dtype)
   weight_T = weight_T.astype(wide(x_TD))
   operands = together(x_TD, matrix_DV, target_T, weight_T)
-  loss, nats_T = _summed(min(chunk, T), float(z_loss), *operands)
+  both: Any = _summed(min(chunk, T), float(z_loss), *operands)
+  loss, nats_T = both
   return loss, jax.lax.stop_gradient(nats_T)
 
 
@@ -76,7 +78,14 @@ def default_chunk(vocab_size: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(chunk, z_loss, x_TD, matrix_DV, target_T, weight_T):
+def _summed(
+  chunk: int,
+  z_loss: float,
+  x_TD: Array,
+  matrix_DV: Array,
+  target_T: Array,
+  weight_T: Array,
+) -> tuple[Array, Array]:
   def piece(loss, x_CD, target_C, weight_C):
     one, nats_C, *_ = _chunk(z_loss, x_CD, matrix_DV, target_C, weight_C)
     return loss + one, (nats_C,)

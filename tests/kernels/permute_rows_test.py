@@ -39,6 +39,10 @@ def test_interpreted_rows_are_those_of_plain_jax(cols, dtype):
   there = np.asarray(index) < len(x)
   assert_close(found[0], expected[0])
   assert_close(found[1][there], expected[1][there])
+  scaled = triton.scaled(x, index, weight, interpret=True)
+  assert scaled.dtype == dtype and not np.asarray(scaled)[~there].any()
+  assert_close(scaled, expected[0])
+  assert_close(reference.scaled(x, index, weight), expected[0])
   assert found[0].dtype == dtype and not np.asarray(found[0])[~there].any()
 
 
@@ -67,3 +71,4 @@ def test_rows_on_a_gpu_are_those_of_plain_jax(cols, dtype):
   np.testing.assert_allclose(
     found[1][there], expected[1][there], rtol=1e-3, atol=1e-3 * cols**0.5
   )
+  assert_close(jax.jit(permute_rows.scaled)(x, index, weight), expected[0])

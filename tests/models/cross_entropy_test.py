@@ -70,7 +70,7 @@ def value_and_grad(operands, **keywords):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("chunk", [None, 10, 16, 49, 1000])
+@pytest.mark.parametrize("chunk", [None, 10, 16])  # whole, divides, leaves a rest
 def test_equals_the_loss_of_all_logits(dtype, chunk):
   operands = drawn(dtype)
   loss, nats, grads = value_and_grad(operands, z_loss=0.1, chunk=chunk)
@@ -182,8 +182,7 @@ def test_memory_is_that_of_a_chunk():
   assert whole > 4 * T * V and f"[{T},{V}]" in text
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied, dtype", [(True, "float32"), (False, "bfloat16")])
 def test_a_decoder_has_the_loss_of_its_logits(tied, dtype):
   block = BlockConfig(Attention(num_heads=2), Dense(d_ff=8))
   config = ModelConfig(V, D, segments=(((block,), 1),), tied=tied, dtype=dtype)

@@ -11,6 +11,7 @@ up columns interleaved, which of random matrices makes another random model.
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -44,8 +45,7 @@ def main() -> int:
 
 
 def _measured(size: Size, setting: str, rounds: int) -> dict[str, Any]:
-  import torch
-  import transformers
+  torch, transformers = _module("torch"), _module("transformers")
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.manual_seed(0)
@@ -120,10 +120,8 @@ def _measured(size: Size, setting: str, rounds: int) -> dict[str, Any]:
 
 def _model(size: Size, dtype: Any, device: str) -> Any:
   """Made where it will be, in the dtype it will have."""
-  import torch
-  from transformers import OlmoeConfig, OlmoeForCausalLM
-
-  config = OlmoeConfig(
+  torch, transformers = _module("torch"), _module("transformers")
+  config = transformers.OlmoeConfig(
     vocab_size=size.vocab,
     hidden_size=size.d_model,
     intermediate_size=size.d_ff,
@@ -142,7 +140,7 @@ def _model(size: Size, dtype: Any, device: str) -> Any:
   torch.set_default_dtype(dtype)
   try:
     with torch.device(device):
-      return OlmoeForCausalLM(config)
+      return transformers.OlmoeForCausalLM(config)
   finally:
     torch.set_default_dtype(torch.float32)
 
@@ -150,9 +148,8 @@ def _model(size: Size, dtype: Any, device: str) -> Any:
 def _choose_experts(model: Any, name: str) -> None:
   """Sets the experts' implementation; sonic-moe's is registered under its name."""
   if name == "sonic":
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register("sonic", _sonic())
+    known = _module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+    known.register("sonic", _sonic())
   try:
     model.set_experts_implementation(name)
   except (AttributeError, ValueError):  # names that only the registry knows
@@ -163,17 +160,15 @@ def _choose_experts(model: Any, name: str) -> None:
 
 def _sonic() -> Any:
   """Experts by the package `sonicmoe`, in the form that transformers calls."""
-  import torch
-  from sonicmoe.enums import ActivationType  # type: ignore[import-not-found]
-  from sonicmoe.functional import (  # type: ignore[import-not-found]
-    moe_general_routing_inputs,
-  )
+  torch = _module("torch")
+  activation = _module("sonicmoe.enums").ActivationType.SWIGLU
+  experts = _module("sonicmoe.functional").moe_general_routing_inputs
 
   @torch.compiler.disable
   def forward(self, hidden_states, top_k_index, top_k_weights):
     T, K = top_k_index.shape
     token = torch.arange(T, device=hidden_states.device, dtype=torch.int32)
-    y, _ = moe_general_routing_inputs(
+    y, _ = experts(
       hidden_states,
       top_k_weights.reshape(-1).float(),
       token.repeat_interleave(K),
@@ -184,7 +179,7 @@ def _sonic() -> Any:
       None,
       self.gate_up_proj.shape[0],
       torch.cuda.current_stream().cuda_stream,
-      ActivationType.SWIGLU,
+      activation,
       False,
     )
     return y
@@ -195,8 +190,8 @@ def _sonic() -> Any:
 def _parity(size: Size, out: Path) -> None:
   """Writes tokens, float32 weights by jmoe's names, logits and the loss of a model."""
   import numpy as np
-  import torch
 
+  torch = _module("torch")
   torch.manual_seed(0)
   model = _model(size, torch.float32, "cpu").eval()
   model.set_experts_implementation("eager")
@@ -243,6 +238,11 @@ def _renamed(name: str, value: Any) -> list[tuple[str, Any]]:
   }
   to, order = others[rest]
   return [(f"{prefix}{to}", value.transpose(order))]
+
+
+def _module(name: str) -> Any:
+  """A module of no extra of this project: whoever compares has it."""
+  return importlib.import_module(name)
 
 
 def _halves(value: Any) -> tuple[Any, Any]:

@@ -136,5 +136,6 @@ def _tap(layer: int, parameters: Any, x_BSD: Array, moments: Any, corrections: A
   own = tuple(
     [of[name(path)].reshape(leaf.shape) for path, leaf in paths] for of in moments
   )
-  leaves, x_BSD = updated_in_backward(OPTIMIZER, corrections, leaves, own, x_BSD)
+  both: Any = updated_in_backward(OPTIMIZER, corrections, leaves, own, x_BSD)
+  leaves, x_BSD = both
   return jax.tree.unflatten(tree, leaves), x_BSD

@@ -102,7 +102,10 @@ def _forward(activation, x_RD, gate_EDF, up_EDF, down_EFD, groups, num_sms):
 
 
 def _backward(activation, num_sms, residual, dy_RD):
-  dx_RD, grads, _ = backward(activation, *residual, dy_RD, num_sms)
+  x_RD, g_RF, u_RF, *matrices, groups = residual
+  gate_EDF, up_EDF, down_EFD = matrices
+  hidden = g_RF, u_RF, gate_EDF, up_EDF, down_EFD
+  dx_RD, grads, _ = backward(activation, x_RD, *hidden, groups, dy_RD, num_sms)
   return dx_RD, *grads, None
 
 
