@@ -14,6 +14,7 @@ from flax import nnx
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.models import Decoder, cross_entropy
 from tests import jaxprs
+from tests.losses.contract_test import enable_x64
 from tests.tolerance import assert_close
 
 pytestmark = pytest.mark.contract
@@ -85,7 +86,7 @@ def test_equals_the_loss_of_all_logits(dtype, chunk):
 
 
 def test_is_as_exact_as_its_operands():
-  with jax.enable_x64(True):
+  with enable_x64():
     operands = [x.astype(jnp.float64) if x.dtype == jnp.float32 else x for x in drawn()]
     loss, nats, grads = value_and_grad(operands, z_loss=0.1, chunk=16)
     wanted, each, slopes = expected(*operands, z_loss=0.1)
