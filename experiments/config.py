@@ -99,6 +99,9 @@ class Run:
   seed: int = 0
   param_dtype: str = "float32"  # or "bfloat16"; moments are float32 in any case
   logits_z_loss: float = 0.0  # weight of the squared log of the softmax's denominator
+  loss_chunk: int | None = (
+    None  # tokens whose logits exist at once; None: by their size
+  )
   start_from: str = ""  # folder of another run, whose parameters this one starts with
   watch_every: int = 10  # steps between two lines of routing.jsonl
   max_skipped: int = 10  # steps in a row whose loss is not finite, before giving up
@@ -110,6 +113,8 @@ class Run:
       raise ValueError(f"name={self.name!r}; give one that can be seen.")
     _at_least("run", self, steps=1, save_every=1, sample_bytes=0)
     _at_least("run", self, watch_every=1, max_skipped=0)
+    if self.loss_chunk is not None:
+      _at_least("run", self, loss_chunk=1)
     _seed("run", self)
     _number("run", self, "logits_z_loss")
     _one_of("run", self, param_dtype=("float32", "bfloat16"))

@@ -55,6 +55,7 @@ def program(run: Run, *, byte_lengths: np.ndarray, num_domains: int) -> Program:
       optimizer=optimizer,
       loss_weights=run.loss_weights,
       logits_z_loss=run.logits_z_loss,
+      loss_chunk=run.loss_chunk,
       byte_lengths=lengths,
     ),
     eval_step=functools.partial(
@@ -62,5 +63,6 @@ def program(run: Run, *, byte_lengths: np.ndarray, num_domains: int) -> Program:
       byte_lengths=lengths,
       blueprint=blueprint,
       num_domains=num_domains,
+      loss_chunk=run.loss_chunk,
     ),
   )

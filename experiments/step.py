@@ -26,6 +26,7 @@ def train_step(
   optimizer: Optimizer,
   loss_weights: tuple[tuple[str, float], ...],
   logits_z_loss: float = 0.0,
+  loss_chunk: int | None = None,
   byte_lengths: ArrayLike | None = None,
 ) -> tuple[TrainState, Metrics, tuple[routing.Stack, ...]]:
   """The state one step later, f32[] metrics of the step, what the routers did.
@@ -43,6 +44,7 @@ def train_step(
     loss_weights: of the routing losses that are added to the cross-entropy, by name.
     logits_z_loss: weight of the mean squared log of the softmax's denominator, over
       scored tokens (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+    loss_chunk: tokens whose logits exist at once; see `jmoe.models.cross_entropy`.
     byte_lengths: i32[V] bytes that a token stands for, for `bits_per_byte`; None: each
       token is a byte.
   """
@@ -50,18 +52,17 @@ def train_step(
 
   def objective(params):
     model = blueprint.model(params, state.balance)
-    logits_BSV, infos = model(
+    x_BSD, infos = model.hidden(
       batch["inputs"], batch["segment"], batch["position"], key=key, train=True
     )
-    nats_BS, counts_BS = cross_entropy(logits_BSV, batch)
-    count = jnp.maximum(jnp.sum(counts_BS), 1)
-    loss = jnp.sum(nats_BS) / count
+    counts_BS = counted(batch)
+    weight_BS = counts_BS / jnp.maximum(jnp.sum(counts_BS), 1)
+    loss, nats_BS = model.cross_entropy(
+      x_BSD, batch["targets"], weight_BS, z_loss=logits_z_loss, chunk=loss_chunk
+    )
     # A dense model, trained for comparison, reports no losses to weigh.
     if infos:
       loss += total_loss(infos, dict(loss_weights))
-    if logits_z_loss:
-      z_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
-      loss += logits_z_loss * jnp.sum(jnp.square(z_BS) * counts_BS) / count
     return loss, (jnp.sum(nats_BS), counts_BS, infos)
 
   (loss, (nats, counts_BS, infos)), grads = jax.value_and_grad(objective, has_aux=True)(
@@ -102,6 +103,7 @@ def eval_step(
   *,
   blueprint: Blueprint,
   num_domains: int,
+  loss_chunk: int | None = None,
 ) -> tuple[Array, Array, tuple[Array, ...]]:
   """Sums by domain of scored tokens: nats, bytes, and choices of experts.
 
@@ -113,6 +115,7 @@ def eval_step(
       which so is paid for but not counted.
     blueprint: structure of the model.
     num_domains: of the data set.
+    loss_chunk: as for `train_step`.
 
   Returns:
     f32[domains], i32[domains], and i32[R,domains,E] for each stack of R sparse layers:
@@ -126,10 +129,11 @@ def eval_step(
     return routing.load_by_domain(plan, domain_T, scored_T, num_domains=num_domains)
 
   model = blueprint.model(params, balance)
-  logits_BSV, infos = model(
+  x_BSD, infos = model.hidden(
     batch["inputs"], batch["segment"], batch["position"], look=look
   )
-  nats_BS, counts_BS = cross_entropy(logits_BSV, batch)
+  counts_BS = counted(batch)
+  _, nats_BS = model.cross_entropy(x_BSD, batch["targets"], counts_BS, chunk=loss_chunk)
   lengths_BS = jnp.asarray(byte_lengths, jnp.int32)[batch["targets"]]
   bytes_BS = jnp.where(counts_BS > 0, lengths_BS, 0)
   in_domain = batch["domain"] == jnp.arange(num_domains)[:, None, None]
@@ -140,13 +144,9 @@ def eval_step(
   )
 
 
-def cross_entropy(logits_BSV: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
-  """(f32[B,S] nats, zero where a token does not count; f32[B,S] 1 where it does)."""
-  counts_BS = ((batch["segment"] > 0) & (batch["scored"] > 0)).astype(jnp.float32)
-  nats_BS = optax.softmax_cross_entropy_with_integer_labels(
-    logits_BSV, batch["targets"]
-  )
-  return nats_BS * counts_BS, counts_BS
+def counted(batch: dict[str, Array]) -> Array:
+  """f32[B,S]: 1 where a token's loss counts, 0 elsewhere."""
+  return ((batch["segment"] > 0) & (batch["scored"] > 0)).astype(jnp.float32)
 
 
 def routing_metrics(infos: Sequence[Info]) -> Metrics:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jmoe.keeping import NAMES
 from jmoe.use import fact, nearest, shown
 
 _NORMS = ("rms", "layer")
@@ -32,7 +33,7 @@ def model_config(config: Any) -> None:
       "without it activations would be float32, so use 'float32'."
     )
   _flag("ModelConfig: tied", config.tied)
-  _flag("ModelConfig: remat", config.remat)
+  _remat(config.remat)
   _flag("ModelConfig: future_drops", config.future_drops)
   segments = config.segments
   if not isinstance(segments, tuple) or not segments:
@@ -111,6 +112,10 @@ def _attention(where: str, attention: Any, d_model: int) -> None:
       f"{where}: attention.implementation={attention.implementation!r}; use None, "
       "'xla' or 'cudnn'."
     )
+  if attention.qk_norm not in (None, "all", "head"):
+    raise ValueError(
+      f"{where}: attention.qk_norm={attention.qk_norm!r}; use None, 'all' or 'head'."
+    )
   heads, kv_heads = attention.num_heads, attention.num_kv_heads
   head_dim = attention.head_dim
   _count(f"{where}: attention.num_heads", heads)
@@ -140,6 +145,18 @@ def _attention(where: str, attention: Any, d_model: int) -> None:
     raise ValueError(
       f"{where}: attention.rope_theta={theta!r}; give a positive number, usually 1e4."
     )
+
+
+def _remat(value: Any) -> None:
+  if not isinstance(value, tuple):
+    if not isinstance(value, bool):
+      raise TypeError(
+        f"ModelConfig: remat={shown(value)} is not True or False, nor a tuple of names "
+        f"to keep; the names are {', '.join(NAMES)}."
+      )
+    return
+  for name in value:
+    _choice("ModelConfig: remat keeps", name, NAMES)
 
 
 def _count(where: str, value: Any, least: int = 1) -> None:

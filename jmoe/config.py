@@ -201,6 +201,7 @@ class Attention:
   rope_theta: float = 10_000.0
   causal: bool = True
   implementation: str | None = None  # "xla", "cudnn"; None: see `models.attention`
+  qk_norm: str | None = None  # norm of queries and keys: "all" heads, or each "head"
 
 
 @checks.named
@@ -244,7 +245,8 @@ class ModelConfig:
   segments: tuple[tuple[tuple[BlockConfig, ...], int], ...]
   norm: str = "rms"
   tied: bool = True
-  remat: bool = True
+  # A block keeps its input alone, or all, or its input and these (`jmoe.keeping`).
+  remat: bool | tuple[str, ...] = True
   dtype: str = "float32"  # of activations; parameters are float32
   future_drops: bool = False  # whether later tokens may decide who is dropped
 

@@ -18,6 +18,7 @@ from jmoe.assign import assign
 from jmoe.combine import weighted_sum
 from jmoe.config import MoEConfig
 from jmoe.contexts import choose_layer, tokens, with_rows
+from jmoe.keeping import named
 from jmoe.parameters import (
   has_state as has_state,
   init_section as init_section,
@@ -143,6 +144,7 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
     previous_logits=previous_logits,
     num_experts=config.num_experts,
   )
+  logits = named(logits, "routing")
   if getattr(config.router.function, "dense", False):
     mixing = config.router(logits, context=context)
     y_TD = config.dispatch(x_TD, mixing, experts, None)
@@ -195,7 +197,7 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
     key=keys["assign"],
     max_rows=max_rows,
   )
-  plan = config.renormalise(plan)
+  plan = named(config.renormalise(plan), "routing")
 
   # There, through the experts, and home.
   home = _scaled(config, plan)

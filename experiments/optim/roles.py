@@ -37,6 +37,8 @@ def role(name: str) -> str:
       return "norm"
     case ["embed", "embedding"] | ["unembed", "kernel" | "bias"]:
       return "embedding"
+    case ["attention", "query_norm" | "key_norm", "scale"]:
+      return "norm"
     case ["attention" | "ff", _, "kernel" | "bias"]:
       return "matrix"
   raise ValueError(

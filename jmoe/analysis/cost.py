@@ -38,6 +38,7 @@ def parameters(config: ModelConfig) -> Parameters:
   active = total
   for block, repeat in _blocks(config):
     rest = _attention(block.attention, d) + 2 * _norm(block.norm, d)
+    rest += _qk_norms(block.attention, d)
     some_total, some_active = _feed_forward(block.ff, d)
     total += repeat * (rest + some_total)
     active += repeat * (rest + some_active)
@@ -144,6 +145,13 @@ def _attention(attention: Attention, d_model: int) -> int:
   heads = attention.num_heads
   kv_heads = attention.num_kv_heads or heads
   return d_model * _head_dim(attention, d_model) * 2 * (heads + kv_heads)
+
+
+def _qk_norms(attention: Attention, d_model: int) -> int:
+  if attention.qk_norm is None:
+    return 0
+  heads = attention.num_heads + (attention.num_kv_heads or attention.num_heads)
+  return _head_dim(attention, d_model) * (2 if attention.qk_norm == "head" else heads)
 
 
 def _norm(kind: str, d_model: int) -> int:

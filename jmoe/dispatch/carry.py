@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 from jax import Array
 
+from jmoe.keeping import named
 from jmoe.kernels import permute_rows
 from jmoe.kernels.permute_rows.reference import take
 from jmoe.types import Home, Layout, Rows, wide
@@ -106,6 +107,7 @@ def through(
   x_TD: Array, layout: Layout, experts: Callable[[Rows], Array], way: Home
 ) -> Array:
   """Out, through the experts, and home: what strategies on one device share."""
+  layout = named(layout, "routing")
   scale, weight = None, None
   if way.input_scale is not None:
     scale = spread(way.input_scale, layout)

@@ -3,14 +3,18 @@
 blocks    attention, rotary positions, dense feed-forward, the block
 decoder   embedding, segments of blocks, logits
 cache     one token at a time
+cross_entropy  the loss, without the logits of all tokens
 dropless  the same model without capacities
+unrolled  the same model without loops over layers
 """
 # SPDX-License-Identifier: Apache-2.0
 
 from jmoe.models.blocks import Block, FeedForward, SelfAttention, rotary
 from jmoe.models.decoder import Decoder
 from jmoe.models.cache import Cache, empty_cache, extend
+from jmoe.models.cross_entropy import cross_entropy
 from jmoe.models.dropless import dropless
+from jmoe.models.unrolled import unrolled
 
 __all__ = [
   "Block",
@@ -18,8 +22,10 @@ __all__ = [
   "Decoder",
   "FeedForward",
   "SelfAttention",
+  "cross_entropy",
   "dropless",
   "empty_cache",
   "extend",
   "rotary",
+  "unrolled",
 ]

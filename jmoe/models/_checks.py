@@ -68,6 +68,15 @@ def update(config: ModelConfig, infos: Sequence[Any]) -> None:
     )
 
 
+def not_repeated(before: Any, repeat: int) -> None:
+  """Raises if something is to happen before each block of a segment that is a loop."""
+  if before is not None:
+    raise ValueError(
+      f"hidden: before={shown(before)} and a segment repeated {repeat} times; pass it "
+      "to the model of jmoe.models.unrolled(config)."
+    )
+
+
 def _forced(config: ModelConfig, forced: Any, T: int) -> None:
   layers = [
     block.ff

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from jmoe import config as configs
+from jmoe.keeping import named
 from jmoe.models.attention import attention
 from jmoe.nnx import MoE
 from jmoe.types import Context, Info
@@ -40,6 +41,10 @@ class SelfAttention(nnx.Module):
     self.key = _linear(d_model, kv_width, dtype, rngs)
     self.value = _linear(d_model, kv_width, dtype, rngs)
     self.out = _linear(width, d_model, dtype, rngs, scale=depth_scale)
+    if config.qk_norm is not None:
+      each = config.qk_norm == "head"
+      self.query_norm = norm("rms", self.head_dim if each else width, rngs)
+      self.key_norm = norm("rms", self.head_dim if each else kv_width, rngs)
 
   def __call__(self, x_BSD: Array, position_BS: Array, segment_BS=None) -> Array:
     """f[B,S,D]; tokens see earlier tokens (if causal) of their own segment."""
@@ -49,15 +54,21 @@ class SelfAttention(nnx.Module):
       is_causal=self.config.causal,
       implementation=self.config.implementation,
     )
-    return self.out(y_BSHd.reshape(*x_BSD.shape[:2], -1))
+    return self.out(named(y_BSHd, "attention").reshape(*x_BSD.shape[:2], -1))
 
   def project(self, x_BSD: Array, position_BS: Array) -> tuple[Array, Array, Array]:
     """(queries f[B,S,H,d], keys f[B,S,N,d], values f[B,S,N,d]), turned by position."""
     batch, seq, _ = x_BSD.shape
     theta = self.config.rope_theta
-    q_BSHd = self.query(x_BSD).reshape(batch, seq, -1, self.head_dim)
-    k_BSNd = self.key(x_BSD).reshape(batch, seq, -1, self.head_dim)
-    v_BSNd = self.value(x_BSD).reshape(batch, seq, -1, self.head_dim)
+    linears = self.query, self.key, self.value
+    q_BSF, k_BSF, v_BSF = named([f(x_BSD) for f in linears], "projected")
+    if self.config.qk_norm == "all":
+      q_BSF, k_BSF = normed(self.query_norm, q_BSF), normed(self.key_norm, k_BSF)
+    q_BSHd = q_BSF.reshape(batch, seq, -1, self.head_dim)
+    k_BSNd = k_BSF.reshape(batch, seq, -1, self.head_dim)
+    v_BSNd = v_BSF.reshape(batch, seq, -1, self.head_dim)
+    if self.config.qk_norm == "head":
+      q_BSHd, k_BSNd = normed(self.query_norm, q_BSHd), normed(self.key_norm, k_BSNd)
     q_BSHd = rotary(q_BSHd, position_BS, theta=theta)
     return q_BSHd, rotary(k_BSNd, position_BS, theta=theta), v_BSNd
 
@@ -80,9 +91,10 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x_BSD: Array) -> Array:
     """f[B,S,D]."""
+    up_BSF = named(self.up(x_BSD), "hidden")
     if self.gate is None:
-      return self.down(self.activation(self.up(x_BSD)))
-    return self.down(self.activation(self.gate(x_BSD)) * self.up(x_BSD))
+      return self.down(self.activation(up_BSF))
+    return self.down(self.activation(named(self.gate(x_BSD), "hidden")) * up_BSF)
 
 
 class Block(nnx.Module):
@@ -115,6 +127,7 @@ class Block(nnx.Module):
     """(f[B,S,D], Info of the sparse layer or None)."""
     h_BSD = normed(self.attention_norm, x_BSD)
     x_BSD += self.attention(h_BSD, position_BS, segment_BS)
+    x_BSD = named(x_BSD, "residual")
     return self.feed(
       x_BSD, context, key=key, train=train, forced=forced, with_plan=with_plan
     )

@@ -1,7 +1,8 @@
 """A decoder-only language model: embedding, segments of blocks, norm, logits.
 
 Layers of a segment are stacked and scanned over, so tracing and compiling do not grow
-with depth.  `nnx.split` makes it a pure function for a train step.
+with depth; a segment that is not repeated is no loop (see `unrolled`).  `nnx.split`
+makes it a pure function for a train step.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -14,10 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jmoe import keeping
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.models import _checks, blocks
+from jmoe.models.cross_entropy import cross_entropy
 from jmoe.nnx import check_rngs
 from jmoe.types import Context, Info
+
+# What happens before each block: (its number, its parameters, [B,S,D]) -> the last two.
+Before = Callable[[int, Any, Array], tuple[Any, Array]]
 
 # flax before 0.12 has no such type and holds modules in plain lists.
 _List = getattr(nnx, "List", list)
@@ -102,6 +108,35 @@ class Decoder(nnx.Module):
     Raises:
       TypeError, ValueError: an array of another kind, shape or range.
     """
+    given: dict[str, Any] = dict(key=key, train=train, forced=forced, look=look)
+    x_BSD, infos = self.hidden(tokens_BS, segment_BS, position_BS, **given)
+    return self.logits(x_BSD), infos
+
+  def hidden(
+    self,
+    tokens_BS: Array,
+    segment_BS: Array | None = None,
+    position_BS: Array | None = None,
+    *,
+    key: Array | None = None,
+    train: bool = False,
+    forced: Array | None = None,
+    look: Callable[[Any], Any] | None = None,
+    before: Before | None = None,
+  ) -> tuple[Array, tuple[Info, ...]]:
+    """What the last block gave, for `logits` or `cross_entropy`, and the Infos.
+
+    Args:
+      tokens_BS, segment_BS, position_BS, key, train, forced, look: as for a call.
+      before: called with each block's number, parameters and input, and returns the
+        last two: for what must happen when their gradients come by.
+
+    Returns:
+      (f[B,S,D], Infos) in the dtype of the activations.
+
+    Raises:
+      TypeError, ValueError: as a call; or `before` and a segment that is repeated.
+    """
     config = self.config
     _checks.call(config, tokens_BS, segment_BS, position_BS, forced)
     if position_BS is None:
@@ -146,14 +181,21 @@ class Decoder(nnx.Module):
         return x_BSD, tuple(found)
 
       first_layers = layer + len(configs) * jnp.arange(repeat, dtype=jnp.int32)
-      x_BSD, found = jax.lax.scan(
-        jax.checkpoint(body) if config.remat else body,
-        x_BSD,
-        (parameters, first_layers, replay),
-      )
+      scanned = parameters, first_layers, replay
+      body = _remembering(body, config.remat)
+      if repeat > 1:
+        _checks.not_repeated(before, repeat)
+        x_BSD, found = jax.lax.scan(body, x_BSD, scanned)
+      else:
+        # Reshaped rather than indexed: gradients then come back without a copy.
+        parameters, *rest = jax.tree.map(lambda x: x.reshape(x.shape[1:]), scanned)
+        if before is not None:
+          parameters, x_BSD = before(layer, parameters, x_BSD)
+        x_BSD, found = body(x_BSD, (parameters, *rest))
+        found = jax.tree.map(lambda x: x[None], found)
       infos += found
       layer += len(configs) * repeat
-    return self.logits(x_BSD), tuple(infos)
+    return x_BSD, tuple(infos)
 
   def update(self, infos: Sequence[Info]) -> None:
     """Writes the balance state that a call reported; after the optimizer step."""
@@ -167,6 +209,35 @@ class Decoder(nnx.Module):
     for block, info in zip(sparse, infos, strict=True):
       block.moe.update(info)
 
+  def cross_entropy(
+    self,
+    x_BSD: Array,
+    target_BS: Array,
+    weight_BS: Array,
+    *,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+  ) -> tuple[Array, Array]:
+    """The loss of what the last block gave; no array is `[B,S,V]`.
+
+    Args:
+      x_BSD: of `hidden`.
+      target_BS: i32[B,S] the token that comes next.
+      weight_BS: f32[B,S] of each token in the sum; where it is zero nothing counts.
+      z_loss, chunk: see `jmoe.models.cross_entropy`.
+
+    Returns:
+      (f32[] weighted sum, f32[B,S] nats, zero where they do not count).
+    """
+    x_TD = blocks.normed(self.norm, x_BSD).reshape(-1, self.config.d_model)
+    if self.config.tied:
+      matrix_DV = self.embed.embedding[...].T
+    else:
+      matrix_DV = self.unembed.kernel[...]
+    each = target_BS.reshape(-1), weight_BS.reshape(-1)
+    loss, nats_T = cross_entropy(x_TD, matrix_DV, *each, z_loss=z_loss, chunk=chunk)
+    return loss, nats_T.reshape(target_BS.shape)
+
   def logits(self, x_BSD: Array) -> Array:
     """f32[B,S,V] of what the last block gave."""
     x_BSD = blocks.normed(self.norm, x_BSD)
@@ -177,6 +248,13 @@ class Decoder(nnx.Module):
       embedding_VD = self.embed.embedding[...].astype(jnp.float32)
       return jnp.einsum("bsd,vd->bsv", x_BSD, embedding_VD)
     return self.unembed(x_BSD)
+
+
+def _remembering(body: Callable[..., Any], remat: bool | tuple[str, ...]) -> Any:
+  """A block that keeps for its gradient what `ModelConfig.remat` says."""
+  if isinstance(remat, tuple):
+    return jax.checkpoint(body, policy=keeping.policy(remat))
+  return jax.checkpoint(body) if remat else body
 
 
 def _context(tokens_BS: Array, segment_BS: Array | None) -> Context:

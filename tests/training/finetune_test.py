@@ -11,6 +11,7 @@ import pytest
 
 from experiments import optim, state as states, step
 from experiments.checkpoint import digests
+from jmoe.models import cross_entropy
 from tests.tolerance import assert_close
 
 
@@ -44,9 +45,12 @@ def test_the_loss_is_the_mean_over_answers(question):
   random = np.random.default_rng(0)
   logits_BSV = random.normal(size=(4, 32, 258)).astype(np.float32)
 
+  counts_T = step.counted(question).reshape(-1)
+
   def loss(logits_BSV):
-    nats_BS, counts_BS = step.cross_entropy(logits_BSV, question)
-    return jnp.sum(nats_BS) / jnp.sum(counts_BS)
+    target_T, weight_T = question["targets"].reshape(-1), counts_T / jnp.sum(counts_T)
+    logits_TV = logits_BSV.reshape(-1, 258)
+    return cross_entropy(logits_TV, jnp.eye(258), target_T, weight_T)[0]
 
   found, slope_BSV = jax.value_and_grad(loss)(logits_BSV)
   answer_BS = (question["scored"] > 0) & (question["segment"] > 0)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 
 import chex
 import jax
@@ -16,6 +17,7 @@ from experiments import optim, routing, seeds, state as states, step
 from experiments.checkpoint import digests
 from experiments.config import Optim
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, simple
+from jmoe.models import cross_entropy
 from jmoe.types import Mixing
 from tests.compilations import COMPILED
 from tests.tolerance import assert_close
@@ -108,7 +110,10 @@ def test_a_loss_that_is_no_number_changes_no_bit(job):
 
 
 class Bigrams:
-  """A model in place of a decoder: a row of logits for each token, and no router."""
+  """A model in place of a decoder: a row of logits for each token, and no router.
+
+  Its hidden states are one-hot tokens, which a table takes to logits.
+  """
 
   def __init__(self, logits_of=lambda table: table):
     self.logits_of = logits_of
@@ -116,7 +121,16 @@ class Bigrams:
   def model(self, params, balance):
     del balance
     table_VV = self.logits_of(params["embed.embedding"])
-    return lambda tokens_BS, *_, **__: (table_VV[tokens_BS], ())
+
+    def loss(x_BSV, *each, **keywords):
+      flat = [x.reshape(-1) for x in each]
+      total, nats_T = cross_entropy(x_BSV.reshape(-1, V), table_VV, *flat, **keywords)
+      return total, nats_T.reshape(x_BSV.shape[:2])
+
+    def hidden(tokens_BS, *_, **__):
+      return jax.nn.one_hot(tokens_BS, V), ()
+
+    return types.SimpleNamespace(hidden=hidden, cross_entropy=loss)
 
   def balanced(self, params, balance, infos):
     del params, infos

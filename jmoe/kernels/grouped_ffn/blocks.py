@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe.keeping import named
 from jmoe.kernels.grouped_ffn.reference import Matrix
 from jmoe.kernels.loops import (
   dot,
@@ -70,7 +71,8 @@ def _affine(x: Array, w: Array, b: Array | None) -> Array:
 
 def _forward(hidden, x_RD, ups, down, groups, weight_R):
   y_RD, *hs_RF = _run(hidden, x_RD, ups, down, groups, weight_R, keep=True)
-  return y_RD, (x_RD, tuple(hs_RF), ups, down, groups, weight_R)
+  hs_RF = named(tuple(hs_RF), "hidden")
+  return y_RD, (x_RD, hs_RF, ups, down, groups, weight_R)
 
 
 def _backward(hidden, residual, dy_RD):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from jmoe.keeping import named
 from jmoe.kernels import permute_rows
 from jmoe.kernels.folding import foldable
 from jmoe.kernels.grouped_ffn.hopper_kernels import (
@@ -143,9 +144,10 @@ def _forward(form, *primals):
   x_RD = given.rows()
   keeps_hidden = form.keep != "inputs"
   *hidden, a_RF = _hidden(form, given, x_RD, hidden=keeps_hidden, product=True)
+  hidden = named(tuple(hidden), "hidden")
   x_RD = x_RD if form.keep == "rows" and given.layout is not None else None
   learns = any(jax.tree.leaves((told.ups, told.down)))
-  return _out(form, given, a_RF), _Kept(given, x_RD, tuple(hidden), learns=learns)
+  return _out(form, given, a_RF), _Kept(given, x_RD, hidden, learns=learns)
 
 
 def _backward(form, kept, dy_RD):

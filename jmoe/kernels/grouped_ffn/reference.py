@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from jax import Array
 
+from jmoe.keeping import named
 from jmoe.types import Groups
 
 Matrix = tuple[Array, Array | None]  # weights and their bias, per expert
@@ -20,7 +21,7 @@ def reference(
   weight_R: Array | None = None,
 ) -> Array:
   """`weight (hidden(x up_0 + b_0, x up_1 + b_1, ...) down + c)`, matmul by matmul."""
-  hs_RF = [matmul(x_RD, w_EDF, groups, b_EF) for w_EDF, b_EF in ups]
+  hs_RF = named([matmul(x_RD, w_EDF, groups, b_EF) for w_EDF, b_EF in ups], "hidden")
   a_RF = hidden(*hs_RF)
   if weight_R is None:
     return matmul(a_RF, down[0], groups, down[1])

@@ -12,6 +12,12 @@ def take(rows_ND: Array, index_R: Array) -> Array:
   return rows_ND.at[index_R].get(mode="fill", fill_value=0)
 
 
+def scaled(rows_ND: Array, index_R: Array, weight_R: Array) -> Array:
+  """`weight rows[index]`, zero where the index is past the end."""
+  found_RD = take(rows_ND, index_R).astype(wide(rows_ND))
+  return (found_RD * weight_R.astype(found_RD.dtype)[:, None]).astype(rows_ND.dtype)
+
+
 def weighed(
   rows_ND: Array, index_R: Array, weight_R: Array, other_RD: Array
 ) -> tuple[Array, Array]:
