@@ -17,7 +17,7 @@ from jmoe.kernels.grouped_matmul.api import (
   of_first,
   report_choice,
 )
-from jmoe.kernels.varying import together
+from jmoe.kernels.varying import axes_of, together
 from jmoe.types import Groups
 from jmoe.use import Use, fact
 
@@ -49,7 +49,8 @@ def grouped_ffn(
   x_RD, groups = of_first(x_RD, groups, E), first(groups, E)
   x_RD, ups, down, groups = together(x_RD, ups, down, groups)
   if matmul is None:
-    name = report_choice(current_device(), groups, E, common(x_RD, down[0]))
+    varies = bool(axes_of(x_RD))  # as they all do now
+    name = report_choice(current_device(), groups, E, common(x_RD, down[0]), varies)
     if name == "blocks":
       return ffn(hidden, x_RD, ups, down, groups)
     if name == "hopper" and (activation := _in_registers(hidden, ups, down)):

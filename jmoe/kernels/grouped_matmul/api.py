@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jmoe.kernels.devices import current_device, unfit_for_hopper
+from jmoe.kernels.devices import (
+  current_device,
+  unfit_for_hopper,
+  unfit_for_megablox,
+)
 from jmoe.kernels.grouped_matmul.blocks import blocks
 from jmoe.kernels.grouped_matmul.xla import batched, ragged_dot
-from jmoe.kernels.varying import together
+from jmoe.kernels.varying import axes_of, together
 from jmoe.types import Groups
 from jmoe.use import nearest
 
@@ -29,11 +33,20 @@ def _hopper(
   return hopper(x_RD, w_EDF, groups, bias_EF)
 
 
+def _megablox(
+  x_RD: Array, w_EDF: Array, groups: Groups, bias_EF: Array | None = None
+) -> Array:
+  from jmoe.kernels.grouped_matmul.megablox import megablox
+
+  return megablox(x_RD, w_EDF, groups, bias_EF)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
   "blocks": blocks,
   "batched": batched,
   "ragged_dot": ragged_dot,
   "hopper": _hopper,
+  "megablox": _megablox,
 }
 
 # (device, equal groups) -> implementation, why, whether users should hear a warning
@@ -44,13 +57,18 @@ _TABLE = {
   ("hopper", True): ("hopper", "warp-specialised, only slots that are taken", False),
   ("gpu", False): ("blocks", "portable; a chip's own kernel is far faster", True),
   ("gpu", True): ("batched", "one batched cuBLAS product", False),
-  ("tpu", False): ("ragged_dot", "XLA groups it on TPU", False),
+  ("tpu", False): ("megablox", "Pallas, only tiles that hold rows", False),
   ("tpu", True): ("batched", "one batched product", False),
 }
 
 
 def choose(
-  device: str, groups: Groups, num_experts: int, dtype: Any = jnp.float32
+  device: str,
+  groups: Groups,
+  num_experts: int,
+  dtype: Any = jnp.float32,
+  *,
+  varies: bool = False,
 ) -> tuple[str, str, bool]:
   """The implementation for a device, the reason, and whether it is a slow one.
 
@@ -59,6 +77,7 @@ def choose(
     groups: only its static fields are read.
     num_experts: matrices.
     dtype: of rows and matrices.
+    varies: the arrays differ over axes of a mesh, inside `jax.shard_map`.
 
   Returns:
     Name, reason, and True if the choice deserves a warning.
@@ -74,10 +93,25 @@ def choose(
   )
   if unfit:
     why = f"{why}; {unfit}"
-  # Before 0.12 the gradient of ragged_dot's matrices is dense on TPU: E times the work.
-  if name == "ragged_dot" and jax.__version_info__ < (0, 12):
-    return "blocks", f"jax {jax.__version__} has a dense weight gradient on TPU", True
+  if name == "megablox" and (unfit := _unfit_on_tpu(dtype, groups.block, varies)):
+    return _without_megablox(unfit)
   return name, why, slow
+
+
+def _unfit_on_tpu(dtype: Any, block: int, varies: bool) -> str | None:
+  # Their results do not say over which axes they differ, and jax checks that.
+  if varies:
+    return "megablox has no part in shard_map's checks"
+  return unfit_for_megablox(dtype, block)
+
+
+def _without_megablox(unfit: str) -> tuple[str, str, bool]:
+  """What else serves a TPU."""
+  # Before 0.12 the gradient of ragged_dot's matrices is dense on TPU: E times the work.
+  if jax.__version_info__ < (0, 12):
+    dense = f"jax {jax.__version__} has a dense weight gradient in ragged_dot"
+    return "blocks", f"{unfit}; {dense}", True
+  return "ragged_dot", f"XLA groups it; {unfit}", False
 
 
 def first(groups: Groups, num_experts: int) -> Groups:
@@ -121,8 +155,8 @@ def grouped_matmul(
     w_EDF: a matrix per expert; may be of the first experts of `groups` only.
     groups: where each expert's rows are.
     bias_EF: a bias per expert.
-    implementation: "blocks", "batched" (equal groups), "hopper" or "ragged_dot"; None
-      chooses by device, and says so once in the log "jmoe".
+    implementation: "blocks", "batched" (equal groups), "hopper", "megablox" or
+      "ragged_dot"; None chooses by device, and says so once in the log "jmoe".
     allow_dense: accept an implementation known to multiply every row by every matrix.
 
   Returns:
@@ -133,10 +167,10 @@ def grouped_matmul(
       was not asked for.
   """
   device, E = current_device(), w_EDF.shape[0]
-  dtype = common(x_RD, w_EDF)
+  dtype, varies = common(x_RD, w_EDF), bool(axes_of((x_RD, w_EDF, groups)))
   x_RD, groups = of_first(x_RD, groups, E), first(groups, E)
   if implementation is None:
-    implementation = report_choice(device, groups, E, dtype)
+    implementation = report_choice(device, groups, E, dtype, varies)
   if implementation not in _IMPLEMENTATIONS:
     raise ValueError(
       f"grouped_matmul: implementation={implementation!r}; "
@@ -154,6 +188,13 @@ def grouped_matmul(
         "grouped_matmul: implementation='hopper' cannot serve, "
         f"{unfit or f'the device is {device}'}; use None to choose by device."
       )
+  if implementation == "megablox":
+    unfit = _unfit_on_tpu(dtype, groups.block, varies)
+    if device != "tpu" or unfit:
+      raise ValueError(
+        "grouped_matmul: implementation='megablox' cannot serve, "
+        f"{unfit or f'the device is {device}'}; use None to choose by device."
+      )
   if implementation == "ragged_dot" and device != "tpu" and not allow_dense:
     raise ValueError(
       f"grouped_matmul: implementation='ragged_dot' on {device} multiplies every row "
@@ -162,9 +203,11 @@ def grouped_matmul(
   return _IMPLEMENTATIONS[implementation](*together(x_RD, w_EDF, groups, bias_EF))
 
 
-def report_choice(device: str, groups: Groups, num_experts: int, dtype: Any) -> str:
+def report_choice(
+  device: str, groups: Groups, num_experts: int, dtype: Any, varies: bool
+) -> str:
   """`choose`, said once per device and reason in the log "jmoe"."""
-  name, why, slow = choose(device, groups, num_experts, dtype)
+  name, why, slow = choose(device, groups, num_experts, dtype, varies=varies)
   message = f"grouped matmul on {device}: {name} ({why})"
   if message not in _said:
     _said.add(message)
