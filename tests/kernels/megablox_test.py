@@ -37,7 +37,7 @@ def groups_of(loads) -> Groups:
 
 
 def operands(loads, dtype):
-  """Groups, and x, w, b and dy; what nobody owns is zero, and beyond it not a number."""
+  """Groups, x, w, b and dy; padding is zero, and what comes after it not a number."""
   groups, E = groups_of(LOADS[loads]), len(LOADS[loads])
   keys = jax.random.split(jax.random.key(1), 4)
   real = (expert_of_rows(groups, R) >= 0)[:, None]
@@ -144,7 +144,9 @@ def test_ragged_dot_goes_the_same_way():
   assert found[0].dtype == jnp.float32
   for one, other in zip(found, expected, strict=True):
     scale = max(1.0, float(jnp.abs(other).max()))
-    assert_close((one / jnp.asarray(scale, one.dtype)).astype(jnp.bfloat16), other / scale)
+    assert_close(
+      (one / jnp.asarray(scale, one.dtype)).astype(jnp.bfloat16), other / scale
+    )
 
 
 FALLBACK = "blocks" if OLD else "ragged_dot"

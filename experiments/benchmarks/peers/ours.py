@@ -20,9 +20,9 @@ from jmoe.use import use
 
 
 def layer(
-  shape: Shape, *, capacity_factor: float | None = None
+  shape: Shape, *, capacity_factor: float | None = None, matmul: Any = None
 ) -> Callable[[Any, Array, Array, Array], Array]:
-  """`(params, x_TD, weight_TK, expert_TK) -> y_TD`."""
+  """`(params, x_TD, weight_TK, expert_TK) -> y_TD`; `matmul` is that of `glu`."""
   limit = None
   if capacity_factor is not None:
     limit = use(capacity.by_factor, factor=capacity_factor)
@@ -46,7 +46,7 @@ def layer(
     return dispatch(
       x_TD,
       plan,
-      lambda rows: jmoe.experts.glu(params, rows),
+      lambda rows: jmoe.experts.glu(params, rows, matmul=matmul),
       combine.weighted_sum(plan),
     )
 
