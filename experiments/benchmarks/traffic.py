@@ -31,16 +31,30 @@ def moved(text: str, counted: set[str]) -> float:
   entry = text[text.index("\nENTRY") :]
   gathers = _gathering(text)
   sizes: dict[str, int] = {}
+  started: dict[str, list[int]] = {}
   total = 0.0
   pattern = r"%([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^\n]*?)\)([^\n]*)"
   for name, made, kind, given, rest in re.findall(pattern, entry):
     sizes[name] = result = _bytes(made)
+    operands = [sizes.get(n, 0) for n in re.findall(r"%([\w.-]+)", given)]
+    if kind in ("call-start", "call-update", "async-start", "async-update"):
+      # On another core: counted when it is done, by what it was given.
+      before = [started.get(n, []) for n in re.findall(r"%([\w.-]+)", given)]
+      started[name] = [n for n in operands + sum(before, []) if n]
+      sizes[name] = 0
+      continue
+    if kind in ("call-done", "async-done"):
+      (first,) = re.findall(r"%([\w.-]+)", given)
+      operands = started.get(first, [])
+      if "gather" in name:
+        operands = [min(size, result) for size in operands]
+      total += result + sum(operands)
+      continue
     if kind in _FREE or kind.endswith("-done") or name in counted:
       continue
     if kind.endswith("-start"):  # to or from on-chip memory: what arrives is moved
       total += _on_chip(made) or result
       continue
-    operands = [sizes.get(n, 0) for n in re.findall(r"%([\w.-]+)", given)]
     called = re.search(r"calls=%([\w.-]+)", rest)
     if kind == "gather" or (called and called[1] in gathers):
       operands = [min(size, result) for size in operands]
