@@ -120,7 +120,8 @@ def test_parameters_are_counted_in_total_and_as_a_token_meets_them(config, share
 @pytest.mark.parametrize("config", [DROPLESS, LIMITED], ids=["dropless", "capacity"])
 def test_names_the_grouped_matmul_of_the_device_and_why(device, config):
   capacity = None if config.capacity is None else 24
-  name, why, _ = choose(device, Groups(None, None, 8, capacity), 4)
+  block = 128 if device == "tpu" else 8
+  name, why, _ = choose(device, Groups(None, None, block, capacity), 4)
   told = line(explain(config, T, device=device), "experts")
   assert f"matmul: {name} ({why}" in told
 

@@ -8,7 +8,7 @@ ones (capacity buckets) are the same value with other numbers.
 import jax.numpy as jnp
 from jax import Array
 
-from jmoe.kernels.devices import search_method
+from jmoe.kernels.devices import search_method, spare_blocks
 from jmoe.types import Groups, Layout, Plan, group_of
 
 
@@ -30,12 +30,12 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
 
   Returns:
     Layout of a static number of rows: `N + (block-1) * min(E, N)` rounded down to
-    blocks, or as `plan.max_rows` bounds it.
+    blocks, or as `plan.max_rows` bounds it; on TPUs some blocks more.
   """
   E, N = plan.load.shape[1], plan.order.shape[0]
   bound = N if plan.max_rows is None else min(N, plan.max_rows)
   block = max(block_size(bound / E), alignment) if block is None else block
-  R = (bound + (block - 1) * min(E, bound)) // block * block
+  R = ((bound + (block - 1) * min(E, bound)) // block + spare_blocks()) * block
   rows_E = plan.rows[0]
   padded_E = -(-rows_E // block) * block
   end_E = jnp.cumsum(padded_E, dtype=jnp.int32)

@@ -35,5 +35,6 @@ def sort(
   Returns:
     `[T,D]` or `[T,K,D]`.
   """
-  layout = ragged(plan, block, alignment=row_alignment(x_TD.dtype))
+  mean = plan.order.shape[0] / plan.load.shape[1]
+  layout = ragged(plan, block, alignment=row_alignment(x_TD.dtype, mean))
   return carry.through(x_TD, layout, experts, home)

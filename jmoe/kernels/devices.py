@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 HOPPER_BLOCK = 128  # rows to which Hopper's kernels want each expert's aligned
 TRITON_BLOCK = 16  # and Triton's: the least that tensor cores multiply
+TPU_TILE = 128  # rows that a TPU multiplies at a time, at least
 _HOPPER_JAX = (0, 10)  # the first whose Pallas compiles these kernels
 
 GPUS = ("gpu", "ampere", "hopper")
@@ -114,14 +115,49 @@ def has_triton() -> bool:
   return hasattr(triton, "CompilerParams")
 
 
-def row_alignment(dtype: Any) -> int:
-  """Rows to which each expert's should be aligned on this device; 1: any number."""
+def unfit_for_megablox(dtype: Any, block: int) -> str | None:
+  """Why jax's megablox kernels cannot serve a TPU, if they cannot.
+
+  Args:
+    dtype: of rows and matrices.
+    block: rows to which each expert's are aligned.
+  """
+  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+    return f"megablox has no {jnp.dtype(dtype).name}"
+  if block % TPU_TILE:
+    return f"groups are aligned to {block} rows, not to {TPU_TILE}"
+  return None
+
+
+def row_alignment(dtype: Any, rows_per_expert: float | None = None) -> int:
+  """Rows to which each expert's should be aligned on this device; 1: any number.
+
+  Args:
+    dtype: of rows and matrices.
+    rows_per_expert: the mean, of groups whose sizes are data; None: of equal groups.
+  """
   device = current_device()
   if device == "hopper" and not unfit_for_hopper(dtype, HOPPER_BLOCK):
     return HOPPER_BLOCK
   if device in ("ampere", "hopper") and not unfit_for_triton(dtype, TRITON_BLOCK):
     return TRITON_BLOCK
-  return 1
+  if device != "tpu" or rows_per_expert is None or unfit_for_megablox(dtype, TPU_TILE):
+    return 1
+  # A tile is multiplied whole: half of one is lost for each expert.  Larger tiles read
+  # matrices less often; a sixteenth of the rows loses a thirty-second of the work.
+  tile = TPU_TILE
+  while tile < 4 * TPU_TILE and 2 * tile <= rows_per_expert / 16:
+    tile *= 2
+  return tile
+
+
+def spare_blocks() -> int:
+  """Blocks that a buffer of ragged groups has beyond the last that may be used.
+
+  On TPUs megablox finds the tile of an expert without rows by a histogram in float32,
+  which from some 2048 tiles on may be wrong about the last of them.
+  """
+  return 8 if current_device() == "tpu" else 0
 
 
 def search_method() -> str:

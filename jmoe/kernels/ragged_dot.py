@@ -13,10 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe.kernels import permute_rows
-from jmoe.kernels.devices import current_device, row_alignment, search_method
+from jmoe.kernels.devices import (
+  current_device,
+  row_alignment,
+  search_method,
+  spare_blocks,
+)
 from jmoe.kernels.grouped_matmul import grouped_matmul
 from jmoe.kernels.grouped_matmul.api import choose
-from jmoe.kernels.varying import together
+from jmoe.kernels.varying import axes_of, together
 from jmoe.types import Groups, wide
 from jmoe.use import shown
 
@@ -61,10 +66,10 @@ def ragged_dot(
   if M == 0 or G == 0:
     return jnp.zeros((M, rhs.shape[2]), dtype)
   lhs, rhs, sizes_G = together(lhs, rhs, group_sizes.astype(jnp.int32))
-  if current_device() == "tpu" and jax.__version_info__ >= (0, 12):
+  block = max(row_alignment(lhs.dtype, M / G), 8 if M < 64 * G else 64)
+  if _chosen(lhs, rhs, block) == "ragged_dot":  # XLA's own, which wants no blocks
     return jax.lax.ragged_dot(lhs, rhs, sizes_G, preferred_element_type=dtype)
-  block = max(row_alignment(lhs.dtype), 8 if M < 64 * G else 64)
-  R = (M + (block - 1) * min(G, M)) // block * block
+  R = ((M + (block - 1) * min(G, M)) // block + spare_blocks()) * block
   end_G = jnp.cumsum(sizes_G, dtype=jnp.int32)
   padded_G = -(-sizes_G // block) * block
   start_G = jnp.cumsum(padded_G, dtype=jnp.int32) - padded_G
@@ -119,8 +124,7 @@ def _product(x_RK: Array, w_GKN: Array, groups: Groups, dtype: Any) -> Array:
   """The products in the dtype asked for, which may be wider than the operands'."""
   if jnp.dtype(dtype).itemsize <= x_RK.dtype.itemsize:
     return grouped_matmul(x_RK, w_GKN, groups).astype(dtype)
-  device, G = current_device(), w_GKN.shape[0]
-  name = choose(device, groups, G, x_RK.dtype)[0]
+  name = _chosen(x_RK, w_GKN, groups.block)
   if name == "hopper" and dtype == jnp.float32:
     from jmoe.kernels.grouped_matmul.hopper import hopper  # imports Pallas
 
@@ -129,8 +133,20 @@ def _product(x_RK: Array, w_GKN: Array, groups: Groups, dtype: Any) -> Array:
     from jmoe.kernels.grouped_matmul.triton import triton  # imports Pallas
 
     return triton(x_RK, w_GKN, groups, None, jnp.float32)
+  if name == "megablox" and dtype == jnp.float32:
+    from jmoe.kernels.grouped_matmul.megablox import megablox
+
+    return megablox(x_RK, w_GKN, groups, None, jnp.float32)
   made = grouped_matmul(x_RK.astype(dtype), w_GKN.astype(dtype), groups)
   return made.astype(dtype)
+
+
+def _chosen(rows: Array, w_GKN: Array, block: int) -> str:
+  """The grouped matmul that will serve, if rows are aligned to a block."""
+  only_static: Any = None
+  groups = Groups(only_static, only_static, block)
+  varies = bool(axes_of(rows))  # as they all do by now
+  return choose(current_device(), groups, w_GKN.shape[0], rows.dtype, varies=varies)[0]
 
 
 def _checked(lhs, rhs, sizes, precision, preferred, offset) -> tuple[Any, Any]:

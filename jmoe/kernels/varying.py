@@ -15,23 +15,23 @@ from jax import Array
 
 def together(*trees: Any) -> tuple[Any, ...]:
   """The same, each array differing over every mesh axis over which any of them does."""
-  axes = _axes(trees)
+  axes = axes_of(trees)
   return jax.tree.map(lambda x: _cast(x, axes), trees) if axes else trees
 
 
 def differs(*trees: Any) -> bool:
   """Whether any array differs between the devices of a mesh."""
-  return bool(_axes(trees))
+  return bool(axes_of(trees))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, *like: Any) -> Array:
   """Zeros that differ over the mesh axes over which some arrays do."""
-  return _cast(jnp.zeros(shape, dtype), _axes(like))
+  return _cast(jnp.zeros(shape, dtype), axes_of(like))
 
 
 def like(tree: Any, *others: Any) -> Any:
   """A kernel's results, differing where its operands do: some kernels do not say so."""
-  axes = _axes(others)
+  axes = axes_of(others)
   return jax.tree.map(lambda x: _cast(x, axes), tree) if axes else tree
 
 
@@ -47,7 +47,8 @@ def struct(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtype
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _axes(trees: Any) -> frozenset[str]:
+def axes_of(trees: Any) -> frozenset[str]:
+  """Mesh axes over which any array differs; none outside of `shard_map`."""
   found: frozenset[str] = frozenset()
   for leaf in jax.tree.leaves(trees):
     found |= _own(leaf)

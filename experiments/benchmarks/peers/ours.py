@@ -22,13 +22,17 @@ from jmoe.use import use
 
 
 def layer(
-  shape: Shape, *, capacity_factor: float | None = None, keep: str = "hidden"
+  shape: Shape,
+  *,
+  capacity_factor: float | None = None,
+  keep: str = "hidden",
+  matmul: Any = None,
 ) -> Callable[[Any, Array, Array, Array], Array]:
-  """`(params, x_TD, weight_TK, expert_TK) -> y_TD`."""
+  """`(params, x_TD, weight_TK, expert_TK) -> y_TD`; `matmul` is that of `glu`."""
   limit = None
   if capacity_factor is not None:
     limit = use(capacity.by_factor, factor=capacity_factor)
-  experts = use(jmoe.experts.glu, d_ff=shape.d_ff, keep=keep)
+  experts = use(jmoe.experts.glu, d_ff=shape.d_ff, keep=keep, matmul=matmul)
   dispatch = jmoe.dispatch.sort if limit is None else jmoe.dispatch.buckets
 
   def call(params: Any, x_TD: Array, weight_TK: Array, expert_TK: Array) -> Array:

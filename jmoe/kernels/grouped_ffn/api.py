@@ -18,7 +18,7 @@ from jmoe.kernels.grouped_matmul.api import (
   of_first,
   report_choice,
 )
-from jmoe.kernels.varying import together
+from jmoe.kernels.varying import differs, together
 from jmoe.types import Rows
 from jmoe.use import Use, fact, nearest
 
@@ -60,7 +60,9 @@ def grouped_ffn(
   groups = first(rows.groups, E)
   name = "given"
   if matmul is None:
-    name = report_choice(current_device(), groups, E, common(rows.x, down[0]))
+    varies = differs(rows, ups, down)
+    kind = common(rows.x, down[0])
+    name = report_choice(current_device(), groups, E, kind, varies)
   if name == "hopper" and (activation := _in_registers(hidden, ups)):
     from jmoe.kernels.grouped_ffn.hopper import Form, fused_ffn  # Pallas
 

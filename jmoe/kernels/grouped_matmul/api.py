@@ -13,11 +13,12 @@ from jax import Array
 from jmoe.kernels.devices import (
   current_device,
   unfit_for_hopper,
+  unfit_for_megablox,
   unfit_for_triton,
 )
 from jmoe.kernels.grouped_matmul.blocks import blocks
 from jmoe.kernels.grouped_matmul.xla import batched, ragged_dot
-from jmoe.kernels.varying import together
+from jmoe.kernels.varying import axes_of, together
 from jmoe.types import Groups
 from jmoe.use import nearest
 
@@ -41,12 +42,21 @@ def _triton(
   return triton(x_RD, w_EDF, groups, bias_EF)
 
 
+def _megablox(
+  x_RD: Array, w_EDF: Array, groups: Groups, bias_EF: Array | None = None
+) -> Array:
+  from jmoe.kernels.grouped_matmul.megablox import megablox  # imports Pallas
+
+  return megablox(x_RD, w_EDF, groups, bias_EF)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
   "blocks": blocks,
   "batched": batched,
   "ragged_dot": ragged_dot,
   "hopper": _hopper,
   "triton": _triton,
+  "megablox": _megablox,
 }
 
 
@@ -82,13 +92,22 @@ _TABLE = {
   ("ampere", True): (_TRITON, _BATCHED),
   ("gpu", False): (_TRITON, _CHUNKS),
   ("gpu", True): (_BATCHED,),
-  ("tpu", False): (_Row("ragged_dot", "XLA groups it on TPU"),),
+  ("tpu", False): (
+    _Row("megablox", "Pallas, only tiles that hold rows"),
+    _Row("ragged_dot", "XLA groups it"),
+    _Row("blocks", "only rows that exist, in loops", True),
+  ),
   ("tpu", True): (_Row("batched", "one batched product"),),
 }
 
 
 def choose(
-  device: str, groups: Groups, num_experts: int, dtype: Any = jnp.float32
+  device: str,
+  groups: Groups,
+  num_experts: int,
+  dtype: Any = jnp.float32,
+  *,
+  varies: bool = False,
 ) -> tuple[str, str, bool]:
   """The implementation for a device, the reason, and whether it is a slow one.
 
@@ -97,6 +116,7 @@ def choose(
     groups: only its static fields are read.
     num_experts: matrices.
     dtype: of rows and matrices.
+    varies: the arrays differ over axes of a mesh, inside `jax.shard_map`.
 
   Returns:
     Name, reason, and True if the choice deserves a warning.
@@ -109,25 +129,31 @@ def choose(
   rows = _TABLE.get((device, equal), _TABLE["gpu", equal])
   reasons = []
   for chosen in rows:
-    unfit = _unfit(chosen.name, device, dtype, groups.block)
+    unfit = _unfit(chosen.name, device, dtype, groups.block, varies)
     if unfit is None:
       break
     reasons.append(unfit)
-  why = "; ".join([chosen.why, *reasons])
-  # Before 0.12 the gradient of ragged_dot's matrices is dense on TPU: E times the work.
-  if chosen.name == "ragged_dot" and jax.__version_info__ < (0, 12):
-    return "blocks", f"jax {jax.__version__} has a dense weight gradient on TPU", True
-  return chosen.name, why, chosen.slow
+  return chosen.name, "; ".join([chosen.why, *reasons]), chosen.slow
 
 
-def _unfit(name: str, device: str, dtype: Any, block: int) -> str | None:
-  """Why a kernel cannot serve, if it cannot."""
+def _unfit(name: str, device: str, dtype: Any, block: int, varies: bool) -> str | None:
+  """Why an implementation cannot serve, if it cannot."""
   if name == "hopper":
     return unfit_for_hopper(dtype, block) if device == name else f"this is no {name}"
   if name == "triton":
     if device not in ("ampere", "hopper"):
       return "this is no NVIDIA GPU of compute capability 8.0 or more"
     return unfit_for_triton(dtype, block)
+  if name == "megablox":
+    if device != "tpu":
+      return "this is no TPU"
+    # Their results do not say over which axes they differ, and jax checks that.
+    if varies:
+      return "megablox has no part in shard_map's checks"
+    return unfit_for_megablox(dtype, block)
+  # Before 0.12 the gradient of ragged_dot's matrices is dense on TPU: E times the work.
+  if name == "ragged_dot" and device == "tpu" and jax.__version_info__ < (0, 12):
+    return f"jax {jax.__version__} has a dense weight gradient in ragged_dot"
   return None
 
 
@@ -172,7 +198,7 @@ def grouped_matmul(
     w_EDF: a matrix per expert; may be of the first experts of `groups` only.
     groups: where each expert's rows are.
     bias_EF: a bias per expert.
-    implementation: "blocks", "batched" (equal groups), "hopper", "triton" or
+    implementation: "blocks", "batched" (equal groups), "hopper", "triton", "megablox",
       "ragged_dot"; None chooses by device, and says so once in the log "jmoe".
     allow_dense: accept an implementation known to multiply every row by every matrix.
 
@@ -184,10 +210,10 @@ def grouped_matmul(
       was not asked for.
   """
   device, E = current_device(), w_EDF.shape[0]
-  dtype = common(x_RD, w_EDF)
+  dtype, varies = common(x_RD, w_EDF), bool(axes_of((x_RD, w_EDF, groups)))
   x_RD, groups = of_first(x_RD, groups, E), first(groups, E)
   if implementation is None:
-    implementation = report_choice(device, groups, E, dtype)
+    implementation = report_choice(device, groups, E, dtype, varies)
   if implementation not in _IMPLEMENTATIONS:
     raise ValueError(
       f"grouped_matmul: implementation={implementation!r}; "
@@ -198,7 +224,9 @@ def grouped_matmul(
       "grouped_matmul: implementation='batched' needs equal groups (a capacity); "
       "use 'blocks'."
     )
-  unfit = _unfit(implementation, device, dtype, groups.block)
+  unfit = None
+  if implementation != "ragged_dot":
+    unfit = _unfit(implementation, device, dtype, groups.block, varies)
   if unfit:
     raise ValueError(
       f"grouped_matmul: implementation={implementation!r} cannot serve, {unfit}; use "
@@ -212,9 +240,11 @@ def grouped_matmul(
   return _IMPLEMENTATIONS[implementation](*together(x_RD, w_EDF, groups, bias_EF))
 
 
-def report_choice(device: str, groups: Groups, num_experts: int, dtype: Any) -> str:
+def report_choice(
+  device: str, groups: Groups, num_experts: int, dtype: Any, varies: bool
+) -> str:
   """`choose`, said once per device and reason in the log "jmoe"."""
-  name, why, slow = choose(device, groups, num_experts, dtype)
+  name, why, slow = choose(device, groups, num_experts, dtype, varies=varies)
   message = f"grouped matmul on {device}: {name} ({why})"
   if message not in _said:
     _said.add(message)
