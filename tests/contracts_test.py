@@ -163,7 +163,7 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
 ]  # fmt: skip
 
 
-HELPER_MODULES = {"jmoe.dispatch.carry", "jmoe.dispatch.layout"}
+HELPER_MODULES = {f"jmoe.dispatch.{name}" for name in ("carry", "layout", "whole")}
 
 
 def rows(table):
