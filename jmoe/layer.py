@@ -7,7 +7,7 @@ x_TD --gate--> logits_TE --restrict--> mask_TE --router--> Routing --assign--> P
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,29 @@ from jmoe.parameters import (
 )
 from jmoe.report import report, report_mixing
 from jmoe.types import Context, Groups, Home, Info, Params, Plan, Rows, State
-from jmoe.use import fact
+from jmoe.use import Use
 
 _STAGES = ("input_noise", "logit_noise", "select_noise", "restrict", "router", "assign")
+
+
+class Experts(NamedTuple):
+  """The experts of a layer with their parameters: what a dispatch strategy gets."""
+
+  use: Use
+  params: Params
+
+  def __call__(self, rows: Rows) -> Array:
+    return self.use(self.params, rows)
+
+  @property
+  def weighs(self) -> bool:
+    """Whether they multiply their rows by `Rows.weight`.
+
+    So that they need not keep their outputs for the weights' gradient.  What
+    `functools.wraps` has copied onto another function is not its own.
+    """
+    function = self.use.function
+    return getattr(function, "weighs", False) and not hasattr(function, "__wrapped__")
 
 
 def moe(
@@ -133,7 +153,7 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
     forced = choose_layer(forced, context)
   keys = _keys(key, context)
   gate_params = {**params.get("gate", {}), **state.gate}
-  experts = functools.partial(config.experts, params.get("experts", {}))
+  experts = Experts(config.experts, params.get("experts", {}))
 
   # What the gate thinks.
   seen_TD = _noisy(config.input_noise, x_TD, context, keys["input_noise"], train)
@@ -235,15 +255,10 @@ def _served(context: Context, mask_TE: Array | None) -> Context:
 
 
 def _scaled(config: MoEConfig, plan: Plan) -> Home:
-  """The way home; with `scale="input"` the weights go in rather than out.
-
-  Experts that weigh their own rows need not keep their outputs for the gradient of the
-  weights.
-  """
+  """The way home; with `scale="input"` the weights go in rather than out."""
   home = config.combine(plan)
   if config.scale == "output":
-    inside = home.sums and fact(config.experts, "weighs", False)
-    return dataclasses.replace(home, inside=inside)
+    return home
   kept = plan.kept.astype(home.weight.dtype)
   return Home(kept, input_scale=weighted_sum(plan).weight, sums=home.sums)
 

@@ -182,7 +182,7 @@ class Rows:
   groups: Groups
   layout: Layout | None = None  # lazy: row r is x[layout.token[r]]
   scale: Array | None = None  # f32[R] multiplies the expert's INPUT
-  weight: Array | None = None  # f32[R] multiplies its OUTPUT, if it is marked `weighs`
+  weight: Array | None = None  # f32[R] multiplies its OUTPUT; given to who `weighs`
 
   def gathered(self) -> Array:
     """The rows as an array `[R,D]`; padding rows are zero."""
@@ -201,7 +201,6 @@ class Home:
   weight: Array  # f32[N]  zero for dropped assignments
   input_scale: Array | None = None  # f32[N]  multiplies the expert's input
   sums: bool = static(default=True)  # True: y_TD; False: y_TKD
-  inside: bool = static(default=False)  # experts may apply the weight themselves
 
 
 @pytree

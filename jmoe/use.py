@@ -57,7 +57,8 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     fixed: of a router: True if its weights do not depend on the gate.
     runs: of a router: `(**keywords) -> int`, choices that run in training, at most.
     takes_best: of a router: True if it chooses the k highest of what it selects by.
-    weighs: of experts: True if they multiply their rows by `Rows.weight`.
+    weighs: of experts: True if they multiply their outputs by `Rows.weight`, whenever
+      there is one; a function that adds to their outputs must not have it.
     constant: of a gate: True if every token gets the same logits.
     within: of a restriction: True if it ranks experts, so it is asked after the others
       and given their mask.

@@ -114,7 +114,7 @@ def products(shape: shapes.Shape) -> dict[str, Leg]:
   from jmoe.kernels.grouped_ffn import activations, hopper_kernels as gated
   from jmoe.kernels.grouped_matmul import hopper as kernels
   from jmoe.kernels.hopper import BLOCK
-  from jmoe.kernels.hopper_tiles import choose, staged
+  from jmoe.kernels.hopper_tiles import choose
   from jmoe.types import Groups
 
   expert_TK, _ = shapes.routing(shape)
@@ -140,15 +140,14 @@ def products(shape: shapes.Shape) -> dict[str, Leg]:
   weight = jax.random.uniform(key, (R,))
 
   def tile(kernel, way, **sizes):
-    made = dataclasses.replace(choose(kernel, **sizes), **way)
-    return staged(made, sizes["depth"]) if sizes.get("depth") and not way else made
+    return dataclasses.replace(choose(kernel, **sizes), **way)
 
   def product(left, right, pairs=1, transpose=False):
     width, depth = right.shape[1:] if transpose else right.shape[:0:-1]
 
     def call(way):
       made = tile("rows", way, width=width, depth=depth, operands=2 * pairs)
-      if pairs == 2:  # what memory holds
+      if pairs == 2 and way:  # what memory holds
         made = dataclasses.replace(made, stages=2)
       return lambda groups, x, w: kernels.rows(
         ((x, w),) * pairs, groups, transpose=transpose, tile=made

@@ -106,14 +106,19 @@ home.defvjp(_home_forward, _home_backward)
 def through(
   x_TD: Array, layout: Layout, experts: Callable[[Rows], Array], way: Home
 ) -> Array:
-  """Out, through the experts, and home: what strategies on one device share."""
+  """Out, through the experts, and home: what strategies on one device share.
+
+  Experts with a true attribute `weighs`, as those of a layer may have, get the weights
+  with their rows, and what they give is summed as it is.  A function around them has
+  none: then the weights come on the way home.
+  """
   layout = named(layout, "routing")
   scale, weight = None, None
   if way.input_scale is not None:
     scale = spread(way.input_scale, layout)
-  elif way.inside:
+  elif way.sums and getattr(experts, "weighs", False):
     weight = spread(way.weight, layout)
   rows_RD = experts(Rows(x_TD, layout.groups, layout, scale, weight))
-  if way.sums and (scale is not None or weight is not None):
+  if weight is not None:
     return summed_home(rows_RD, layout)  # dropped assignments have no row
   return home(rows_RD, Home(way.weight, sums=way.sums), layout)

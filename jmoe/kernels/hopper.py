@@ -53,6 +53,9 @@ class Tile:
   ring: bool = False
   alternating: bool = False
 
+  def __post_init__(self):
+    assert self.ring or not self.alternating, self
+
   def that_fits(self, number: int) -> "Tile":
     """The same, without a cluster where that many tiles cannot be shared out evenly."""
     return self if number % self.cluster == 0 else dataclasses.replace(self, cluster=1)

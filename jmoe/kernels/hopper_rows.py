@@ -189,7 +189,10 @@ def values_of_rows(place: Place, ref: Any) -> Array:
 
 
 def values_of_columns(place: Place, ref: Any) -> Array:
-  """[cols] of an array [E,F], for the expert and the columns of a part of a tile."""
+  """[cols] of an array [E,F], for the expert and the columns of a part of a tile.
+
+  Nothing stops at the end of the array: it must be of `whole_tiles`.
+  """
   return _from_global(ref, place.expert, pl.ds(place.col, place.cols))
 
 
@@ -199,6 +202,12 @@ def _from_global(ref: Any, *index: Any) -> Array:
     return plgpu.load(ref, index, optimized=False)
   load: Any = plgpu.load  # takes no index any more
   return load(ref.at[index], optimized=False)
+
+
+def whole_tiles(values_EF: Array, tile: Tile) -> Array:
+  """With zeros up to whole tiles, as `values_of_columns` reads them."""
+  beyond = -values_EF.shape[1] % tile.cols
+  return jnp.pad(values_EF, ((0, 0), (0, beyond)))
 
 
 def over_rows(values: Array, tile: Array) -> Array:

@@ -1,16 +1,23 @@
 """Rows out and home: what nobody owns is never read, whatever it holds."""
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jmoe
 from jmoe import capacity, combine, dispatch, routers
 from jmoe.assign import assign
-from jmoe.types import Context, Home
+from jmoe.dispatch import carry
+from jmoe.dispatch.layout import ragged
+from jmoe.types import Context, Home, Rows
 from jmoe.use import use
 from tests import _cases as cases
+from tests.tolerance import assert_close
 
 T, E, K, D = 13, 5, 2, 4
 R = np.random.default_rng(0)
@@ -123,3 +130,71 @@ def test_weights_on_the_input_have_their_gradient():
   found = jax.grad(lambda x, w: total(x, w, dispatch.sort), (0, 1))(X, weight)
   for one, other in zip(found, expected, strict=True):
     np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5)
+
+
+def carried_by_hand(x_TD, plan, experts, home):
+  """A strategy of somebody's own."""
+  layout = ragged(plan)
+  rows_RD = experts(Rows(carry.out(x_TD, layout), layout.groups))
+  return carry.home(rows_RD, home, layout)
+
+
+def with_rows_anew(x_TD, plan, experts, home):
+  return dispatch.sort(
+    x_TD, plan, lambda rows: experts(Rows(rows.gathered(), rows.groups)), home
+  )
+
+
+def with_rows_added(x_TD, plan, experts, home):
+  return dispatch.sort(x_TD, plan, lambda r: experts(r) + r.gathered(), home)
+
+
+@functools.wraps(jmoe.experts.glu)
+def wrapped(params, rows, **keywords):
+  return jmoe.experts.glu(params, rows, **keywords) + rows.gathered()
+
+
+def both_ways(plan):
+  """Weights on the way in and on the way out."""
+  weight = combine.weighted_sum(plan).weight
+  return Home(0.5 * weight, input_scale=2.0 * weight)
+
+
+def weighed(**fields):
+  """(value, gradients) of a small layer."""
+  config = dataclasses.replace(jmoe.simple(D, 8, num_experts=E, k=K), **fields)
+  params = jmoe.moe_init(jax.random.key(0), config)
+
+  def loss(params):
+    return jnp.sum(jnp.sin(3 * jmoe.moe(params, X, config)[0]))
+
+  return jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize(
+  "strategy", [carried_by_hand, with_rows_anew, with_rows_added, None]
+)
+def test_weights_are_not_lost_where_something_stands_before_the_experts(strategy):
+  """Beside `einsum`, which weighs on the way home whatever the experts do."""
+  experts = use(jmoe.experts.glu, d_ff=8)
+  expected = use(dispatch.einsum)
+  if strategy is with_rows_added or strategy is None:
+    expected = use(
+      lambda x, plan, experts, home: dispatch.einsum(
+        x, plan, lambda r: experts(r) + r.gathered(), home
+      )
+    )
+  given = dict(experts=use(wrapped, d_ff=8)) if strategy is None else {}
+  found = weighed(dispatch=use(strategy or dispatch.sort), **given)
+  slots = use(capacity.fixed, slots=T)
+  wanted = weighed(dispatch=expected, capacity=slots, experts=experts)
+  jax.tree.map(assert_close, found, wanted)
+
+
+def test_weights_may_come_on_both_ways():
+  found = weighed(combine=use(both_ways))
+  slots = use(capacity.fixed, slots=T)
+  wanted = weighed(
+    combine=use(both_ways), dispatch=use(dispatch.einsum), capacity=slots
+  )
+  jax.tree.map(assert_close, found, wanted)

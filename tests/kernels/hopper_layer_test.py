@@ -37,9 +37,9 @@ def with_free(limited: bool) -> jmoe.MoEConfig:
   )
 
 
-def simple(keep: str | None = None, **fields) -> jmoe.MoEConfig:
+def simple(keep: str | None = None, d_ff: int = 128, **fields) -> jmoe.MoEConfig:
   """A small layer whose experts keep that much for the backward pass."""
-  config = jmoe.simple(128, 128, num_experts=4, k=2, **fields)
+  config = jmoe.simple(128, d_ff, num_experts=4, k=2, **fields)
   if keep is None:
     return config
   keywords = {**config.experts.kwargs, "keep": keep}
@@ -52,7 +52,7 @@ LAYERS = {
   "gelu, capacity, rows kept": simple(
     "rows", activation=jax.nn.gelu, capacity_factor=1.0
   ),
-  "glu with biases": simple(bias=True),
+  "glu with biases": simple(bias=True, d_ff=192),  # one tile and a half
   "mlp with biases, made anew": simple("inputs", gated=False, bias=True),
   "relu": simple(gated=False, activation=jax.nn.relu),
   "free experts": with_free(False),

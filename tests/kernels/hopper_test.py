@@ -17,6 +17,7 @@ SMALL = {
   "odd tails": ((5, 128), 72, 200, None),
   "not of eight": ((3, 9), 70, 61, None),
   "buckets": ((100, 0, 256, 7), 64, 128, 256),
+  "tiles and a half": ((3, 9), 64, 320, None),
   "nothing": ((0, 0), 64, 128, None),
 }
 LARGE = {

@@ -4,7 +4,6 @@ The gate's product and the selection are not part of it, as they are not of the 
 """
 # SPDX-License-Identifier: Apache-2.0
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ import jmoe
 from experiments.benchmarks.shapes import Shape
 from jmoe import combine
 from jmoe.assign import assign, capacity
+from jmoe.layer import Experts
 from jmoe.types import Context, Routing
 from jmoe.use import use
 
@@ -50,8 +50,8 @@ def layer(
       k=K,
     )
     plan = assign(routing, Context(), capacity=limit)
-    home = dataclasses.replace(combine.weighted_sum(plan), inside=True)  # as `moe` does
-    return dispatch(x_TD, plan, lambda rows: experts(params, rows), home)
+    home = combine.weighted_sum(plan)
+    return dispatch(x_TD, plan, Experts(experts, params), home)
 
   return call
 

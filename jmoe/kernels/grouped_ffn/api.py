@@ -1,6 +1,7 @@
 """The fused form where there is one, its parts otherwise."""
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,11 @@ def grouped_ffn(
     ValueError: an unknown `keep`.
   """
   check_keep(keep)
-  E, weight_R = down[0].shape[0], rows.weight
-  groups = first(rows.groups, E)
+  E = down[0].shape[0]
+  groups, weight_R = first(rows.groups, E), rows.weight
+  if weight_R is not None:
+    weight_R = of_first(weight_R, rows.groups, E)
+    rows = dataclasses.replace(rows, weight=weight_R)
   name = "given"
   if matmul is None:
     varies = differs(rows, ups, down)

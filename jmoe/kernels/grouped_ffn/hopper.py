@@ -155,7 +155,12 @@ def _backward(form, kept, dy_RD):
   if isinstance(dy_RD, SymbolicZero):
     zero: Any = dy_RD
     dy_RD = jnp.zeros(zero.shape, zero.dtype)
-  hidden = kept.hidden or _hidden(form, given, given.rows(), hidden=True, product=False)
+  hidden = kept.hidden
+  if not hidden:
+    # After the forward pass, whose own rows it would be otherwise.
+    x, dy_RD = lax.optimization_barrier((given.x, dy_RD))
+    again = dataclasses.replace(given, x=x).rows()
+    hidden = _hidden(form, given, again, hidden=True, product=False)
   kernel = functools.partial(
     back_kernel, ups=len(hidden), activation=form.activation, num_sms=form.num_sms
   )

@@ -21,6 +21,7 @@ from jmoe.kernels.hopper_rows import (
   store,
   values_of_columns,
   values_of_rows,
+  whole_tiles,
 )
 from jmoe.kernels.hopper_tiles import choose
 from jmoe.types import Groups
@@ -59,6 +60,9 @@ def hidden_kernel(
   kernel = "hidden" if ups == 2 else "rows"
   tile = tile or choose(kernel, width=F, depth=D, operands=1 + ups)
 
+  biases = [whole_tiles(a, tile) for a in arrays[ups : ups + ups * biased]]
+  others = (*biases, *arrays[ups + ups * biased :])
+
   def products(place, tiles, totals):
     for total, w in zip(totals, tiles[1:], strict=True):
       multiply(tile, place, total, tiles[0], w)
@@ -83,7 +87,7 @@ def hidden_kernel(
 
   return row_kernel(
     groups,
-    arrays[ups:],
+    others,
     (x_RD,),
     arrays[:ups],
     tile=tile,
@@ -136,6 +140,7 @@ def back_kernel(
   """
   (R, D), F, dtype = dy_RD.shape, down_EFD.shape[1], dy_RD.dtype
   tile = tile or choose("back", width=F, depth=D)
+  assert tile.alternating or not tile.by_cols, tile  # who makes a row sums it alone
   steps = pl.cdiv(D, DEPTH)
   # The hidden arrays come in pieces, some while the product is made.
   rows_own, cols_own = tile.own

@@ -166,7 +166,7 @@ def first(groups: Groups, num_experts: int) -> Groups:
 
 
 def of_first(x_RD: Array, groups: Groups, num_experts: int) -> Array:
-  """The rows, with zeros for those of experts after the first ones.
+  """The rows, or numbers of rows, with zeros for those of experts after the first ones.
 
   A kernel for the first experts may leave the others' rows unwritten, in the gradient
   too: what is not used has a gradient of zero.
@@ -174,7 +174,8 @@ def of_first(x_RD: Array, groups: Groups, num_experts: int) -> Array:
   if groups.start.shape[0] <= num_experts:
     return x_RD
   row_R = jnp.arange(x_RD.shape[0], dtype=jnp.int32)
-  return jnp.where((row_R < groups.start[num_experts])[:, None], x_RD, 0)
+  ours_R = row_R < groups.start[num_experts]
+  return jnp.where(ours_R.reshape(-1, *[1] * (x_RD.ndim - 1)), x_RD, 0)
 
 
 def common(*arrays: Array) -> Any:

@@ -29,6 +29,7 @@ from jmoe.kernels.hopper_rows import (
   store,
   values_of_columns,
   values_of_rows,
+  whole_tiles,
 )
 from jmoe.kernels.hopper_tiles import choose
 from jmoe.kernels.hopper_walk import Operand, Work, walk
@@ -156,6 +157,8 @@ def _rows_kernel(
   lefts, rights = operands[::2], operands[1::2]
   (R, D), F = lefts[0].shape, rights[0].shape[1 if transpose else 2]
   tile = tile or choose("rows", width=F, depth=D, operands=len(operands))
+
+  others = tuple(whole_tiles(a, tile) if n == 0 else a for n, a in enumerate(others))
 
   def products(place, tiles, totals):
     for x, w in zip(tiles[:pairs], tiles[pairs:], strict=True):
