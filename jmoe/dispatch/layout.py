@@ -30,12 +30,13 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
 
   Returns:
     Layout of a static number of rows: `N + (block-1) * min(E, N)` rounded down to
-    blocks, or as `plan.max_rows` bounds it; on TPUs some blocks more.
+    blocks, or as `plan.max_rows` bounds it; large ones on TPUs some blocks more.
   """
   E, N = plan.load.shape[1], plan.order.shape[0]
   bound = N if plan.max_rows is None else min(N, plan.max_rows)
   block = max(block_size(bound / E), alignment) if block is None else block
-  R = ((bound + (block - 1) * min(E, bound)) // block + spare_blocks()) * block
+  blocks = (bound + (block - 1) * min(E, bound)) // block
+  R = (blocks + spare_blocks(blocks)) * block
   rows_E = plan.rows[0]
   padded_E = -(-rows_E // block) * block
   end_E = jnp.cumsum(padded_E, dtype=jnp.int32)

@@ -151,13 +151,16 @@ def row_alignment(dtype: Any, rows_per_expert: float | None = None) -> int:
   return tile
 
 
-def spare_blocks() -> int:
+def spare_blocks(blocks: int) -> int:
   """Blocks that a buffer of ragged groups has beyond the last that may be used.
 
   On TPUs megablox finds the tile of an expert without rows by a histogram in float32,
   which from some 2048 tiles on may be wrong about the last of them.
+
+  Args:
+    blocks: that may be used.
   """
-  return 8 if current_device() == "tpu" else 0
+  return 8 if current_device() == "tpu" and blocks > 1024 else 0
 
 
 def search_method() -> str:

@@ -69,7 +69,8 @@ def ragged_dot(
   block = max(row_alignment(lhs.dtype, M / G), 8 if M < 64 * G else 64)
   if _chosen(lhs, rhs, block) == "ragged_dot":  # XLA's own, which wants no blocks
     return jax.lax.ragged_dot(lhs, rhs, sizes_G, preferred_element_type=dtype)
-  R = ((M + (block - 1) * min(G, M)) // block + spare_blocks()) * block
+  blocks = (M + (block - 1) * min(G, M)) // block
+  R = (blocks + spare_blocks(blocks)) * block
   end_G = jnp.cumsum(sizes_G, dtype=jnp.int32)
   padded_G = -(-sizes_G // block) * block
   start_G = jnp.cumsum(padded_G, dtype=jnp.int32) - padded_G
