@@ -4,6 +4,7 @@ Needs the libtpu that the installed jax pins (the extra `aot`); run with `-m aot
 ratios of Qwen3's layer, with half its widths and a quarter of its experts and choices;
 work is counted from the kernels' grids, as `experiments.benchmarks.grids` does.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 import numpy as np
 import pytest
