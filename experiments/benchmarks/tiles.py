@@ -239,7 +239,9 @@ def _checked(rows: list[dict[str, Any]]) -> list[str]:
   for row in rows:
     if row["call"] is None:
       continue
-    found = row["call"]()
+    # Said before it runs: a way that hangs is known by name.
+    print(f"checking {row['leg']} {_name(row['way'])}", file=sys.stderr, flush=True)
+    found = jax.block_until_ready(row["call"]())
     if row["leg"] not in expected:
       expected = {row["leg"]: found}
     row["difference"] = float(difference(found, expected[row["leg"]]))
@@ -263,8 +265,12 @@ def _timed(rows: list[dict[str, Any]], rounds: int) -> list[float]:
   return ceilings
 
 
+def _name(way: dict[str, Any]) -> str:
+  return ", ".join(f"{k}={v}" for k, v in way.items()) or "the table's"
+
+
 def _show(row: dict[str, Any]) -> None:
-  way = ", ".join(f"{k}={v}" for k, v in row["way"].items()) or "the table's"
+  way = _name(row["way"])
   if not row["ms"]:
     print(f"{row['leg']:<8} {way:<50} refused: {row['refused']}", flush=True)
     return

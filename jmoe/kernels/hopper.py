@@ -201,6 +201,10 @@ def launch(
   )
 
   def in_place(*operands):
+    # XLA fuses the slices of a loop's arrays with the kernels that read or write them,
+    # and forgets there which results stand in an operand's place: no operand may be a
+    # slice, no result may be written into one.
+    operands = lax.optimization_barrier(operands)
     kept = operands[updated:]
 
     def run(refs):
@@ -221,7 +225,7 @@ def launch(
 
     # Never read, and so never made: the refs only carry results out.
     blank = tuple(lax.empty(o.shape, o.dtype) for o in out[updated:])
-    return pl.run_state(run)((*operands[:updated], *blank))
+    return lax.optimization_barrier(pl.run_state(run)((*operands[:updated], *blank)))
 
   def call(*operands):
     operands = together(*operands)
