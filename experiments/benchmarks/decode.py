@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--tokens", type=int, nargs="+", default=TOKENS, metavar="T")
   add("--rounds", type=int, default=5)
   add("--queued", action="store_true", help="calls in a row instead of a trace")
+  add("--table", type=int, default=0, metavar="N", help="operations to list")
   add("--out", type=Path, help="JSON file for the figures")
   arguments = parser.parse_args(argv)
   if min(arguments.tokens) < 1:
@@ -177,6 +178,9 @@ def _measured(
     f"error {error:.4f}",
     flush=True,
   )
+  if arguments.table and not queued:
+    operands = (params, *batches[0])
+    figures["table"] = tracing.shown(layer, operands, arguments.table)
   return figures
 
 

@@ -29,29 +29,39 @@ from experiments.benchmarks import shapes
 from experiments.parser import Parser
 
 RING = dict(ring=True)
-PING_PONG = dict(ring=True, alternating=True)
+FLIGHT = dict(ring=True, in_flight=True)
+PING_PONG = dict(ring=True, in_flight=True, alternating=True)
 BOTH = [{}, dict(cluster=2)]
 ROWS = [
-  *({**way, **more} for way in ({}, RING) for more in BOTH),
-  *(dict(cols=256, by_cols=False, **way) for way in ({}, RING)),
-  *(dict(cols=128, **PING_PONG, **more) for more in BOTH),
+  {},
+  RING,
+  *({**FLIGHT, **more} for more in BOTH),
+  *(dict(cols=256, by_cols=False, **way) for way in ({}, RING, FLIGHT)),
+  dict(cols=128, **PING_PONG),
   *(dict(cols=192, stages=3, **PING_PONG, **more) for more in BOTH),
-  dict(band=16),
-  dict(band=4, **RING),
 ]
 MATRICES = [
-  *({**way, **more} for way in ({}, RING) for more in BOTH),
-  *(dict(cols=128, **PING_PONG, **more) for more in BOTH),
-  dict(band=4, **RING),
+  {},
+  *(dict(ring=True, **more) for more in BOTH),
+  *({**FLIGHT, **more} for more in BOTH),
+  *(dict(band=band, **way) for band in (4, 2) for way in (RING, FLIGHT)),
+  dict(rows=256, cols=128, **FLIGHT),
+  dict(cols=128, **PING_PONG),
 ]
 HIDDEN = [
-  *({**way, **more} for way in ({}, RING) for more in BOTH),
-  *(dict(cols=64, **PING_PONG, **more) for more in BOTH),
+  {},
+  *({**way, **more} for way in (RING, FLIGHT) for more in BOTH),
+  *(dict(band=band, **FLIGHT) for band in (4, 16)),
+  dict(cols=64, **PING_PONG),
 ]
 BACK = [
-  *({**way, **more} for way in ({}, RING) for more in BOTH),
-  *(dict(**PING_PONG, **more) for more in BOTH),
-  dict(band=16, **PING_PONG),
+  {},
+  RING,
+  *({**FLIGHT, **more} for more in BOTH),
+  *({**PING_PONG, **more} for more in BOTH),
+  dict(ring=True, alternating=True),
+  *(dict(cols=256, stages=3, **way) for way in (RING, FLIGHT)),
+  *(dict(band=band, **PING_PONG) for band in (4, 16)),
 ]
 # FLOPs, the ways, and a function of operands for each way
 Leg = tuple[float, list[dict[str, Any]], Callable[[dict[str, Any]], Any], tuple]

@@ -39,8 +39,10 @@ class Tile:
     chained: copying runs on into the next tile while this one is stored.
     cluster: thread blocks that make tiles side by side and copy what these have in
       common once for all.
-    ring: copying never stops between tiles (`hopper_ring`), instead of `chained`.
+    ring: copying never stops between tiles (`hopper_walk`), instead of `chained`.
     alternating: a warpgroup makes every other tile by itself; needs `ring`.
+    in_flight: the products of a step are waited for behind those of the next; needs
+      `ring`.
   """
 
   rows: int
@@ -52,9 +54,10 @@ class Tile:
   cluster: int = 1
   ring: bool = False
   alternating: bool = False
+  in_flight: bool = False
 
   def __post_init__(self):
-    assert self.ring or not self.alternating, self
+    assert self.ring or not (self.alternating or self.in_flight), self
 
   def that_fits(self, number: int) -> "Tile":
     """The same, without a cluster where that many tiles cannot be shared out evenly."""

@@ -121,7 +121,6 @@ def row_kernel(
       place = _place(tile, group, which, real)
       during(k, place, scratch, other_refs)
       products(place, tiles, totals)
-      plgpu.wgmma_wait(0)
 
     def left(ref):
       def source(which):
@@ -138,7 +137,7 @@ def row_kernel(
 
     walk(
       [*map(left, left_refs), *map(right, right_refs)],
-      Work(arguments, lambda _: pl.cdiv(D, DEPTH), make, step),
+      Work(arguments, lambda _: pl.cdiv(D, DEPTH), make, step, len(rights)),
       tile=tile,
       count=used_ref[0] * bands,
       blocks=blocks,

@@ -62,13 +62,16 @@ class Work:
     steps: (which) -> how many.
     make: (warpgroup, which, real, scratch, over); makes a tile, or its part.
       `over(totals)` runs all steps.  `real` is false where a tile is made again.
-    step: (k, warpgroup, which, real, scratch, tiles, totals); one step.
+    step: (k, warpgroup, which, real, scratch, tiles, totals); issues one step's
+      products, which the walk waits for.
+    products: how many these are.
   """
 
   arguments: Callable[[Array], Any]
   steps: Callable[[Any], Any]
   make: Callable[..., None]
   step: Callable[..., None]
+  products: int = 1
 
 
 def walk(
@@ -135,6 +138,7 @@ def _pipelines(operands, work, tile, count, blocks, scratch):
       def step(indices, *refs):
         *tiles, totals = refs
         work.step(indices[0], group, which, real, scratch, tiles, totals)
+        plgpu.wgmma_wait(0)
         return totals
 
       def context(run):
@@ -232,14 +236,28 @@ def _ring(operands, work, tile, count, blocks, scratch):
 
       def make(i, which, first):
         def over(totals):
+          steps = jnp.int32(work.steps(which))
+
           def step(k, _):
             slot = lax.rem(first + k, jnp.int32(stages))
             plgpu.barrier_wait(produced.at[maker(i), slot])
             tiles = [ref.at[slot] for ref in slots]
             work.step(k, group, which, True, scratch, tiles, totals)
+            if tile.in_flight:
+              plgpu.wgmma_wait(work.products)
+              pl.when(k > 0)(lambda: release(k - 1))
+            else:
+              plgpu.wgmma_wait(0)
+              release(k)
+
+          def release(k):
+            slot = lax.rem(first + k, jnp.int32(stages))
             plgpu.barrier_arrive(consumed.at[slot])
 
-          lax.fori_loop(0, work.steps(which), step, None)
+          lax.fori_loop(0, steps, step, None)
+          if tile.in_flight:
+            plgpu.wgmma_wait(0)
+            pl.when(steps > 0)(lambda: release(steps - 1))
 
         if not tile.alternating:
           work.make(group, which, True, scratch, over)

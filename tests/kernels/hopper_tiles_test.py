@@ -16,8 +16,11 @@ WAYS = {
   "pipelines, clusters": dict(cluster=2),
   "ring": dict(ring=True),
   "ring, clusters, odd": dict(ring=True, cluster=2, stages=3),
+  "in flight": dict(ring=True, in_flight=True),
   "alternating": dict(ring=True, alternating=True),
-  "alternating, clusters": dict(ring=True, alternating=True, cluster=2),
+  "alternating, in flight, clusters": dict(
+    ring=True, alternating=True, in_flight=True, cluster=2
+  ),
 }
 DEPTH, WIDTH = 192, 256  # three steps, so that no number of slots but three fits
 
@@ -116,7 +119,7 @@ def check(operands, found):
 
 
 @on_cpu
-@pytest.mark.parametrize("way", ["ring", "alternating, clusters"])
+@pytest.mark.parametrize("way", ["in flight", "alternating, in flight, clusters"])
 def test_interpreted_ways_are_right(way):
   operands = Operands()
   with interpreted():

@@ -26,7 +26,6 @@ from jmoe.kernels.hopper_rows import (
 from jmoe.kernels.hopper_tiles import choose
 from jmoe.types import Groups
 
-_SLOTS = 2  # pieces of the hidden arrays in shared memory, of each warpgroup
 Activation = Callable[[Array], tuple[Array, Array]]  # x -> its value, its derivative
 
 
@@ -144,11 +143,13 @@ def back_kernel(
   steps = pl.cdiv(D, DEPTH)
   # The hidden arrays come in pieces, some while the product is made.
   rows_own, cols_own = tile.own
+  # Pieces in shared memory, of each warpgroup; wider operands leave room for one.
+  slots = 2 if tile.cols <= 128 else 1
   pieces = [(r, c) for r in range(0, rows_own, 64) for c in range(0, cols_own, 64)]
 
   def fetch(p, place, scratch, others):
     held, arrived = scratch["held"], scratch["arrived"]
-    (r, c), slot = pieces[p], p % _SLOTS
+    (r, c), slot = pieces[p], p % slots
     for n, ref in enumerate(others[:ups]):
       plgpu.copy_gmem_to_smem(
         place.of(ref, r, 64, c, 64),
@@ -161,7 +162,7 @@ def back_kernel(
     @pl.when(step == min(4, steps - 1))
     def _():
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      for p in range(min(_SLOTS, len(pieces))):
+      for p in range(min(slots, len(pieces))):
         fetch(p, place, scratch, others)
 
   def products(place, tiles, totals):
@@ -171,10 +172,10 @@ def back_kernel(
     held, arrived = scratch["held"], scratch["arrived"]
     dots: dict[int, Array] = {}
     for p, (r, c) in enumerate(pieces):
-      slot = p % _SLOTS
-      if p and _SLOTS <= p + _SLOTS - 1 < len(pieces):
+      slot = p % slots
+      if p and slots <= p + slots - 1 < len(pieces):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the piece before this one
-        fetch(p + _SLOTS - 1, place, scratch, others)
+        fetch(p + slots - 1, place, scratch, others)
       plgpu.barrier_wait(arrived.at[place.group, slot])
       mine = [held.at[place.group, slot, n] for n in range(ups + 1)]
       h, *other = (ref[...].astype(jnp.float32) for ref in mine[:ups])
@@ -211,9 +212,9 @@ def back_kernel(
   # What a warpgroup reads of the hidden arrays, then their gradients in the same
   # places, and what went into `down`: [warpgroup, slot, which, rows, cols].
   held = plgpu.SMEM(
-    (2, _SLOTS, ups + 1, 64, 64), dtype, transforms=chip.swizzled(dtype, 64)
+    (2, slots, ups + 1, 64, 64), dtype, transforms=chip.swizzled(dtype, 64)
   )
-  arrived = plgpu.Barrier(num_arrivals=ups, num_barriers=(2, _SLOTS))
+  arrived = plgpu.Barrier(num_arrivals=ups, num_barriers=(2, slots))
   *found, last = row_kernel(
     groups,
     arrays,

@@ -250,7 +250,6 @@ def _matrices_kernel(
       del k, which, real, scratch
       x, y = tiles
       plgpu.wgmma(totals[0], chip.transposed(x.at[:, own(group)]), y)
-      plgpu.wgmma_wait(0)
 
     def origin(which):
       return lax.div(start_ref[which[0]], jnp.int32(DEPTH))
