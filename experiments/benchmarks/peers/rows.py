@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from experiments.benchmarks.shapes import Shape
@@ -77,18 +78,24 @@ def span(call: Callable[[], Any], wait: Callable[[Any], Any], budget: float) -> 
 
 
 def in_turn(
-  rows: list[Row], ceiling: Callable[[], float], rounds: int, turn: float = TURN
+  rows: list[Row],
+  ceiling: Callable[[], float],
+  rounds: int,
+  turn: float = TURN,
+  kinds: Sequence[str] = KINDS,
 ) -> list[float]:
   """Milliseconds into the rows; FLOP/s of square products before each of them.
 
   Everything is measured in turn, a tenth of a second at a time: a chip that has worked
-  for long is slower than one that has rested, and so is its ceiling.  A row that fails
-  says why, and the others go on.
+  for long is slower than one that has rested, and so is its ceiling.  The order is
+  another one in each round: what follows a slow row finds a cooler chip.  A row that
+  fails says why, and the others go on.
   """
   ceilings = []
+  order = random.Random(0)
   for n in range(rounds + 1):
-    for row in rows:
-      for kind in KINDS:
+    for row in order.sample(rows, len(rows)):
+      for kind in kinds:
         if row.why:
           continue
         bound = ceiling()

@@ -1,8 +1,7 @@
 """Tiles for sonic-moe's six products, shape by shape.
 
 `python -m experiments.benchmarks.peers --tune-sonic` times the candidates on a GPU and
-prints `TILES` anew.  Measured so far are `up` and `down` of dsv3; the others are what
-was fastest there for products of the same kind.
+prints `TILES` anew.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -36,17 +35,36 @@ GATED = ("up", "dx of down")
 
 _COOPERATIVE = Tile(128, 256, False)
 _PINGPONG = Tile(128, 192, True)
+_SQUARE = Tile(256, 192, False)
 
 TILES: dict[str, dict[str, Tile]] = {
-  name: {
+  "mixtral": {
     "up": _COOPERATIVE,
-    "down": _PINGPONG,
-    "dx of up": _PINGPONG,
-    "dx of down": _PINGPONG,
+    "down": _SQUARE,
+    "dx of up": _COOPERATIVE,
+    "dx of down": _COOPERATIVE,
+    "dw of up": _SQUARE,
+    "dw of down": _PINGPONG,
+  },
+  "qwen3": {
+    "up": _PINGPONG,
+    "down": Tile(128, 160, True),
+    "dx of up": Tile(128, 256, False, (1, 2)),
+    "dx of down": _COOPERATIVE,
     "dw of up": _COOPERATIVE,
     "dw of down": _COOPERATIVE,
-  }
-  for name in ("mixtral", "qwen3", "olmoe", "dsv3", "tiny")
+  },
+  **{
+    name: {
+      "up": _COOPERATIVE,
+      "down": _PINGPONG,
+      "dx of up": _PINGPONG,
+      "dx of down": _PINGPONG,
+      "dw of up": _COOPERATIVE,
+      "dw of down": _COOPERATIVE,
+    }
+    for name in ("olmoe", "dsv3", "tiny")
+  },
 }
 
 
