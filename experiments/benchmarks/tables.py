@@ -25,26 +25,21 @@ from typing import Any
 from experiments.benchmarks import shapes
 from experiments.parser import Parser
 
-_RING = dict(ring=True)
-_FLIGHT = dict(ring=True, in_flight=True)
+_FLIGHT = dict(in_flight=True)
 _TALL = dict(cols=256, by_cols=False)
-_BACK = {"back": dict(_FLIGHT, alternating=True)}
 # Name -> kernel -> what is other than in the table; "sums" are products of several.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
   "the table's": {},
-  "back": _BACK,
-  "back, wide": {"back": dict(_RING, cols=256, stages=3)},
-  "back, matrices": {**_BACK, "matrices": _RING},
-  "back, matrices in flight": {**_BACK, "matrices": _FLIGHT},
-  "back, matrices in bands": {**_BACK, "matrices": dict(_RING, band=4)},
-  "back, hidden": {**_BACK, "hidden": _RING},
-  "back, hidden in flight": {**_BACK, "hidden": _FLIGHT},
-  "back, rows": {**_BACK, "rows": _RING},
-  "back, rows in flight": {**_BACK, "rows": _FLIGHT},
-  "back, rows tall": {**_BACK, "rows": _TALL},
-  "back, rows tall in flight": {**_BACK, "rows": dict(_FLIGHT, **_TALL)},
-  "back, sums": {**_BACK, "sums": _RING},
-  "back, sums tall": {**_BACK, "sums": _TALL},
+  "back together, wide": {
+    "back": dict(in_flight=False, alternating=False, cols=256, stages=3)
+  },
+  "hidden not in flight": {"hidden": dict(in_flight=False)},
+  "matrices in flight": {"matrices": _FLIGHT},
+  "matrices in bands of 4": {"matrices": dict(band=4)},
+  "rows in flight": {"rows": _FLIGHT},
+  "rows tall": {"rows": _TALL},
+  "rows tall, in flight": {"rows": dict(_FLIGHT, **_TALL)},
+  "sums tall": {"sums": _TALL},
 }
 
 

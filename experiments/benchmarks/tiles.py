@@ -29,40 +29,35 @@ from typing import Any
 from experiments.benchmarks import shapes
 from experiments.parser import Parser
 
-RING = dict(ring=True)
-FLIGHT = dict(ring=True, in_flight=True)
-PING_PONG = dict(ring=True, in_flight=True, alternating=True)
+FLIGHT = dict(in_flight=True)
+PING_PONG = dict(in_flight=True, alternating=True)
+TOGETHER = dict(in_flight=False, alternating=False)
 BOTH = [{}, dict(cluster=2)]
 ROWS = [
-  {},
-  RING,
+  *BOTH,
   *({**FLIGHT, **more} for more in BOTH),
-  *(dict(cols=256, by_cols=False, **way) for way in ({}, RING, FLIGHT)),
+  *(dict(cols=256, by_cols=False, **way) for way in ({}, FLIGHT)),
   dict(cols=128, **PING_PONG),
   *(dict(cols=192, stages=3, **PING_PONG, **more) for more in BOTH),
 ]
 MATRICES = [
-  {},
-  *(dict(ring=True, **more) for more in BOTH),
+  *BOTH,
   *({**FLIGHT, **more} for more in BOTH),
-  *(dict(band=band, **way) for band in (4, 2) for way in (RING, FLIGHT)),
+  *(dict(band=band) for band in (4, 2)),
   dict(rows=256, cols=128, **FLIGHT),
   dict(cols=128, **PING_PONG),
 ]
 HIDDEN = [
-  {},
-  *({**way, **more} for way in (RING, FLIGHT) for more in BOTH),
-  *(dict(band=band, **FLIGHT) for band in (4, 16)),
+  *BOTH,
+  *(dict(band=band) for band in (4, 16)),
+  TOGETHER,
   dict(cols=64, **PING_PONG),
 ]
 BACK = [
-  {},
-  RING,
-  *({**FLIGHT, **more} for more in BOTH),
-  *({**PING_PONG, **more} for more in BOTH),
-  dict(ring=True, alternating=True),
-  *(dict(cols=256, stages=3, **way) for way in (RING, FLIGHT)),
-  *(dict(band=band, **PING_PONG) for band in (4, 16)),
+  *BOTH,
+  *(dict(band=band) for band in (4, 16)),
+  TOGETHER,
+  *(dict(TOGETHER, cols=256, stages=3, in_flight=way) for way in (False, True)),
 ]
 # FLOPs, the ways, and a function of operands for each way
 Leg = tuple[float, list[dict[str, Any]], Callable[[dict[str, Any]], Any], tuple]

@@ -36,13 +36,10 @@ class Tile:
     by_cols: each takes half of the columns, or else half of the rows.
     stages: steps whose operands are in shared memory.
     band: row tiles that are walked before the next column tile.
-    chained: copying runs on into the next tile while this one is stored.
     cluster: thread blocks that make tiles side by side and copy what these have in
       common once for all.
-    ring: copying never stops between tiles (`hopper_walk`), instead of `chained`.
-    alternating: a warpgroup makes every other tile by itself; needs `ring`.
-    in_flight: the products of a step are waited for behind those of the next; needs
-      `ring`.
+    alternating: a warpgroup makes every other tile by itself.
+    in_flight: the products of a step are waited for behind those of the next.
   """
 
   rows: int
@@ -50,14 +47,9 @@ class Tile:
   by_cols: bool
   stages: int = 4
   band: int = 8
-  chained: bool = True
   cluster: int = 1
-  ring: bool = False
   alternating: bool = False
   in_flight: bool = False
-
-  def __post_init__(self):
-    assert self.ring or not (self.alternating or self.in_flight), self
 
   def that_fits(self, number: int) -> "Tile":
     """The same, without a cluster where that many tiles cannot be shared out evenly."""
@@ -99,35 +91,6 @@ def transposed(ref: Any) -> Any:
   if hasattr(ref, "transpose"):
     return ref.transpose((1, 0))
   return plgpu.transpose_ref(ref, (1, 0))
-
-
-def each_tile(
-  count: Array,
-  *,
-  blocks: int,
-  chained: bool,
-  body: Callable[[Array, Any, Array], None],
-) -> None:
-  """`body(t, pipeline_state, real)` for this thread block's share of the output tiles.
-
-  A chain has a first and a last tile that differ, so that each thread block needs two:
-  where there are fewer, the last tile is made several times, `real` only once.
-  """
-  made = jnp.maximum(count, jnp.int32(2 * blocks)) if chained else count
-
-  @plgpu.nd_loop((made,), collective_axes="sm")
-  def _(info):
-    t = jnp.minimum(info.index[0], count - 1)
-    state = None
-    if chained:
-      stage = plgpu.PipelinePipeline
-      last = info.local_index == info.num_local_steps - 1
-      state = jnp.where(
-        info.local_index == 0,
-        jnp.int32(stage.START),
-        jnp.where(last, jnp.int32(stage.STOP), jnp.int32(stage.STEADY)),
-      )
-    body(t, state, info.index[0] < count)
 
 
 def accumulator(rows: int, cols: int) -> Any:

@@ -35,7 +35,6 @@ class Place:
   rows: int
   cols: int
   own: Any  # its rows of the tile, or its columns (`Tile.by_cols`)
-  real: Any  # False where a tile is only made again, as the end of a chain
 
   def of(self, ref: Any, r: int = 0, rows: int = 0, c: int = 0, cols: int = 0) -> Any:
     """Its part of an array `[R,F]`, or a piece of that part."""
@@ -106,8 +105,8 @@ def row_kernel(
       column = band * tile.cluster + tile.member()
       return expert_ref[which], block_ref[which] * BLOCK, column
 
-    def make(group, which, real, scratch, over):
-      place = _place(tile, group, which, real)
+    def make(group, which, scratch, over):
+      place = _place(tile, group, which)
 
       def with_sums(*totals):
         begun = begin(place, other_refs)
@@ -117,8 +116,8 @@ def row_kernel(
 
       pl.run_scoped(with_sums, *[chip.accumulator(*tile.own)] * sums)
 
-    def step(k, group, which, real, scratch, tiles, totals):
-      place = _place(tile, group, which, real)
+    def step(k, group, which, scratch, tiles, totals):
+      place = _place(tile, group, which)
       during(k, place, scratch, other_refs)
       products(place, tiles, totals)
 
@@ -151,14 +150,14 @@ def row_kernel(
   return kernel(*operands, used.expert, used.block, used.used)
 
 
-def _place(tile: Tile, group: Array, which: Any, real: Any) -> Place:
+def _place(tile: Tile, group: Array, which: Any) -> Place:
   (rows, cols), (expert, row, column) = tile.own, which
   col, own = column * tile.cols, pl.ds(0, rows)
   if tile.by_cols and not tile.alternating:
     own, col = pl.ds(group * cols, cols), col + group * cols
   elif not tile.alternating:
     own, row = pl.ds(group * rows, rows), row + group * rows
-  return Place(group, expert, row, col, column, rows, cols, own, real)
+  return Place(group, expert, row, col, column, rows, cols, own)
 
 
 def multiply(

@@ -8,7 +8,7 @@ experiments/benchmarks/RESULTS.md.  The first row of a kernel that fits is taken
 
 import dataclasses
 
-from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
+from jmoe.kernels.hopper import BLOCK, Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,15 @@ _TABLE: dict[str, tuple[Row, ...]] = {
   ),
   # a matrix's gradient; its depth is the rows of an expert, which are not known
   "matrices": (
-    Row(256, 0, Tile(128, 256, by_cols=False, chained=False)),
-    Row(0, 0, Tile(128, 128, by_cols=False, chained=False)),
+    Row(256, 0, Tile(128, 256, by_cols=False)),
+    Row(0, 0, Tile(128, 128, by_cols=False)),
   ),
   # both hidden arrays of a gated unit, a tile of each
-  "hidden": (Row(0, 0, Tile(BLOCK, 128, by_cols=False)),),
+  "hidden": (Row(0, 0, Tile(BLOCK, 128, by_cols=False, in_flight=True)),),
   # their gradients
-  "back": (Row(0, 0, Tile(BLOCK, 128, by_cols=False)),),
+  "back": (
+    Row(0, 0, Tile(BLOCK, 128, by_cols=False, in_flight=True, alternating=True)),
+  ),
 }
 
 
@@ -49,17 +51,4 @@ def choose(kernel: str, *, width: int, depth: int = 0, operands: int = 2) -> Til
   """
   rows = _TABLE[kernel]
   tile = next(row.tile for row in rows if width >= row.width and depth >= row.depth)
-  return staged(tile, depth, operands) if depth else tile
-
-
-def staged(tile: Tile, depth: int, operands: int = 2) -> Tile:
-  """The same with a number of steps ahead that suits the depth.
-
-  A chain goes on with the slot after the last one, so that a tile must end with the
-  last: otherwise it is not chained.
-  """
-  most = (4, 3, 2) if operands == 2 else (4, 2) if operands == 3 else (2,)
-  steps = -(-depth // DEPTH)
-  stages = next((n for n in most if n <= tile.stages and steps % n == 0), 2)
-  chained = tile.chained and steps % stages == 0
-  return dataclasses.replace(tile, stages=stages, chained=chained)
+  return dataclasses.replace(tile, stages=min(tile.stages, 4 if operands < 4 else 2))

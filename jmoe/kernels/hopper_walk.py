@@ -1,8 +1,7 @@
 """How a thread block on Hopper walks over its share of the output tiles.
 
 One warpgroup copies tiles of the operands ahead into shared memory (TMA), two multiply
-them.  There are two ways with one signature: Pallas's own pipeline, once for each
-output tile, and a ring that runs on from one tile to the next.
+them: a ring of slots that runs on from one output tile to the next.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -10,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -60,10 +58,10 @@ class Work:
     arguments: (number) -> which output tile that is, for the functions below and those
       of the operands.
     steps: (which) -> how many.
-    make: (warpgroup, which, real, scratch, over); makes a tile, or its part.
-      `over(totals)` runs all steps.  `real` is false where a tile is made again.
-    step: (k, warpgroup, which, real, scratch, tiles, totals); issues one step's
-      products, which the walk waits for.
+    make: (warpgroup, which, scratch, over); makes a tile, or its part; `over(totals)`
+      runs all steps.
+    step: (k, warpgroup, which, scratch, tiles, totals); issues one step's products,
+      which the walk waits for.
     products: how many these are.
   """
 
@@ -85,6 +83,11 @@ def walk(
 ) -> None:
   """Makes this thread block's output tiles.
 
+  The ring is never drained, also where depths are data, as those of matrices' gradients
+  are.  Either both warpgroups make one output tile together, or each makes every other
+  tile by itself (ping-pong): what one does behind its products, activations and stores,
+  then goes on under the products of the other.
+
   Args:
     operands: of each step.
     work: on a tile.
@@ -92,72 +95,6 @@ def walk(
     count: output tiles, those of a cluster's thread blocks being one.
     blocks: thread blocks, or clusters of them.
     scratch: shared memory and barriers by name.
-  """
-  way = _ring if tile.ring else _pipelines
-  way(operands, work, tile, count, blocks, dict(scratch))
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _pipelines(operands, work, tile, count, blocks, scratch):
-  """A pipeline a tile; where the number of steps is static they can be chained."""
-
-  def spec(one: Operand, origin: Any):
-    index: Any = (
-      (lambda k: (0, origin + k)) if one.axis else (lambda k: (origin + k, 0))
-    )
-    shared: Any = {"collective_axes": ("cluster",)} if one.shared else {}
-    return plgpu.BlockSpec(one.shape, index, transforms=one.transforms, **shared)
-
-  def pipe(step, context, steps, origins, state=None):
-    return plgpu.emit_pipeline_warp_specialized(
-      step,
-      grid=(steps,),
-      in_specs=[spec(*pair) for pair in zip(operands, origins, strict=True)],
-      max_concurrent_steps=tile.stages,
-      num_compute_wgs=2,
-      memory_registers=_COPYING,
-      wg_axis="wg",
-      compute_context=context,
-      pipeline_state=state,
-    )
-
-  def whole(one: Operand):  # many steps of it
-    shape = [64 * size if n == one.axis else size for n, size in enumerate(one.shape)]
-    return jax.ShapeDtypeStruct(shape, one.dtype)
-
-  empty = pipe(chip.nothing, chip.nothing, 64, [0] * len(operands))
-  buffers = empty.get_allocations(*map(whole, operands))
-
-  @chip.scoped(buffers=buffers, scratch=scratch)
-  def _(buffers, scratch):
-    group = lax.axis_index("wg")
-
-    def make(t, state, real):
-      which = work.arguments(t)
-
-      def step(indices, *refs):
-        *tiles, totals = refs
-        work.step(indices[0], group, which, real, scratch, tiles, totals)
-        plgpu.wgmma_wait(0)
-        return totals
-
-      def context(run):
-        work.make(group, which, real, scratch, run)
-
-      origins = [one.origin(which) for one in operands]
-      pipe(step, context, work.steps(which), origins, state)(
-        *[one.source(which) for one in operands], allocations=buffers
-      )
-
-    chip.each_tile(count, blocks=blocks, chained=tile.chained, body=make)
-
-
-def _ring(operands, work, tile, count, blocks, scratch):
-  """Never drained, also where depths are data, as those of matrices' gradients are.
-
-  Either both warpgroups make one output tile together, or each makes every other tile
-  by itself (ping-pong): what one does behind its products, activations and stores, then
-  goes on under the products of the other.
   """
   stages, makers = tile.stages, 2 if tile.alternating else 1
   arrivals = 3 - makers
@@ -186,7 +123,7 @@ def _ring(operands, work, tile, count, blocks, scratch):
 
     return lax.fori_loop(0, mine, one, jnp.int32(0))
 
-  @chip.scoped(slots=slots, produced=produced, consumed=consumed, scratch=scratch)
+  @chip.scoped(slots=slots, produced=produced, consumed=consumed, scratch=dict(scratch))
   def _(slots, produced, consumed, scratch):
     group = lax.axis_index("wg")
 
@@ -242,7 +179,7 @@ def _ring(operands, work, tile, count, blocks, scratch):
             slot = lax.rem(first + k, jnp.int32(stages))
             plgpu.barrier_wait(produced.at[maker(i), slot])
             tiles = [ref.at[slot] for ref in slots]
-            work.step(k, group, which, True, scratch, tiles, totals)
+            work.step(k, group, which, scratch, tiles, totals)
             if tile.in_flight:
               plgpu.wgmma_wait(work.products)
               pl.when(k > 0)(lambda: release(k - 1))
@@ -260,11 +197,13 @@ def _ring(operands, work, tile, count, blocks, scratch):
             pl.when(steps > 0)(lambda: release(steps - 1))
 
         if not tile.alternating:
-          work.make(group, which, True, scratch, over)
+          work.make(group, which, scratch, over)
           return
 
         @pl.when(maker(i) == group)
         def _():
-          work.make(group, which, True, scratch, over)
+          work.make(group, which, scratch, over)
 
       each(make)
+
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -192,17 +192,11 @@ def back_kernel(
       mine[-1][...] = a.astype(dtype)
       plgpu.commit_smem()
 
-      # A repeated tile read what has been written over: its results are wrong.
-      @pl.when(place.real)
-      def _(r=r, c=c, mine=mine):
-        for ref, result in zip(mine, results, strict=False):
-          plgpu.copy_smem_to_gmem(ref, place.of(result, r, 64, c, 64))
-
-    @pl.when(place.real)
-    def _():
-      for ref in results[ups + 1 :]:
-        for r, dot in dots.items():
-          ref[place.column, pl.ds(place.row + r, 64)] = dot
+      for ref, result in zip(mine, results, strict=False):
+        plgpu.copy_smem_to_gmem(ref, place.of(result, r, 64, c, 64))
+    for ref in results[ups + 1 :]:
+      for r, dot in dots.items():
+        ref[place.column, pl.ds(place.row + r, 64)] = dot
 
   out = (chip.struct((R, F), dtype, dy_RD),) * (ups + 1)
   weighed = len(arrays) > ups

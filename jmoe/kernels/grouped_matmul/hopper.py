@@ -230,8 +230,7 @@ def _matrices_kernel(
     def own(group):
       return pl.ds(0 if tile.alternating else group * rows_own, rows_own)
 
-    def make(group, which, real, scratch, over):
-      del real
+    def make(group, which, scratch, over):
       e, row, col = which
 
       def with_sum(total):
@@ -246,8 +245,8 @@ def _matrices_kernel(
 
       pl.run_scoped(with_sum, chip.accumulator(rows_own, cols_own))
 
-    def step(k, group, which, real, scratch, tiles, totals):
-      del k, which, real, scratch
+    def step(k, group, which, scratch, tiles, totals):
+      del k, which, scratch
       x, y = tiles
       plgpu.wgmma(totals[0], chip.transposed(x.at[:, own(group)]), y)
 
