@@ -31,6 +31,11 @@ _TABLE: dict[str, tuple[Row, ...]] = {
     Row(256, 0, Tile(128, 256, by_cols=False)),
     Row(0, 0, Tile(128, 128, by_cols=False)),
   ),
+  # the same, where rows of the right-hand side are read through an index
+  "matrices across": (
+    Row(128, 0, Tile(256, 128, by_cols=False)),
+    Row(0, 0, Tile(128, 128, by_cols=False)),
+  ),
   # both hidden arrays of a gated unit, a tile of each
   "hidden": (Row(0, 0, Tile(BLOCK, 128, by_cols=False, in_flight=True)),),
   # their gradients

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.kernels import hopper as chip
+from jmoe.kernels import hopper as chip, hopper_gather
 from jmoe.kernels.hopper import DEPTH, Tile
 
 _COPYING, _COMPUTING = 40, 232  # registers of a thread
@@ -32,6 +32,10 @@ class Operand:
     source: (which output tile) -> the part of it in global memory that holds its tiles.
     origin: (which output tile) -> the first of them.
     shared: the thread blocks of a cluster read the same.
+    token_R: i32[R] in global memory: rows are read through it (`hopper_gather`), and
+      `source` is all of the array.
+    corner: with `token_R`: (which output tile) -> the first row and column of its
+      tiles, of which the one that is contracted counts from `origin` steps on.
   """
 
   width: int
@@ -40,6 +44,8 @@ class Operand:
   source: Callable[[Any], Any]
   origin: Callable[[Any], Any] = lambda _: 0
   shared: bool = False
+  token_R: Any = None
+  corner: Callable[[Any], tuple[Any, Any]] = lambda _: (0, 0)
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -109,7 +115,13 @@ def walk(
   ]
   # A barrier is waited for by one side at every turn, or it would lose count: what has
   # come is told to whoever makes the tile, on barriers of its own.
-  produced = plgpu.Barrier(num_arrivals=len(operands), num_barriers=(makers, stages))
+  engine = [n for n, one in enumerate(operands) if one.token_R is None]
+  threads = [n for n, one in enumerate(operands) if one.token_R is not None]
+  lag = hopper_gather.LAG if threads else 0
+  assert stages > lag, tile
+  produced = plgpu.Barrier(
+    num_arrivals=len(engine) + bool(threads), num_barriers=(makers, stages)
+  )
   block = lax.axis_index("sm")
   mine = lax.div(count - block + (blocks - 1), jnp.int32(blocks))
 
@@ -147,24 +159,46 @@ def walk(
       def copy(i, which, first):
         sources = [one.source(which) for one in operands]
         origins = [one.origin(which) for one in operands]
+        corners = [one.corner(which) for one in operands]
 
         def step(k, _):
+          if threads:
+            hopper_gather.arrived(lag - 1)
+            # The last steps of the tile before this one were its maker's.
+            tell(first + k - lag, maker(jnp.where(k < lag, i + makers - 1, i)))
           slot = free(first + k)
-          for one, ref, origin, to in zip(
-            operands, sources, origins, slots, strict=True
-          ):
-            at = pl.ds((origin + k) * DEPTH, DEPTH)
+          for n in engine:
+            one, at = operands[n], pl.ds((origins[n] + k) * DEPTH, DEPTH)
             plgpu.copy_gmem_to_smem(
-              ref.at[:, at] if one.axis else ref.at[at, :],
-              to.at[slot],
+              sources[n].at[:, at] if one.axis else sources[n].at[at, :],
+              slots[n].at[slot],
               produced.at[maker(i), slot],
               collective_axes="cluster" if one.shared else None,
+            )
+          for n in threads:
+            one, (row, col), along = operands[n], corners[n], (origins[n] + k) * DEPTH
+            hopper_gather.fetch(
+              sources[n],
+              one.token_R,
+              slots[n].at[slot],
+              first=row if one.axis else row + along,
+              col=col + along if one.axis else col,
             )
 
         lax.fori_loop(0, work.steps(which), step, None)
 
-      # Neither barriers nor memory may go while others still use them.
+      def tell(n, whose):
+        """What was copied by threads for the n-th step is there."""
+
+        @pl.when(n >= 0)
+        def _():
+          plgpu.barrier_arrive(produced.at[whose, lax.rem(n, jnp.int32(stages))])
+
       total = each(copy)
+      for behind in reversed(range(lag)):
+        hopper_gather.arrived(behind)
+        tell(total - 1 - behind, maker(mine + makers - 1))
+      # Neither barriers nor memory may go while others still use them.
       lax.fori_loop(0, stages, lambda n, _: chip.nothing(free(total + n)), None)
 
     @pl.when(group != _COPIER)

@@ -18,9 +18,10 @@ from tests.kernels.hopper_cases import error, interpreted, lowers, on_cpu
 @pytest.fixture
 def as_hopper(monkeypatch):
   """A Hopper GPU of two multiprocessors, interpreted; rows are carried by plain jax."""
-  from jmoe.kernels import hopper, permute_rows
+  from jmoe.kernels import hopper, hopper_gather, permute_rows
 
   monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
+  monkeypatch.setattr(hopper_gather, "served", lambda: False)  # it is not interpreted
   monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
   with devices.as_if("hopper"), interpreted():
     yield

@@ -1,18 +1,19 @@
 """A feed-forward on Hopper, from tokens to weighed rows, with its gradients.
 
-  forward    x rows = tokens in the experts' order
+  forward    x rows = tokens in the experts' order, read by the kernel
              h_n = x w_n + b_n;  a = w f(h_0) h_1             one kernel, its results
-             y = a down + w c
+             y = a down + w c;  tokens = sums of their rows
   backward   da = dy down^T;  dh_n, a, dw = <da, a> / w       one kernel over the h_n
              d down = a^T dy
-             x rows again;  d w_n = x^T dh_n
+             d w_n = x^T dh_n
              dx = sum of dh_n w_n^T                           one kernel, one sum
              dx of tokens = sums of their rows
 
-So `a`, `da` and a second `dx` never make a way to memory and back of their own, `y` is
-not kept, and at no time do two arrays [R,D] stand beside the hidden ones.  Kept for the
-backward pass are the tokens and the h_n (`keep="hidden"`), the rows too ("rows"), or
-only the tokens ("inputs").  The algebra is SonicMoE's (arXiv 2512.14080).
+So `a`, `da` and a second `dx` never make a way to memory and back of their own, and
+`y` is not kept.  Rows of x and of dy exist only where kernels cannot gather them
+(`hopper_gather`).  Kept for the backward pass are the tokens and the h_n
+(`keep="hidden"`), the rows too, where they exist ("rows"), or only the tokens
+("inputs").  The algebra is SonicMoE's (arXiv 2512.14080).
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -26,7 +27,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jmoe.keeping import named
-from jmoe.kernels import permute_rows
+from jmoe.kernels import hopper_gather, permute_rows
 from jmoe.kernels.folding import foldable
 from jmoe.kernels.grouped_ffn.hopper_kernels import (
   Activation,
@@ -48,11 +49,13 @@ class Form:
     activation: of `activations`; of the first hidden array, which the second one, if
       there is one, is multiplied with.
     keep: what the backward pass finds, of `api.KEEPS`.
+    home: sum each token's rows; needs a layout.
     num_sms: multiprocessors to use; None: all.
   """
 
   activation: Activation
   keep: str = "hidden"
+  home: bool = False
   num_sms: int | None = None
 
 
@@ -68,6 +71,8 @@ def fused_ffn(
 ) -> Array:
   """`weight (f(h_0) h_1 down + c)`, `[R,D]`; undefined in blocks without rows.
 
+  Or with `form.home` the sums of each token's rows, `[T,D]`.
+
   Args:
     form: what is static.
     x: the tokens [T,D], or without a layout the rows [R,D], padding rows zero; in
@@ -79,7 +84,7 @@ def fused_ffn(
     weight_R: f32[R], or None for ones.
   """
   given = _Given(x, layout, ups, down, groups, weight_R)
-  (a_RF,) = _hidden(form, given, given.rows(), hidden=False, product=True)
+  (a_RF,) = _hidden(form, given, given.source(), hidden=False, product=True)
   return _out(form, given, a_RF)
 
 
@@ -94,11 +99,25 @@ class _Given:
   groups: Any
   weight_R: Any
 
-  def rows(self) -> Array:
-    """`[R,D]` in the experts' order."""
-    if self.layout is None:
-      return self.x
-    return permute_rows.spread(self.x, self.layout)
+  def source(self) -> "_Source":
+    """Where kernels read the rows."""
+    return _source(self.x, self.layout)
+
+
+@pytree
+class _Source:
+  """Rows [R,D] in the experts' order, or tokens [T,D] and the token of every row."""
+
+  array: Array
+  token_R: Array | None = None
+
+
+def _source(x: Array, layout: Layout | None) -> _Source:
+  if layout is None:
+    return _Source(x)
+  if hopper_gather.served():
+    return _Source(x, layout.token)
+  return _Source(permute_rows.spread(x, layout))
 
 
 @pytree
@@ -106,12 +125,12 @@ class _Kept:
   """What the backward pass finds."""
 
   given: _Given
-  x_RD: Array | None
+  source: _Source | None  # of the forward pass, if its rows are to be kept
   hidden: tuple[Array, ...]  # [R,F]; none if they are made anew
   learns: bool = static(default=True)  # whether a gradient of the matrices is needed
 
 
-def _hidden(form: Form, given: _Given, x_RD: Array, **results: bool):
+def _hidden(form: Form, given: _Given, source: _Source, **results: bool):
   """What is asked for of the hidden arrays and the activation."""
   biased = any(bias is not None for _, bias in given.ups)
   kernel = functools.partial(
@@ -123,67 +142,76 @@ def _hidden(form: Form, given: _Given, x_RD: Array, **results: bool):
     **results,
   )
   F = given.ups[0][0].shape[2]
-  operands = [padded(x_RD, 1), *(padded(w, 1, 2) for w, _ in given.ups)]
+  operands = [padded(source.array, 1), *(padded(w, 1, 2) for w, _ in given.ups)]
   if biased:
-    none = jnp.zeros((given.ups[0][0].shape[0], F), x_RD.dtype)
+    none = jnp.zeros((given.ups[0][0].shape[0], F), source.array.dtype)
     operands += [padded(none if b is None else b, 1) for _, b in given.ups]
   if given.weight_R is not None:
     operands.append(given.weight_R)
-  return tuple(h[:, :F] for h in foldable(kernel)(given.groups, *operands))
+  made = foldable(kernel)(given.groups, *operands, token_R=source.token_R)
+  return tuple(h[:, :F] for h in made)
 
 
 def _out(form: Form, given: _Given, a_RF: Array) -> Array:
   w_EFD, c_ED = given.down
   of = functools.partial(rows, num_sms=form.num_sms)
-  return of(((a_RF, w_EFD),), given.groups, c_ED, given.weight_R)
+  y_RD = of(((a_RF, w_EFD),), given.groups, c_ED, given.weight_R)
+  return (
+    permute_rows.summed(y_RD, given.layout).astype(y_RD.dtype) if form.home else y_RD
+  )
 
 
 def _forward(form, *primals):
   given = _Given(*jax.tree.map(lambda p: p.value, primals))
   told = _Given(*jax.tree.map(lambda p: p.perturbed, primals))
-  x_RD = given.rows()
+  source = given.source()
   keeps_hidden = form.keep != "inputs"
-  *hidden, a_RF = _hidden(form, given, x_RD, hidden=keeps_hidden, product=True)
+  *hidden, a_RF = _hidden(form, given, source, hidden=keeps_hidden, product=True)
   hidden = named(tuple(hidden), "hidden")
-  x_RD = x_RD if form.keep == "rows" and given.layout is not None else None
   learns = any(jax.tree.leaves((told.ups, told.down)))
-  return _out(form, given, a_RF), _Kept(given, x_RD, hidden, learns=learns)
+  kept = source if form.keep == "rows" else None
+  return _out(form, given, a_RF), _Kept(given, kept, hidden, learns=learns)
 
 
-def _backward(form, kept, dy_RD):
+def _backward(form, kept, dy):
   given, groups = kept.given, kept.given.groups
-  if isinstance(dy_RD, SymbolicZero):
-    zero: Any = dy_RD
-    dy_RD = jnp.zeros(zero.shape, zero.dtype)
+  if isinstance(dy, SymbolicZero):
+    zero: Any = dy
+    dy = jnp.zeros(zero.shape, zero.dtype)
   hidden = kept.hidden
   if not hidden:
     # After the forward pass, whose own rows it would be otherwise.
-    x, dy_RD = lax.optimization_barrier((given.x, dy_RD))
-    again = dataclasses.replace(given, x=x).rows()
+    x, dy = lax.optimization_barrier((given.x, dy))
+    again = dataclasses.replace(given, x=x).source()
     hidden = _hidden(form, given, again, hidden=True, product=False)
+  from_home = _source(dy, given.layout if form.home else None)
+  if given.down[1] is not None and from_home.token_R is not None:
+    from_home = _Source(permute_rows.spread(dy, given.layout))  # a bias sums the rows
   kernel = functools.partial(
     back_kernel, ups=len(hidden), activation=form.activation, num_sms=form.num_sms
   )
-  operands = [padded(dy_RD, 1), padded(given.down[0], 1, 2)]
+  operands = [padded(from_home.array, 1), padded(given.down[0], 1, 2)]
   operands += [padded(h, 1) for h in hidden]
   if given.weight_R is not None:
     operands.append(given.weight_R)
-  found = foldable(kernel)(groups, *operands)
+  found = foldable(kernel)(groups, *operands, token_R=from_home.token_R)
   cut = slice(given.down[0].shape[1])
   dhs_RF = tuple(h[:, cut] for h in found[: len(hidden)])
   a_RF = found[len(hidden)][:, cut]
+  dy_RD = from_home.array  # where a bias needs it
   d_weight = _of_weight(given, dy_RD, found[len(hidden) + 1 :])
   d_ups, d_down = ((None, None),) * len(hidden), (None, None)
   if kept.learns:
     of = functools.partial(matrices, groups=groups, num_sms=form.num_sms)
-    d_down = of(a_RF, dy_RD), _of_bias(given.down[1], dy_RD, groups, given.weight_R)
-    x_RD = kept.x_RD
-    if x_RD is None:
+    d_matrix = of(from_home.array, a_RF, across=True, token_R=from_home.token_R)
+    d_down = d_matrix, _of_bias(given.down[1], dy_RD, groups, given.weight_R)
+    source = kept.source
+    if source is None:
       # Not before `dy` and `a` are done with: two arrays fewer at the same time.
-      x, _ = lax.optimization_barrier((given.x, d_down[0]))
-      x_RD = dataclasses.replace(given, x=x).rows()
+      x, _ = lax.optimization_barrier((given.x, d_matrix))
+      source = dataclasses.replace(given, x=x).source()
     d_ups = tuple(
-      (of(x_RD, dh_RF), _of_bias(bias, dh_RF, groups))
+      (of(source.array, dh_RF, token_R=source.token_R), _of_bias(bias, dh_RF, groups))
       for dh_RF, (_, bias) in zip(dhs_RF, given.ups, strict=True)
     )
     made = [d_matrix for d_matrix, _ in d_ups]

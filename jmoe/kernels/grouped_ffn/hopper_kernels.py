@@ -40,12 +40,13 @@ def hidden_kernel(
   hidden: bool,
   product: bool,
   tile: Tile | None = None,
+  token_R: Array | None = None,
 ) -> tuple[Array, ...]:
   """What is asked for of `h_n = x w_n + b_n` and `weight f(h_0) h_1`, `[R,F]` each.
 
   Args:
     groups: aligned to `hopper.BLOCK`.
-    x_RD: rows.
+    x_RD: rows, or with `token_R` tokens [T,D].
     arrays: `ups` matrices [E,D,F], then if `biased` as many [E,F], then perhaps f32[R].
     ups: one or two; with one the product is `weight f(h_0)`.
     biased: whether there are biases.
@@ -54,8 +55,10 @@ def hidden_kernel(
     hidden: give the first arrays.
     product: give the last one.
     tile: of each of the first arrays; None: that of the table in `hopper_tiles`.
+    token_R: i32[R] the token of every row, past the end for padding; or None.
   """
   (R, D), F = x_RD.shape, arrays[0].shape[2]
+  R = R if token_R is None else token_R.shape[0]
   kernel = "hidden" if ups == 2 else "rows"
   tile = tile or choose(kernel, width=F, depth=D, operands=1 + ups)
 
@@ -99,6 +102,7 @@ def hidden_kernel(
     out=(chip.struct((R, F), x_RD.dtype, x_RD),) * (ups * hidden + product),
     name="ffn_hidden",
     num_sms=num_sms,
+    token_R=token_R,
   )
 
 
@@ -118,6 +122,7 @@ def back_kernel(
   activation: Activation,
   num_sms: int | None,
   tile: Tile | None = None,
+  token_R: Array | None = None,
 ) -> tuple[Array, ...]:
   """Gradients of the hidden arrays, what went into `down`, and the weight's gradient.
 
@@ -126,18 +131,20 @@ def back_kernel(
 
   Args:
     groups: aligned to `hopper.BLOCK`.
-    dy_RD: gradient of the rows that come out.
+    dy_RD: gradient of the rows that come out, or with `token_R` of tokens [T,D].
     down_EFD: the matrix that made them.
     arrays: the hidden arrays [R,F], and perhaps the weight f32[R].
     ups: how many hidden arrays.
     activation: of the first of them.
     num_sms: multiprocessors to use; None: all.
     tile: None: that of the table in `hopper_tiles`.
+    token_R: i32[R] the token of every row, past the end for padding; or None.
 
   Returns:
     `[R,F]` `ups + 1` times, and f32[R] if there is a weight.
   """
   (R, D), F, dtype = dy_RD.shape, down_EFD.shape[1], dy_RD.dtype
+  R = R if token_R is None else token_R.shape[0]
   tile = tile or choose("back", width=F, depth=D)
   assert tile.alternating or not tile.by_cols, tile  # who makes a row sums it alone
   steps = pl.cdiv(D, DEPTH)
@@ -226,5 +233,6 @@ def back_kernel(
     name="ffn_back",
     num_sms=num_sms,
     updated=ups,
+    token_R=token_R,
   )
   return *found, jnp.sum(last, axis=0) if weighed else last
