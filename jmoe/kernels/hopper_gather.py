@@ -15,9 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
 
-LAG = 2  # steps whose copies may be under way when the next one is issued
 _CHUNK = 16  # bytes that a thread copies at a time
 _THREADS = 128
+_NUMBER: Any = plgpu.Layout.WG_SPLAT(())
 
 
 def served() -> bool:
@@ -25,8 +25,33 @@ def served() -> bool:
   return jax.__version_info__ >= (0, 10)
 
 
-def fetch(tokens: Any, token_R: Any, tile: Any, *, first: Any, col: Any) -> None:
-  """Starts copies of `tokens[token_R[first + r], col + c]` into a tile, as a group.
+def signals(stages: int) -> Any:
+  """Shared memory for a barrier of each slot, which the copies themselves arrive at.
+
+  Pallas's own barriers cannot be told by copies of threads.
+  """
+  return plgpu.SMEM((2 * stages,), jnp.int32)
+
+
+def prepare(signals: Any, stages: int) -> None:
+  """Makes the barriers; by one warpgroup, before any other looks at them."""
+
+  def make(ctx, signals):
+    del ctx
+    from jax.experimental.mosaic import gpu as mgpu
+
+    with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+      for slot in range(stages):
+        _asm(f"mbarrier.init.shared.b64 [$0], {_THREADS};", _shared(signals, 8 * slot))
+
+  _inline(make, plgpu.RefType())(signals)
+  plgpu.commit_smem()
+
+
+def fetch(
+  tokens: Any, token_R: Any, tile: Any, signals: Any, slot: Any, *, first: Any, col: Any
+) -> None:
+  """Starts copies of `tokens[token_R[first + r], col + c]`, which tell when they end.
 
   Called by all threads of one warpgroup.  Where the token is past the end, zeros.
 
@@ -34,35 +59,63 @@ def fetch(tokens: Any, token_R: Any, tile: Any, *, first: Any, col: Any) -> None
     tokens: `[T,D]` of a 16-bit type in global memory; D a multiple of 64.
     token_R: i32[R] in global memory.
     tile: [rows, cols] in shared memory, `hopper.swizzled(dtype, 64)`.
+    signals: from `signals`.
+    slot: i32, whose barrier is told.
     first: i32, of the rows.
     col: i32, the first column, a multiple of 8.
   """
   (T, D), (rows, cols) = tokens.shape, tile.shape
-  in_tile = plgpu.RefType(chip.swizzled(tokens.dtype, 64))
-  number = plgpu.Layout.WG_SPLAT(())
 
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), plgpu.RefType(), in_tile, number, number)
-  )
-  def copies(ctx, tokens, token_R, tile, first, col):
+  def copies(ctx, tokens, token_R, tile, signals, slot, first, col):
     del ctx
+    slot, first, col = (a.registers.item() for a in (slot, first, col))
     _issue(tokens, token_R, tile, first, col, T, D, rows, cols)
+    _asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", _shared(signals, slot=slot))
 
-  start: Any = copies  # the decorator hands the context in
-  start(tokens, token_R, tile, jnp.int32(first), jnp.int32(col))
+  refs = plgpu.RefType(), plgpu.RefType()
+  in_tile = plgpu.RefType(chip.swizzled(tokens.dtype, 64))
+  call = _inline(copies, *refs, in_tile, plgpu.RefType(), *[_NUMBER] * 3)
+  call(tokens, token_R, tile, signals, *map(jnp.int32, (slot, first, col)))
 
 
-def arrived(behind: int) -> None:
-  """Waits until all groups but the last ones are in shared memory, for all threads."""
+def arrived(signals: Any, slot: Any, turn: Any) -> None:
+  """Waits for the copies into a slot, the `turn`-th ones, and shows them to wgmma."""
 
-  @plgpu.inline_mgpu()
-  def wait(ctx):
+  def wait(ctx, signals, slot, parity):
     del ctx
-    _asm(f"cp.async.wait_group {behind};")
+    slot, parity = slot.registers.item(), parity.registers.item()
+    _asm(
+      "{ .reg .pred done; again: "
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; "
+      "@!done bra again; }",
+      _shared(signals, slot=slot),
+      parity,
+    )
+    _asm("fence.proxy.async.shared::cta;")
 
-  waiting: Any = wait  # the decorator hands the context in
-  waiting()
-  plgpu.commit_smem()
+  call = _inline(wait, plgpu.RefType(), _NUMBER, _NUMBER)
+  call(signals, jnp.int32(slot), jnp.int32(turn & 1))
+
+
+def _inline(function: Any, *kinds: Any) -> Any:
+  return plgpu.inline_mgpu(arg_types=kinds)(function)
+
+
+def _shared(ref: Any, offset: int = 0, slot: Any = None) -> Any:
+  """The address in shared memory of a barrier."""
+  from jax.experimental.mosaic.gpu.utils import memref_ptr
+  from jaxlib.mlir import ir
+  from jaxlib.mlir.dialects import arith, llvm
+
+  i32 = ir.IntegerType.get_signless(32)
+
+  def number(value):
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+  address = llvm.ptrtoint(i32, memref_ptr(ref))
+  if slot is not None:
+    return arith.addi(address, arith.muli(slot, number(8)))
+  return arith.addi(address, number(offset))
 
 
 def _issue(tokens, token_R, tile, first, col, T, D, rows, cols):
@@ -80,7 +133,6 @@ def _issue(tokens, token_R, tile, first, col, T, D, rows, cols):
   def wide(value):
     return arith.extsi(i64, value)
 
-  first, col = (a.registers.item() for a in (first, col))
   source, index = (llvm.ptrtoint(i64, memref_ptr(ref)) for ref in (tokens, token_R))
   target = llvm.ptrtoint(i32, memref_ptr(tile))
   me = arith.andi(mgpu.thread_idx(), number(_THREADS - 1))
@@ -118,7 +170,6 @@ def _issue(tokens, token_R, tile, first, col, T, D, rows, cols):
       arith.addi(source, arith.shli(offset, number(1, i64))),
       size,
     )
-  _asm("cp.async.commit_group;")
 
 
 def _asm(text: str, *operands: Any, result: Any = None, effects: bool = True) -> Any:

@@ -117,11 +117,11 @@ def walk(
   # come is told to whoever makes the tile, on barriers of its own.
   engine = [n for n, one in enumerate(operands) if one.token_R is None]
   threads = [n for n, one in enumerate(operands) if one.token_R is not None]
-  lag = hopper_gather.LAG if threads else 0
-  assert stages > lag, tile
-  produced = plgpu.Barrier(
-    num_arrivals=len(engine) + bool(threads), num_barriers=(makers, stages)
-  )
+  assert len(threads) <= 1, "the copies of one operand tell a slot's barrier"
+  produced = plgpu.Barrier(num_arrivals=len(engine), num_barriers=(makers, stages))
+  own: dict[str, Any] = {}
+  if threads:
+    own = dict(signals=hopper_gather.signals(stages), ready=plgpu.Barrier())
   block = lax.axis_index("sm")
   mine = lax.div(count - block + (blocks - 1), jnp.int32(blocks))
 
@@ -135,8 +135,10 @@ def walk(
 
     return lax.fori_loop(0, mine, one, jnp.int32(0))
 
-  @chip.scoped(slots=slots, produced=produced, consumed=consumed, scratch=dict(scratch))
-  def _(slots, produced, consumed, scratch):
+  @chip.scoped(
+    slots=slots, produced=produced, consumed=consumed, own=own, scratch=dict(scratch)
+  )
+  def _(slots, produced, consumed, own, scratch):
     group = lax.axis_index("wg")
 
     def maker(i):
@@ -145,6 +147,9 @@ def walk(
     @pl.when(group == _COPIER)
     def _():
       plgpu.set_max_registers(_COPYING, action="decrease")
+      if threads:
+        hopper_gather.prepare(own["signals"], stages)
+        plgpu.barrier_arrive(own["ready"])
 
       def free(n):
         """The slot of the n-th step, when it has been read."""
@@ -162,10 +167,6 @@ def walk(
         corners = [one.corner(which) for one in operands]
 
         def step(k, _):
-          if threads:
-            hopper_gather.arrived(lag - 1)
-            # The last steps of the tile before this one were its maker's.
-            tell(first + k - lag, maker(jnp.where(k < lag, i + makers - 1, i)))
           slot = free(first + k)
           for n in engine:
             one, at = operands[n], pl.ds((origins[n] + k) * DEPTH, DEPTH)
@@ -181,29 +182,23 @@ def walk(
               sources[n],
               one.token_R,
               slots[n].at[slot],
+              own["signals"],
+              slot,
               first=row if one.axis else row + along,
               col=col + along if one.axis else col,
             )
 
         lax.fori_loop(0, work.steps(which), step, None)
 
-      def tell(n, whose):
-        """What was copied by threads for the n-th step is there."""
-
-        @pl.when(n >= 0)
-        def _():
-          plgpu.barrier_arrive(produced.at[whose, lax.rem(n, jnp.int32(stages))])
-
       total = each(copy)
-      for behind in reversed(range(lag)):
-        hopper_gather.arrived(behind)
-        tell(total - 1 - behind, maker(mine + makers - 1))
       # Neither barriers nor memory may go while others still use them.
       lax.fori_loop(0, stages, lambda n, _: chip.nothing(free(total + n)), None)
 
     @pl.when(group != _COPIER)
     def _():
       plgpu.set_max_registers(_COMPUTING, action="increase")
+      if threads:
+        plgpu.barrier_wait(own["ready"])
 
       def make(i, which, first):
         def over(totals):
@@ -212,6 +207,9 @@ def walk(
           def step(k, _):
             slot = lax.rem(first + k, jnp.int32(stages))
             plgpu.barrier_wait(produced.at[maker(i), slot])
+            if threads:
+              turn = lax.div(first + k, jnp.int32(stages))
+              hopper_gather.arrived(own["signals"], slot, turn)
             tiles = [ref.at[slot] for ref in slots]
             work.step(k, group, which, scratch, tiles, totals)
             if tile.in_flight:

@@ -4,6 +4,7 @@ What the activation needs and gives stays in registers beside the sums of a prod
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -146,6 +147,8 @@ def back_kernel(
   (R, D), F, dtype = dy_RD.shape, down_EFD.shape[1], dy_RD.dtype
   R = R if token_R is None else token_R.shape[0]
   tile = tile or choose("back", width=F, depth=D)
+  if token_R is not None:  # its barriers are what memory has no room for
+    tile = dataclasses.replace(tile, stages=min(tile.stages, 3))
   assert tile.alternating or not tile.by_cols, tile  # who makes a row sums it alone
   steps = pl.cdiv(D, DEPTH)
   # The hidden arrays come in pieces, some while the product is made.
