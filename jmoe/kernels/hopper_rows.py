@@ -139,7 +139,7 @@ def row_kernel(
         dtype,
         lambda _: ref,
         token_R=index_refs[0],
-        corner=lambda which: (which[1], 0),
+        row=lambda which: which[1],
       )
 
     def right(ref):

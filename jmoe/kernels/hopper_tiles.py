@@ -31,11 +31,6 @@ _TABLE: dict[str, tuple[Row, ...]] = {
     Row(256, 0, Tile(128, 256, by_cols=False)),
     Row(0, 0, Tile(128, 128, by_cols=False)),
   ),
-  # the same, where rows of the right-hand side are read through an index
-  "matrices across": (
-    Row(128, 0, Tile(256, 128, by_cols=False)),
-    Row(0, 0, Tile(128, 128, by_cols=False)),
-  ),
   # both hidden arrays of a gated unit, a tile of each
   "hidden": (Row(0, 0, Tile(BLOCK, 128, by_cols=False, in_flight=True)),),
   # their gradients
@@ -43,6 +38,10 @@ _TABLE: dict[str, tuple[Row, ...]] = {
     Row(0, 0, Tile(BLOCK, 128, by_cols=False, in_flight=True, alternating=True)),
   ),
 }
+
+# Kernels gather tokens as they read them for hidden arrays of at most so many columns:
+# wider ones read each row too often by a way that is slower than the copying engine's.
+GATHERED = 1024
 
 
 def choose(kernel: str, *, width: int, depth: int = 0, operands: int = 2) -> Tile:

@@ -33,9 +33,8 @@ class Operand:
     origin: (which output tile) -> the first of them.
     shared: the thread blocks of a cluster read the same.
     token_R: i32[R] in global memory: rows are read through it (`hopper_gather`), and
-      `source` is all of the array.
-    corner: with `token_R`: (which output tile) -> the first row and column of its
-      tiles, of which the one that is contracted counts from `origin` steps on.
+      `source` is all of the array, whose columns are contracted.
+    row: with `token_R`: (which output tile) -> the first of its rows.
   """
 
   width: int
@@ -45,7 +44,7 @@ class Operand:
   origin: Callable[[Any], Any] = lambda _: 0
   shared: bool = False
   token_R: Any = None
-  corner: Callable[[Any], tuple[Any, Any]] = lambda _: (0, 0)
+  row: Callable[[Any], Any] = lambda _: 0
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -164,7 +163,6 @@ def walk(
       def copy(i, which, first):
         sources = [one.source(which) for one in operands]
         origins = [one.origin(which) for one in operands]
-        corners = [one.corner(which) for one in operands]
 
         def step(k, _):
           slot = free(first + k)
@@ -177,15 +175,14 @@ def walk(
               collective_axes="cluster" if one.shared else None,
             )
           for n in threads:
-            one, (row, col), along = operands[n], corners[n], (origins[n] + k) * DEPTH
             hopper_gather.fetch(
               sources[n],
-              one.token_R,
+              operands[n].token_R,
               slots[n].at[slot],
               own["signals"],
               slot,
-              first=row if one.axis else row + along,
-              col=col + along if one.axis else col,
+              first=operands[n].row(which),
+              col=k * DEPTH,
             )
 
         lax.fori_loop(0, work.steps(which), step, None)

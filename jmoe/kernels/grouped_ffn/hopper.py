@@ -5,15 +5,15 @@
              y = a down + w c;  tokens = sums of their rows
   backward   da = dy down^T;  dh_n, a, dw = <da, a> / w       one kernel over the h_n
              d down = a^T dy
-             d w_n = x^T dh_n
+             x rows;  d w_n = x^T dh_n
              dx = sum of dh_n w_n^T                           one kernel, one sum
              dx of tokens = sums of their rows
 
 So `a`, `da` and a second `dx` never make a way to memory and back of their own, and
-`y` is not kept.  Rows of x and of dy exist only where kernels cannot gather them
-(`hopper_gather`).  Kept for the backward pass are the tokens and the h_n
-(`keep="hidden"`), the rows too, where they exist ("rows"), or only the tokens
-("inputs").  The algebra is SonicMoE's (arXiv 2512.14080).
+`y` is not kept.  The forward pass has no array of x rows where its kernel gathers the
+tokens (`hopper_gather`); the backward pass makes one after the other.  Kept for it are
+the tokens and the h_n (`keep="hidden"`), the rows too, where they exist ("rows"), or
+only the tokens ("inputs").  The algebra is SonicMoE's (arXiv 2512.14080).
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -37,6 +37,7 @@ from jmoe.kernels.grouped_ffn.hopper_kernels import (
 from jmoe.kernels.grouped_ffn.reference import Matrix
 from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
 from jmoe.kernels.hopper import BLOCK
+from jmoe.kernels.hopper_tiles import GATHERED
 from jmoe.kernels.row_blocks import expert_of_rows, sums
 from jmoe.types import Groups, Layout, pytree, static
 
@@ -100,8 +101,17 @@ class _Given:
   weight_R: Any
 
   def source(self) -> "_Source":
-    """Where kernels read the rows."""
-    return _source(self.x, self.layout)
+    """Where the forward pass reads the rows."""
+    gathers = self.ups[0][0].shape[2] <= GATHERED and hopper_gather.served()
+    if self.layout is None or not gathers:
+      return _Source(self.rows())
+    return _Source(self.x, self.layout.token)
+
+  def rows(self) -> Array:
+    """`[R,D]` in the experts' order."""
+    if self.layout is None:
+      return self.x
+    return permute_rows.spread(self.x, self.layout)
 
 
 @pytree
@@ -112,20 +122,12 @@ class _Source:
   token_R: Array | None = None
 
 
-def _source(x: Array, layout: Layout | None) -> _Source:
-  if layout is None:
-    return _Source(x)
-  if hopper_gather.served():
-    return _Source(x, layout.token)
-  return _Source(permute_rows.spread(x, layout))
-
-
 @pytree
 class _Kept:
   """What the backward pass finds."""
 
   given: _Given
-  source: _Source | None  # of the forward pass, if its rows are to be kept
+  x_RD: Array | None
   hidden: tuple[Array, ...]  # [R,F]; none if they are made anew
   learns: bool = static(default=True)  # whether a gradient of the matrices is needed
 
@@ -169,8 +171,8 @@ def _forward(form, *primals):
   *hidden, a_RF = _hidden(form, given, source, hidden=keeps_hidden, product=True)
   hidden = named(tuple(hidden), "hidden")
   learns = any(jax.tree.leaves((told.ups, told.down)))
-  kept = source if form.keep == "rows" else None
-  return _out(form, given, a_RF), _Kept(given, kept, hidden, learns=learns)
+  x_RD = source.array if form.keep == "rows" and source.token_R is None else None
+  return _out(form, given, a_RF), _Kept(given, x_RD, hidden, learns=learns)
 
 
 def _backward(form, kept, dy):
@@ -184,34 +186,30 @@ def _backward(form, kept, dy):
     x, dy = lax.optimization_barrier((given.x, dy))
     again = dataclasses.replace(given, x=x).source()
     hidden = _hidden(form, given, again, hidden=True, product=False)
-  from_home = _source(dy, given.layout if form.home else None)
-  if given.down[1] is not None and from_home.token_R is not None:
-    from_home = _Source(permute_rows.spread(dy, given.layout))  # a bias sums the rows
+  dy_RD = permute_rows.spread(dy, given.layout) if form.home else dy
   kernel = functools.partial(
     back_kernel, ups=len(hidden), activation=form.activation, num_sms=form.num_sms
   )
-  operands = [padded(from_home.array, 1), padded(given.down[0], 1, 2)]
+  operands = [padded(dy_RD, 1), padded(given.down[0], 1, 2)]
   operands += [padded(h, 1) for h in hidden]
   if given.weight_R is not None:
     operands.append(given.weight_R)
-  found = foldable(kernel)(groups, *operands, token_R=from_home.token_R)
+  found = foldable(kernel)(groups, *operands)
   cut = slice(given.down[0].shape[1])
   dhs_RF = tuple(h[:, cut] for h in found[: len(hidden)])
   a_RF = found[len(hidden)][:, cut]
-  dy_RD = from_home.array  # where a bias needs it
   d_weight = _of_weight(given, dy_RD, found[len(hidden) + 1 :])
   d_ups, d_down = ((None, None),) * len(hidden), (None, None)
   if kept.learns:
     of = functools.partial(matrices, groups=groups, num_sms=form.num_sms)
-    d_matrix = of(from_home.array, a_RF, across=True, token_R=from_home.token_R)
-    d_down = d_matrix, _of_bias(given.down[1], dy_RD, groups, given.weight_R)
-    source = kept.source
-    if source is None:
+    d_down = of(a_RF, dy_RD), _of_bias(given.down[1], dy_RD, groups, given.weight_R)
+    x_RD = kept.x_RD
+    if x_RD is None:
       # Not before `dy` and `a` are done with: two arrays fewer at the same time.
-      x, _ = lax.optimization_barrier((given.x, d_matrix))
-      source = dataclasses.replace(given, x=x).source()
+      x, _ = lax.optimization_barrier((given.x, d_down[0]))
+      x_RD = dataclasses.replace(given, x=x).rows()
     d_ups = tuple(
-      (of(source.array, dh_RF, token_R=source.token_R), _of_bias(bias, dh_RF, groups))
+      (of(x_RD, dh_RF), _of_bias(bias, dh_RF, groups))
       for dh_RF, (_, bias) in zip(dhs_RF, given.ups, strict=True)
     )
     made = [d_matrix for d_matrix, _ in d_ups]

@@ -4,7 +4,6 @@ What the activation needs and gives stays in registers beside the sums of a prod
 """
 # SPDX-License-Identifier: Apache-2.0
 
-import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -123,7 +122,6 @@ def back_kernel(
   activation: Activation,
   num_sms: int | None,
   tile: Tile | None = None,
-  token_R: Array | None = None,
 ) -> tuple[Array, ...]:
   """Gradients of the hidden arrays, what went into `down`, and the weight's gradient.
 
@@ -132,23 +130,19 @@ def back_kernel(
 
   Args:
     groups: aligned to `hopper.BLOCK`.
-    dy_RD: gradient of the rows that come out, or with `token_R` of tokens [T,D].
+    dy_RD: gradient of the rows that come out.
     down_EFD: the matrix that made them.
     arrays: the hidden arrays [R,F], and perhaps the weight f32[R].
     ups: how many hidden arrays.
     activation: of the first of them.
     num_sms: multiprocessors to use; None: all.
     tile: None: that of the table in `hopper_tiles`.
-    token_R: i32[R] the token of every row, past the end for padding; or None.
 
   Returns:
     `[R,F]` `ups + 1` times, and f32[R] if there is a weight.
   """
   (R, D), F, dtype = dy_RD.shape, down_EFD.shape[1], dy_RD.dtype
-  R = R if token_R is None else token_R.shape[0]
   tile = tile or choose("back", width=F, depth=D)
-  if token_R is not None:  # its barriers are what memory has no room for
-    tile = dataclasses.replace(tile, stages=min(tile.stages, 3))
   assert tile.alternating or not tile.by_cols, tile  # who makes a row sums it alone
   steps = pl.cdiv(D, DEPTH)
   # The hidden arrays come in pieces, some while the product is made.
@@ -236,6 +230,5 @@ def back_kernel(
     name="ffn_back",
     num_sms=num_sms,
     updated=ups,
-    token_R=token_R,
   )
   return *found, jnp.sum(last, axis=0) if weighed else last

@@ -127,26 +127,11 @@ def matrices(
   *,
   num_sms: int | None = None,
   tile: Tile | None = None,
-  token_R: Array | None = None,
-  across: bool = False,
 ) -> Array:
-  """`[E,D,F]` the sum of `x_r y_r^T` over each expert's rows; zero without any.
-
-  Args:
-    x_RD, y_RF: rows.
-    groups: aligned to `BLOCK`.
-    num_sms: multiprocessors to use; None: all.
-    tile: None: that of the table in `hopper_tiles`.
-    token_R: i32[R] the token of every row, past the end for padding: `x_RD` is tokens
-      [T,D]; or None.
-    across: give `[E,F,D]` instead.
-  """
+  """`[E,D,F]` the sum of `x_r y_r^T` over each expert's rows; zero without any."""
   D, F = x_RD.shape[1], y_RF.shape[1]
-  kernel = functools.partial(
-    _matrices_kernel, num_sms=num_sms, tile=tile, across=across
-  )
-  made = foldable(kernel)(groups, padded(x_RD, 1), padded(y_RF, 1), token_R=token_R)
-  return made[:, :F, :D] if across else made[:, :D, :F]
+  kernel = functools.partial(_matrices_kernel, num_sms=num_sms, tile=tile)
+  return foldable(kernel)(groups, padded(x_RD, 1), padded(y_RF, 1))[:, :D, :F]
 
 
 def padded(x: Array, *axes: int) -> Array:
@@ -217,15 +202,10 @@ def _matrices_kernel(
   *,
   num_sms: int | None,
   tile: Tile | None,
-  across: bool,
-  token_R: Array | None = None,
 ) -> Array:
-  R, E = y_RF.shape[0], groups.start.shape[0]
-  # One of the two that are multiplied may be read through an index.
-  left_RD, right_RF = (y_RF, x_RD) if across else (x_RD, y_RF)
-  D, F = left_RD.shape[1], right_RF.shape[1]
-  kernel = "matrices" if token_R is None or not across else "matrices across"
-  tile, dtype = tile or choose(kernel, width=F), x_RD.dtype
+  R, D = x_RD.shape
+  F, E = y_RF.shape[1], groups.start.shape[0]
+  tile, dtype = tile or choose("matrices", width=F), x_RD.dtype
   rows, cols = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.cols)
   # Thread blocks of a cluster make rows one below the other of the same columns.
   tile = tile.that_fits(rows)
@@ -235,11 +215,7 @@ def _matrices_kernel(
   # An expert without rows points inside the buffer, and its sum is not used.
   start_E = jnp.minimum(groups.start, R - BLOCK)
 
-  index = () if token_R is None else (token_R,)
-
-  def body(x_ref, y_ref, start_ref, rows_ref, *refs):
-    *index_refs, w_ref = refs
-
+  def body(x_ref, y_ref, start_ref, rows_ref, w_ref):
     def arguments(t):
       """(expert, row and column of tiles)."""
       e = lax.div(t, jnp.int32(tall * cols))
@@ -277,20 +253,16 @@ def _matrices_kernel(
     def origin(which):
       return lax.div(start_ref[which[0]], jnp.int32(DEPTH))
 
-    def operand(ref, width, n, through, shared):
-      def source(which):
-        return ref if through else ref.at[:, pl.ds(which[n] * width, width)]
+    def left(which):
+      return x_ref.at[:, pl.ds(which[1] * tile.rows, tile.rows)]
 
-      more: Any = {}
-      if through:
-        more = dict(token_R=index_refs[0], corner=lambda which: (0, which[n] * width))
-      return Operand(width, 0, dtype, source, origin, shared and not through, **more)
+    def right(which):
+      return y_ref.at[:, pl.ds(which[2] * tile.cols, tile.cols)]
 
-    through = [bool(index) and not across, bool(index) and across]
     walk(
       [
-        operand(x_ref, tile.rows, 1, through[0], False),
-        operand(y_ref, tile.cols, 2, through[1], tile.cluster > 1),
+        Operand(tile.rows, 0, dtype, left, origin),
+        Operand(tile.cols, 0, dtype, right, origin, shared=tile.cluster > 1),
       ],
       Work(arguments, steps, make, step),
       tile=tile,
@@ -303,4 +275,4 @@ def _matrices_kernel(
   kernel = chip.launch(
     body, out, blocks=blocks, cluster=tile.cluster, name="grouped_matmul_matrices"
   )
-  return kernel(left_RD, right_RF, start_E, groups.rows, *index)
+  return kernel(x_RD, y_RF, start_E, groups.rows)
