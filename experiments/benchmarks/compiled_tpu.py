@@ -215,11 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     result["rows"][name] = found = measured(row, shape)
     for kind in found:
       _show(name, kind, found[kind])
+    if arguments.out:  # as they come: a row may take minutes, or for ever
+      arguments.out.parent.mkdir(parents=True, exist_ok=True)
+      arguments.out.write_text(json.dumps(result, indent=2) + "\n")
   if "MaxText" not in rows:
     print("MaxText             missing")
-  if arguments.out:
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
   return 3 if any(k.get("dense") for k in result["rows"]["jmoe"].values()) else 0
 
 

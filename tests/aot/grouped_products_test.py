@@ -1,7 +1,7 @@
 """A layer's products, compiled for TPUs without one, do the work of its choices only.
 
-Needs the libtpu that the installed jax pins (the extra `aot`); run with `-m aot`.  The
-ratios of Qwen3's layer, with half its widths and a quarter of its experts and choices;
+Needs the libtpu that the installed jax pins (the extra `aot`); run with `-m aot`.  Half
+the widths of Qwen3's layer, and as many rows for each expert, but only eight experts;
 work is counted from the kernels' grids, as `experiments.benchmarks.grids` does.
 """
 # SPDX-License-Identifier: Apache-2.0
@@ -17,7 +17,7 @@ from jmoe.kernels.grouped_matmul import reference
 
 pytestmark = pytest.mark.aot
 
-SHAPE = shapes.Shape(d_model=1024, d_ff=384, num_experts=32, k=2, tokens=32768)
+SHAPE = shapes.Shape(d_model=1024, d_ff=384, num_experts=8, k=2, tokens=8192)
 TOPOLOGIES = ("v5e:1x1", "v6e:1x1")
 
 
