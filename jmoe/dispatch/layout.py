@@ -5,6 +5,7 @@ ones (capacity buckets) are the same value with other numbers.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,6 +21,7 @@ def block_size(rows_per_expert: float, most: int = 64) -> int:
   return block
 
 
+@jax.named_scope("layout")
 def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layout:
   """Rows packed by expert, each expert's from a multiple of `block` on.
 
@@ -56,6 +58,7 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
   return _layout(plan, at_BR.reshape(-1), taken_BR.reshape(-1), row_N, groups)
 
 
+@jax.named_scope("layout")
 def equal(plan: Plan, *, alignment: int = 1) -> Layout:
   """Capacity buckets: `[E, G, C]` rows, an expert's padded to a block.
 
