@@ -40,7 +40,8 @@ class Experts(NamedTuple):
   params: Params
 
   def __call__(self, rows: Rows) -> Array:
-    return self.use(self.params, rows)
+    with jax.named_scope("experts"):
+      return self.use(self.params, rows)
 
   @property
   def weighs(self) -> bool:
@@ -155,15 +156,16 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
   gate_params = {**params.get("gate", {}), **state.gate}
   experts = Experts(config.experts, params.get("experts", {}))
 
-  # What the gate thinks.
-  seen_TD = _noisy(config.input_noise, x_TD, context, keys["input_noise"], train)
-  logits = config.gate(
-    gate_params,
-    seen_TD,
-    context,
-    previous_logits=previous_logits,
-    num_experts=config.num_experts,
-  )
+  # What the gate thinks.  The scopes are what a profile calls these parts.
+  with jax.named_scope("gate"):
+    seen_TD = _noisy(config.input_noise, x_TD, context, keys["input_noise"], train)
+    logits = config.gate(
+      gate_params,
+      seen_TD,
+      context,
+      previous_logits=previous_logits,
+      num_experts=config.num_experts,
+    )
   logits = named(logits, "routing")
   if getattr(config.router.function, "dense", False):
     mixing = config.router(logits, context=context)
@@ -172,52 +174,56 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
     return y_TD.reshape(x.shape), report_mixing(mixing, state, with_plan)
 
   # Which experts a token may use, and how much it likes each.
-  scored_TE = _noisy(config.logit_noise, logits, context, keys["logit_noise"], train)
-  scores_TE = config.score(scored_TE)
-  select_TE = scores_TE
-  if config.select_noise is not None:
-    draw = keys["select_noise"]
-    select_TE = _noisy(config.select_noise, scored_TE, context, draw, train)
-  if state.bias is not None:
-    select_TE = jax.lax.stop_gradient(select_TE) + state.bias
-  mask_TE = None
-  for i, restrict in checks.in_turn(config.restrict):
-    draw = None if key is None else jax.random.fold_in(keys["restrict"], i)
-    one_TE = restrict(
-      select_TE, context, mask=mask_TE, key=draw, train=train, axes=axes
-    )
-    mask_TE = one_TE if mask_TE is None else mask_TE & one_TE
-  if config.rescore and mask_TE is not None:
-    # A finite floor: a row without experts stays a number, and enters no loss.
-    logits = jnp.where(mask_TE, logits, -1e30)
-    scored_TE = jnp.where(mask_TE, scored_TE, -1e30)
+  with jax.named_scope("route"):
+    scored_TE = _noisy(config.logit_noise, logits, context, keys["logit_noise"], train)
     scores_TE = config.score(scored_TE)
+    select_TE = scores_TE
+    if config.select_noise is not None:
+      draw = keys["select_noise"]
+      select_TE = _noisy(config.select_noise, scored_TE, context, draw, train)
+    if state.bias is not None:
+      select_TE = jax.lax.stop_gradient(select_TE) + state.bias
+    mask_TE = None
+    for i, restrict in checks.in_turn(config.restrict):
+      draw = None if key is None else jax.random.fold_in(keys["restrict"], i)
+      one_TE = restrict(
+        select_TE, context, mask=mask_TE, key=draw, train=train, axes=axes
+      )
+      mask_TE = one_TE if mask_TE is None else mask_TE & one_TE
+    if config.rescore and mask_TE is not None:
+      # A finite floor: a row without experts stays a number, and enters no loss.
+      logits = jnp.where(mask_TE, logits, -1e30)
+      scored_TE = jnp.where(mask_TE, scored_TE, -1e30)
+      scores_TE = config.score(scored_TE)
 
-  # Which it chooses, who finds a slot, what it weighs.
-  routing = config.router(
-    logits,
-    scores_TE,
-    select_TE,
-    mask=mask_TE,
-    context=context,
-    key=keys["router"],
-    train=train,
-    forced=forced,
-  )
+    # Which it chooses.
+    routing = config.router(
+      logits,
+      scores_TE,
+      select_TE,
+      mask=mask_TE,
+      context=context,
+      key=keys["router"],
+      train=train,
+      forced=forced,
+    )
   if train and config.logit_noise is not None and routing.noisy_logits is None:
     routing = dataclasses.replace(routing, noisy_logits=scored_TE)
+
+  # Who finds a slot, and what it weighs.
   N = routing.expert.shape[0]
   max_rows = None if config.max_rows is None else max(1, int(config.max_rows * N))
-  plan = assign(
-    routing,
-    context,
-    capacity=config.capacity,
-    priority=config.priority,
-    train=train,
-    key=keys["assign"],
-    max_rows=max_rows,
-  )
-  plan = named(config.renormalise(plan), "routing")
+  with jax.named_scope("assign"):
+    plan = assign(
+      routing,
+      context,
+      capacity=config.capacity,
+      priority=config.priority,
+      train=train,
+      key=keys["assign"],
+      max_rows=max_rows,
+    )
+    plan = named(config.renormalise(plan), "routing")
 
   # There, through the experts, and home.
   home = _scaled(config, plan)

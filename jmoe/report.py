@@ -12,6 +12,7 @@ from jmoe.losses import loss_name
 from jmoe.types import Context, Info, Mixing, Plan, State, valid_or_all
 
 
+@jax.named_scope("report")
 def report(
   config: Any,
   plan: Plan,

@@ -59,19 +59,15 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser.parse_args(argv)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   import jax
-  from jax.experimental import topologies
 
   try:
-    topology = topologies.get_topology_desc(
-      platform="cuda", target_config=H200, topology="1x1x1"
-    )
-  except Exception as e:  # whatever jax says of a plugin that is not there
-    reason = " ".join(str(e).split())[:200]
-    print(f"error: jax has no CUDA plugin to compile with ({reason})", file=sys.stderr)
+    here = described()
+  except RuntimeError as e:
+    print(f"error: {e}", file=sys.stderr)
     return 2
   shape, rows = shapes.SHAPES[arguments.shape], []
   for name, fields in WAYS.items():
-    rows.append({"name": name, **compiled(shape, topology, **fields)})
+    rows.append({"name": name, **compiled(shape, here, **fields)})
     row = rows[-1]
     print(
       f"{name:<22}{row['gb']:7.2f} GB (arguments {row['arguments_gb']:.2f}, results "
@@ -92,16 +88,38 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def compiled(shape: shapes.Shape, topology: Any, **fields: Any) -> dict[str, float]:
-  """GB of a step's arguments, results, temporaries, and of all of them."""
+def described() -> Any:
+  """The sharding of arrays on one H200 that is only described.
+
+  Raises:
+    RuntimeError: jax has no plugin that compiles for it.
+  """
   import jax
-  import jax.numpy as jnp
   from jax.experimental import topologies
 
-  from experiments.benchmarks.peers import ours
-
+  try:
+    topology = topologies.get_topology_desc(
+      platform="cuda", target_config=H200, topology="1x1x1"
+    )
+  except Exception as e:  # whatever jax says of a plugin that is not there
+    reason = " ".join(str(e).split())[:200]
+    raise RuntimeError(f"jax has no CUDA plugin to compile with ({reason})") from e
   mesh = topologies.make_mesh(topology, (1,), ("x",))
-  here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compiled(shape: shapes.Shape, here: Any, **fields: Any) -> dict[str, float]:
+  """GB of a step's arguments, results, temporaries, and of all of them.
+
+  Args:
+    shape: of the layer.
+    here: from `described`.
+    fields: of `ours.layer`.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from experiments.benchmarks.peers import ours
 
   def struct(a):
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
@@ -117,7 +135,7 @@ def compiled(shape: shapes.Shape, topology: Any, **fields: Any) -> dict[str, flo
     y, dy = jax.lax.optimization_barrier((y, dy))  # as in `peers`
     return y, pull(dy)
 
-  with _as_hopper():
+  with as_hopper():
     traced = jax.jit(step).trace(params, x, weight, x, expert)
     memory: Any = traced.lower().compile().memory_analysis()
   found = {
@@ -128,7 +146,7 @@ def compiled(shape: shapes.Shape, topology: Any, **fields: Any) -> dict[str, flo
   return {"gb": sum(found.values()), **found}
 
 
-def _as_hopper() -> contextlib.ExitStack:
+def as_hopper() -> contextlib.ExitStack:
   """For jmoe's choices and for Pallas, which asks what it compiles for."""
   import jax
 

@@ -67,7 +67,16 @@ def _operations(run: Callable[[], Any]) -> list[tuple[str, float]]:
   ]
 
 
-def _table(compiled: Any, operands: list[Any], kept: int | None) -> list[list[Any]]:
+def measured(
+  compiled: Any, operands: Sequence[Any], *, kept: int | None = None
+) -> dict[str, tuple[float, float]]:
+  """Operation of the program -> (milliseconds a call, launches a call).
+
+  Args:
+    compiled, operands, kept: as of `shown`.
+  """
+  operands = list(operands)
+
   def run():
     for _ in range(_CALLS):
       out = compiled(*operands)
@@ -75,16 +84,21 @@ def _table(compiled: Any, operands: list[Any], kept: int | None) -> list[list[An
         operands[kept] = out[0]
     return out
 
-  text = compiled.as_text()
-  places = dict(re.findall(r"%?([\w.-]+) = [^\n]*?op_name=\"([^\"]*)\"", text))
   spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
   for name, ms in _operations(run):
     spent[name][0] += ms / _CALLS
     spent[name][1] += 1 / _CALLS
+  return {name: (ms, count) for name, (ms, count) in spent.items()}
+
+
+def _table(compiled: Any, operands: list[Any], kept: int | None) -> list[list[Any]]:
+  text = compiled.as_text()
+  places = dict(re.findall(r"%?([\w.-]+) = [^\n]*?op_name=\"([^\"]*)\"", text))
+  found = measured(compiled, operands, kept=kept)
   return sorted(
     (
       [ms, count, name[:33], "/".join(places.get(name, "").split("/")[-4:])[-80:]]
-      for name, (ms, count) in spent.items()
+      for name, (ms, count) in found.items()
     ),
     reverse=True,
   )

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from jmoe.assign.capacity import of_group, of_valid
-from jmoe.kernels.devices import search_method
+from jmoe.kernels.counting import places
 from jmoe.types import Context, Plan, Routing, group_of, valid_or_all
 from jmoe.use import Use
 
@@ -86,7 +86,7 @@ def _queue(queue_N: Array, num_queues: int, priority_N: Array | None):
     (*keys, index_N), num_keys=len(keys), is_stable=True
   )
   queues = jnp.arange(num_queues + 1, dtype=by_queue.dtype)
-  bound = jnp.searchsorted(by_queue, queues, method=search_method()).astype(jnp.int32)
+  bound = places(by_queue, queues)
   # The inverse permutation by a second sort: a scatter would be slower on accelerators.
   _, place_N = jax.lax.sort((order, index_N), num_keys=1)
   return order, place_N - bound[queue_N], jnp.diff(bound)

@@ -103,6 +103,7 @@ def _home_backward(residual, grad: Array):
 home.defvjp(_home_forward, _home_backward)
 
 
+@jax.named_scope("carry")
 def through(
   x_TD: Array, layout: Layout, experts: Callable[[Rows], Array], way: Home
 ) -> Array:

@@ -5,10 +5,12 @@ ones (capacity buckets) are the same value with other numbers.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jmoe.kernels.devices import search_method, spare_blocks
+from jmoe.kernels.counting import places, running
+from jmoe.kernels.devices import spare_blocks
 from jmoe.types import Groups, Layout, Plan, group_of
 
 
@@ -20,6 +22,7 @@ def block_size(rows_per_expert: float, most: int = 64) -> int:
   return block
 
 
+@jax.named_scope("layout")
 def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layout:
   """Rows packed by expert, each expert's from a multiple of `block` on.
 
@@ -38,24 +41,25 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
   blocks = (bound + (block - 1) * min(E, bound)) // block
   R = (blocks + spare_blocks(blocks)) * block
   rows_E = plan.rows[0]
-  padded_E = -(-rows_E // block) * block
-  end_E = jnp.cumsum(padded_E, dtype=jnp.int32)
-  start_E = end_E - padded_E
-  # row -> expert: by block, since every row of a block has the same expert
-  block_at = jnp.arange(0, R, block, dtype=jnp.int32)
-  expert_B = jnp.searchsorted(end_E, block_at, side="right", method=search_method())
-  expert_B = jnp.minimum(expert_B, E - 1)
-  place_BR = (block_at - start_E[expert_B])[:, None] + jnp.arange(
+  # row -> expert: by block, since every row of a block has the same expert; and counted
+  # in blocks as `kernels.row_blocks` does, so that XLA does it once
+  count_E = -(-rows_E // block)
+  end_E = running(count_E)
+  start_E = (end_E - count_E) * block
+  index_B = jnp.arange(R // block, dtype=jnp.int32)
+  expert_B = jnp.minimum(places(end_E, index_B, side="right"), E - 1)
+  place_BR = (index_B * block - start_E[expert_B])[:, None] + jnp.arange(
     block, dtype=jnp.int32
   )
   taken_BR = place_BR < rows_E[expert_B][:, None]
-  queue_E = jnp.cumsum(plan.load[0], dtype=jnp.int32) - plan.load[0]
+  queue_E = running(plan.load[0]) - plan.load[0]
   at_BR = queue_E[expert_B][:, None] + place_BR
   row_N = start_E[plan.routing.expert] + plan.slot
   groups = Groups(start_E, rows_E, block)
   return _layout(plan, at_BR.reshape(-1), taken_BR.reshape(-1), row_N, groups)
 
 
+@jax.named_scope("layout")
 def equal(plan: Plan, *, alignment: int = 1) -> Layout:
   """Capacity buckets: `[E, G, C]` rows, an expert's padded to a block.
 
@@ -74,7 +78,7 @@ def equal(plan: Plan, *, alignment: int = 1) -> Layout:
   stride = max(block, -(-G * C // block) * block)
   place = jnp.arange(stride, dtype=jnp.int32)
   g, c = jnp.minimum(place // max(C, 1), G - 1), place % max(C, 1)
-  bound = jnp.cumsum(plan.load.reshape(-1), dtype=jnp.int32)
+  bound = running(plan.load.reshape(-1))
   queue_EG = (bound - plan.load.reshape(-1)).reshape(G, E).T
   at = queue_EG[:, g] + c  # [E, stride]
   taken = (place < G * C) & (c < plan.rows.T[:, g])

@@ -5,10 +5,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.scipy.special import ndtr
 from jax.scipy.stats import norm
 
+from jmoe.kernels.top_k import top_k
 from jmoe.losses import _scope
 from jmoe.noise import gaussian
 from jmoe.routers.noisy_top_k import noisy_top_k
@@ -109,7 +110,7 @@ def load(
     noisy_TE = _scope.masked(routing.noisy_logits, valid_T)
 
   # The value is read through a mask: the gradient of a sort or a gather would scatter.
-  last_T = lax.top_k(lax.stop_gradient(noisy_TE), routing.k)[1][:, -1]
+  last_T = top_k(noisy_TE, routing.k)[:, -1]
   is_last_TE = last_T[:, None] == jnp.arange(routing.num_experts, dtype=last_T.dtype)
   threshold_T = jnp.where(is_last_TE, noisy_TE, 0).sum(1)
 

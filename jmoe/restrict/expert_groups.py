@@ -4,10 +4,10 @@
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe.kernels.top_k import top_k
 from jmoe.types import Context
 from jmoe.use import marked
 
@@ -88,16 +88,21 @@ def expert_groups(
   T, E = select_TE.shape
   grouped = select_TE.reshape(T, num_groups, E // num_groups)
   if mask is None:
-    worth = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)  # [T, groups]
+    worth = jnp.sum(_highest(grouped, best), axis=-1)  # [T, groups]
   else:
     grouped = jnp.where(mask.reshape(grouped.shape), grouped, -jnp.inf)
-    top = jax.lax.top_k(grouped, best)[0]
+    top = _highest(grouped, best)
     # A group with fewer than `best` of them is worth what it has.
     worth = jnp.sum(jnp.where(top > -jnp.inf, top, 0), axis=-1)
     worth = jnp.where(top[..., 0] > -jnp.inf, worth, -jnp.inf)
-  _, chosen = jax.lax.top_k(worth, keep)  # ties to the lower index
+  chosen = top_k(worth, keep)  # ties to the lower index
   # [T, keep, groups] compared and reduced in one fusion
   allowed = jnp.any(
     chosen[:, :, None] == jnp.arange(num_groups, dtype=jnp.int32), axis=1
   )
   return jnp.repeat(allowed, E // num_groups, axis=1)
+
+
+def _highest(values: Array, k: int) -> Array:
+  """`[...,K]` the k highest of the last dimension, the highest first."""
+  return jnp.take_along_axis(values, top_k(values, k), axis=-1)

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe.kernels.devices import current_device
+from jmoe.kernels.top_k import top_k
 from jmoe.types import Context, Routing, valid_or_all
 
 
@@ -30,11 +32,15 @@ def _pick_forward(values_TE: Array, expert_TK: Array):
 
 def _pick_backward(residual, grad_TK: Array):
   expert_TK, E = residual[0], residual[1].shape[1]
-  # K passes over [T,E]; each comparison is fused into its sum.
+  expert_E = jnp.arange(E, dtype=jnp.int32)
+  if current_device() != "cpu":
+    # XLA fuses the [T,K,E] comparison into the sum; slices would be K launches.
+    hit_TKE = expert_TK[:, :, None] == expert_E
+    return jnp.sum(jnp.where(hit_TKE, grad_TK[:, :, None], 0), axis=1), None
+  # XLA:CPU fuses K passes instead, and takes twenty times as long for the other form.
   grad_TE = jnp.zeros((grad_TK.shape[0], E), grad_TK.dtype)
   for j in range(grad_TK.shape[1]):
-    hit = expert_TK[:, j : j + 1] == jnp.arange(E, dtype=jnp.int32)
-    grad_TE += jnp.where(hit, grad_TK[:, j : j + 1], 0)
+    grad_TE += jnp.where(expert_TK[:, j : j + 1] == expert_E, grad_TK[:, j : j + 1], 0)
   return grad_TE, None
 
 
@@ -49,7 +55,7 @@ def choices_of(select_TE: Array, mask_TE: Array | None, k: int) -> Array:
   select_TE = jax.lax.stop_gradient(select_TE)
   if mask_TE is not None:
     select_TE = jnp.where(mask_TE, select_TE, -jnp.inf)
-  return jax.lax.top_k(select_TE, k)[1].astype(jnp.int32)
+  return top_k(select_TE, k)
 
 
 def token_choice(
@@ -69,7 +75,7 @@ def token_choice(
   """A routing in which every token has k entries, in token order.
 
   Args:
-    expert_TK: i32[T,K] chosen experts, best first.
+    expert_TK: i32[T,K] chosen experts, best first, each within `[0, E)`.
     logits, scores: f32[T,E] clean logits; what the weights are read from.
     context: `valid` and `group_size` are read.
     mask: bool[T,E] allowed experts; choices outside it are not live.
@@ -84,11 +90,12 @@ def token_choice(
   """
   T, K = expert_TK.shape
   E = scores.shape[1]
-  allowed_TK = jnp.ones((T, K), bool)
+  allowed_TK, inside_TK = jnp.ones((T, K), bool), expert_TK
   if forced is not None:
     expert_TK = forced.astype(jnp.int32)
     allowed_TK = (expert_TK >= 0) & (expert_TK < E)
     live_TK = queues_TK = None
+    inside_TK = jnp.clip(expert_TK, 0, E - 1)
   elif mask is not None:
     allowed_TK = jnp.take_along_axis(mask, expert_TK, axis=1)
   usable_TK = valid_or_all(context, T)[:, None] & allowed_TK
@@ -100,7 +107,7 @@ def token_choice(
     asked_TK &= expert_TK != -1
   return Routing(
     token=jnp.repeat(jnp.arange(T, dtype=jnp.int32), K),
-    expert=jnp.clip(expert_TK, 0, E - 1).reshape(-1),
+    expert=inside_TK.reshape(-1),
     weight=(weighed_TK * scale).reshape(-1),
     live=live_TK.reshape(-1),
     queues=queues_TK.reshape(-1),

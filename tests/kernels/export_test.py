@@ -1,7 +1,6 @@
 """`jax.export` of a layer: for each platform, with gradients, and back from bytes."""
 # SPDX-License-Identifier: Apache-2.0
 
-import contextlib
 import re
 
 import jax
@@ -12,6 +11,7 @@ from jax import export
 
 import jmoe
 from jmoe.kernels import devices
+from tests.kernels.hopper_cases import hopper
 
 CONFIG = jmoe.simple(128, 64, num_experts=4, k=2)
 # Hopper's kernels, and Triton's for rows; jax promises no stability for either.
@@ -34,19 +34,6 @@ def forward(params, x_TD):
 def gradients(params, x_TD):
   loss = lambda *given: jnp.sum(jnp.sin(forward(*given).astype(jnp.float32)))  # noqa: E731
   return jax.grad(loss, (0, 1))(params, x_TD)
-
-
-def hopper():
-  """As if an H100 were here, for jmoe and, from jax 0.11 on, for Pallas."""
-  stack = contextlib.ExitStack()
-  stack.enter_context(devices.as_if("hopper"))
-  if jax.__version_info__ >= (0, 11):
-    device = jax.sharding.AbstractDevice(
-      device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
-    )
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
-  return stack
 
 
 def traced(function):

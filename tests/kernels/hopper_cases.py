@@ -1,11 +1,14 @@
 """Operands for a GPU's kernels, what they give in float64, and where those run."""
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.kernels import devices
 from jmoe.types import Groups
 
 BLOCK = 128
@@ -25,6 +28,19 @@ def interpreted():
   from jax.experimental.pallas import mosaic_gpu
 
   return mosaic_gpu.force_gpu_interpret_mode()
+
+
+def hopper():
+  """As if an H100 were here, for jmoe and, from jax 0.11 on, for Pallas."""
+  stack = contextlib.ExitStack()
+  stack.enter_context(devices.as_if("hopper"))
+  if jax.__version_info__ >= (0, 11):
+    device = jax.sharding.AbstractDevice(
+      device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+  return stack
 
 
 class Case:

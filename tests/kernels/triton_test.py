@@ -161,15 +161,17 @@ def test_operands_of_two_types_are_multiplied_in_the_wider():
 
 
 def interpreted(monkeypatch):
-  """The table's Triton is interpreted; rows are carried by plain jax."""
+  """The table's Triton is interpreted; rows and choices are plain jax's."""
   from jmoe.kernels import permute_rows
   from jmoe.kernels.grouped_matmul.triton import triton
+  from jmoe.kernels.top_k import api as choices
 
   def call(x, w, groups, bias=None):
     return triton(x, w, groups, bias, None, True)
 
   monkeypatch.setitem(API._IMPLEMENTATIONS, "triton", call)
   monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
+  monkeypatch.setattr(choices, "_served", lambda values, k: False)
 
 
 def test_interpreted_models_that_share_a_program_are_right(monkeypatch):

@@ -14,6 +14,7 @@ from jmoe.kernels.varying import together
 from jmoe.types import Layout
 
 
+@jax.named_scope("rows")
 def take(rows: Array, index: Array) -> Array:
   """`rows[index]`, zero where the index is past the end.
 
@@ -28,6 +29,7 @@ def take(rows: Array, index: Array) -> Array:
   return triton.take(*together(rows, index))
 
 
+@jax.named_scope("rows")
 def spread(x_TD: Array, layout: Layout) -> Array:
   """`[R,D]` the token of every row of the expert buffer; padding rows are zero.
 
@@ -43,6 +45,7 @@ def spread(x_TD: Array, layout: Layout) -> Array:
   return triton.spread(*together(x_TD, row_TK, layout.token))
 
 
+@jax.named_scope("rows")
 def weighed(
   rows_ND: Array, index_R: Array, weight_R: Array, other_RD: Array
 ) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ from jmoe.kernels.permute_rows.reference import take
 from jmoe.types import Layout, wide
 
 
+@jax.named_scope("rows")
 def summed(rows_RD: Array, layout: Layout, weight_N: Array | None = None) -> Array:
   """`[T,D]` the sum of each token's rows, in at least float32.
 
