@@ -183,7 +183,6 @@ class Rows:
   layout: Layout | None = None  # lazy: row r is x[layout.token[r]]
   scale: Array | None = None  # f32[R] multiplies the expert's INPUT
   weight: Array | None = None  # f32[R] multiplies its OUTPUT; given to who `weighs`
-  home: bool = static(default=False)  # who `weighs` may give `Summed` instead
 
   def gathered(self) -> Array:
     """The rows as an array `[R,D]`; padding rows are zero."""
@@ -193,13 +192,6 @@ class Rows:
     if self.scale is None:
       return x_RD
     return (x_RD.astype(self.scale.dtype) * self.scale[:, None]).astype(x_RD.dtype)
-
-
-@pytree
-class Summed:
-  """What an expert function gives that has already summed the rows of each token."""
-
-  y_TD: Array
 
 
 @pytree

@@ -40,7 +40,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
   "rows tall": {"rows": _TALL},
   "rows tall, in flight": {"rows": dict(_FLIGHT, **_TALL)},
   "sums tall": {"sums": _TALL},
-  "no gathers": {"gathers": {}},
 }
 
 
@@ -126,7 +125,7 @@ def _row(name: str, shape: shapes.Shape) -> Any:
 @contextlib.contextmanager
 def _with_table(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
   """The table with other fields for some kernels."""
-  from jmoe.kernels import hopper_gather, hopper_tiles
+  from jmoe.kernels import hopper_tiles
   from jmoe.kernels.grouped_ffn import hopper_kernels
   from jmoe.kernels.grouped_matmul import hopper
 
@@ -142,13 +141,9 @@ def _with_table(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
   places: tuple[Any, ...] = (hopper_kernels, hopper)
   for place in places:
     place.choose = choose
-  served = hopper_gather.served
-  if "gathers" in changes:
-    hopper_gather.served = lambda: False
   try:
     yield
   finally:
-    hopper_gather.served = served
     for place in places:
       place.choose = chosen
 

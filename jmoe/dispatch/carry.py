@@ -14,7 +14,7 @@ from jax import Array
 from jmoe.keeping import named
 from jmoe.kernels import permute_rows
 from jmoe.kernels.permute_rows.reference import take
-from jmoe.types import Home, Layout, Rows, Summed, wide
+from jmoe.types import Home, Layout, Rows, wide
 
 
 @jax.custom_vjp
@@ -119,10 +119,7 @@ def through(
     scale = spread(way.input_scale, layout)
   elif way.sums and getattr(experts, "weighs", False):
     weight = spread(way.weight, layout)
-  rows = Rows(x_TD, layout.groups, layout, scale, weight, weight is not None)
-  rows_RD = experts(rows)
-  if isinstance(rows_RD, Summed):
-    return rows_RD.y_TD
+  rows_RD = experts(Rows(x_TD, layout.groups, layout, scale, weight))
   if weight is not None:
     return summed_home(rows_RD, layout)  # dropped assignments have no row
   return home(rows_RD, Home(way.weight, sums=way.sums), layout)

@@ -130,7 +130,7 @@ def store(
 
 
 def nothing(*_: Any, **__: Any) -> None:
-  """Stands for a function where only a pipeline's buffers are asked for."""
+  """For a step that a kernel does not have."""
 
 
 def launch(

@@ -60,7 +60,6 @@ def row_kernel(
   scratch: Mapping[str, Any] | None = None,
   num_sms: int | None = None,
   updated: int = 0,
-  token_R: Array | None = None,
 ) -> tuple[Array, ...]:
   """A kernel that makes `sums` arrays `[R,F]` of products, and `finish`es them.
 
@@ -82,10 +81,8 @@ def row_kernel(
     scratch: shared memory and barriers by name.
     num_sms: multiprocessors to use; None: all.
     updated: that many of `others`, the first ones, are written over by results.
-    token_R: i32[R]: `lefts` are tokens [T,D], read through it; None: they are rows.
   """
   (R, D), dtype = lefts[0].shape, lefts[0].dtype
-  R = R if token_R is None else token_R.shape[0]
   F = rights[0].shape[1 if transpose else 2]
   columns = pl.cdiv(F, tile.cols)
   tile = tile.that_fits(columns)
@@ -93,15 +90,12 @@ def row_kernel(
   sms = num_sms or chip.multiprocessors()
   blocks, used = max(1, sms // tile.cluster), used_blocks(groups, R, BLOCK)
 
-  index = () if token_R is None else (token_R,)
-
   def body(*refs):
     parts = []
-    for count in (len(others), len(lefts), len(rights), 3, len(index)):
+    for count in (len(others), len(lefts), len(rights), 3):
       parts.append(refs[:count])
       refs = refs[count:]
-    other_refs, left_refs, right_refs, which_refs, index_refs = parts
-    expert_ref, block_ref, used_ref = which_refs
+    other_refs, left_refs, right_refs, (expert_ref, block_ref, used_ref) = parts
     out_refs = refs
 
     def arguments(t):
@@ -131,16 +125,7 @@ def row_kernel(
       def source(which):
         return ref.at[pl.ds(which[1], tile.rows), :]
 
-      if not index:
-        return Operand(tile.rows, 1, dtype, source, shared=tile.cluster > 1)
-      return Operand(
-        tile.rows,
-        1,
-        dtype,
-        lambda _: ref,
-        token_R=index_refs[0],
-        row=lambda which: which[1],
-      )
+      return Operand(tile.rows, 1, dtype, source, shared=tile.cluster > 1)
 
     def right(ref):
       def source(which):
@@ -162,7 +147,7 @@ def row_kernel(
     body, out, blocks=blocks, cluster=tile.cluster, name=name, updated=updated
   )
   operands = (*others, *lefts, *rights)
-  return kernel(*operands, used.expert, used.block, used.used, *index)
+  return kernel(*operands, used.expert, used.block, used.used)
 
 
 def _place(tile: Tile, group: Array, which: Any) -> Place:

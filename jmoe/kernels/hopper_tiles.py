@@ -39,10 +39,6 @@ _TABLE: dict[str, tuple[Row, ...]] = {
   ),
 }
 
-# Kernels gather tokens as they read them for hidden arrays of at most so many columns:
-# wider ones read each row too often by a way that is slower than the copying engine's.
-GATHERED = 1024
-
 
 def choose(kernel: str, *, width: int, depth: int = 0, operands: int = 2) -> Tile:
   """The tile of the table, with as many steps ahead as memory holds.

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.kernels import hopper as chip, hopper_gather
+from jmoe.kernels import hopper as chip
 from jmoe.kernels.hopper import DEPTH, Tile
 
 _COPYING, _COMPUTING = 40, 232  # registers of a thread
@@ -32,9 +32,6 @@ class Operand:
     source: (which output tile) -> the part of it in global memory that holds its tiles.
     origin: (which output tile) -> the first of them.
     shared: the thread blocks of a cluster read the same.
-    token_R: i32[R] in global memory: rows are read through it (`hopper_gather`), and
-      `source` is all of the array, whose columns are contracted.
-    row: with `token_R`: (which output tile) -> the first of its rows.
   """
 
   width: int
@@ -43,8 +40,6 @@ class Operand:
   source: Callable[[Any], Any]
   origin: Callable[[Any], Any] = lambda _: 0
   shared: bool = False
-  token_R: Any = None
-  row: Callable[[Any], Any] = lambda _: 0
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -114,13 +109,7 @@ def walk(
   ]
   # A barrier is waited for by one side at every turn, or it would lose count: what has
   # come is told to whoever makes the tile, on barriers of its own.
-  engine = [n for n, one in enumerate(operands) if one.token_R is None]
-  threads = [n for n, one in enumerate(operands) if one.token_R is not None]
-  assert len(threads) <= 1, "the copies of one operand tell a slot's barrier"
-  produced = plgpu.Barrier(num_arrivals=len(engine), num_barriers=(makers, stages))
-  own: dict[str, Any] = {}
-  if threads:
-    own = dict(signals=hopper_gather.signals(stages), ready=plgpu.Barrier())
+  produced = plgpu.Barrier(num_arrivals=len(operands), num_barriers=(makers, stages))
   block = lax.axis_index("sm")
   mine = lax.div(count - block + (blocks - 1), jnp.int32(blocks))
 
@@ -134,10 +123,8 @@ def walk(
 
     return lax.fori_loop(0, mine, one, jnp.int32(0))
 
-  @chip.scoped(
-    slots=slots, produced=produced, consumed=consumed, own=own, scratch=dict(scratch)
-  )
-  def _(slots, produced, consumed, own, scratch):
+  @chip.scoped(slots=slots, produced=produced, consumed=consumed, scratch=dict(scratch))
+  def _(slots, produced, consumed, scratch):
     group = lax.axis_index("wg")
 
     def maker(i):
@@ -146,9 +133,6 @@ def walk(
     @pl.when(group == _COPIER)
     def _():
       plgpu.set_max_registers(_COPYING, action="decrease")
-      if threads:
-        hopper_gather.prepare(own["signals"], stages)
-        plgpu.barrier_arrive(own["ready"])
 
       def free(n):
         """The slot of the n-th step, when it has been read."""
@@ -166,36 +150,26 @@ def walk(
 
         def step(k, _):
           slot = free(first + k)
-          for n in engine:
-            one, at = operands[n], pl.ds((origins[n] + k) * DEPTH, DEPTH)
+          for one, ref, origin, to in zip(
+            operands, sources, origins, slots, strict=True
+          ):
+            at = pl.ds((origin + k) * DEPTH, DEPTH)
             plgpu.copy_gmem_to_smem(
-              sources[n].at[:, at] if one.axis else sources[n].at[at, :],
-              slots[n].at[slot],
+              ref.at[:, at] if one.axis else ref.at[at, :],
+              to.at[slot],
               produced.at[maker(i), slot],
               collective_axes="cluster" if one.shared else None,
-            )
-          for n in threads:
-            hopper_gather.fetch(
-              sources[n],
-              operands[n].token_R,
-              slots[n].at[slot],
-              own["signals"],
-              slot,
-              first=operands[n].row(which),
-              col=k * DEPTH,
             )
 
         lax.fori_loop(0, work.steps(which), step, None)
 
-      total = each(copy)
       # Neither barriers nor memory may go while others still use them.
+      total = each(copy)
       lax.fori_loop(0, stages, lambda n, _: chip.nothing(free(total + n)), None)
 
     @pl.when(group != _COPIER)
     def _():
       plgpu.set_max_registers(_COMPUTING, action="increase")
-      if threads:
-        plgpu.barrier_wait(own["ready"])
 
       def make(i, which, first):
         def over(totals):
@@ -204,9 +178,6 @@ def walk(
           def step(k, _):
             slot = lax.rem(first + k, jnp.int32(stages))
             plgpu.barrier_wait(produced.at[maker(i), slot])
-            if threads:
-              turn = lax.div(first + k, jnp.int32(stages))
-              hopper_gather.arrived(own["signals"], slot, turn)
             tiles = [ref.at[slot] for ref in slots]
             work.step(k, group, which, scratch, tiles, totals)
             if tile.in_flight:

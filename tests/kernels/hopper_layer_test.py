@@ -19,11 +19,10 @@ from tests.kernels.hopper_cases import error, hopper, interpreted, lowers, on_cp
 @pytest.fixture
 def as_hopper(monkeypatch):
   """A Hopper GPU of two multiprocessors, interpreted; what is Triton's is plain jax."""
-  from jmoe.kernels import hopper, hopper_gather, permute_rows
+  from jmoe.kernels import hopper, permute_rows
   from jmoe.kernels.top_k import api as choices
 
   monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
-  monkeypatch.setattr(hopper_gather, "served", lambda: False)  # it is not interpreted
   monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
   monkeypatch.setattr(choices, "_served", lambda values, k: False)
   with devices.as_if("hopper"), interpreted():

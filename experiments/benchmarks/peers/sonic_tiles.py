@@ -54,18 +54,24 @@ TILES: dict[str, dict[str, Tile]] = {
     "dw of up": _COOPERATIVE,
     "dw of down": _COOPERATIVE,
   },
-  **{
-    name: {
-      "up": _COOPERATIVE,
-      "down": _PINGPONG,
-      "dx of up": _PINGPONG,
-      "dx of down": _PINGPONG,
-      "dw of up": _COOPERATIVE,
-      "dw of down": _COOPERATIVE,
-    }
-    for name in ("olmoe", "dsv3", "tiny")
+  "olmoe": {
+    "up": _PINGPONG,
+    "down": _PINGPONG,
+    "dx of up": Tile(128, 160, True),
+    "dx of down": _COOPERATIVE,
+    "dw of up": _SQUARE,
+    "dw of down": _SQUARE,
+  },
+  "dsv3": {
+    "up": _PINGPONG,
+    "down": Tile(128, 160, True),
+    "dx of up": Tile(128, 256, False, (1, 2)),
+    "dx of down": _PINGPONG,
+    "dw of up": _COOPERATIVE,
+    "dw of down": _COOPERATIVE,
   },
 }
+TILES["tiny"] = TILES["qwen3"]  # to try the row
 
 
 def leg(tuner: str, given: dict[str, Any], d_ff: int) -> str:

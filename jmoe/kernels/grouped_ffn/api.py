@@ -20,7 +20,7 @@ from jmoe.kernels.grouped_matmul.api import (
   report_choice,
 )
 from jmoe.kernels.varying import differs, together
-from jmoe.types import Rows, Summed
+from jmoe.types import Rows
 from jmoe.use import Use, fact, nearest
 
 KEEPS = ("rows", "hidden", "inputs")
@@ -34,7 +34,7 @@ def grouped_ffn(
   matmul: Callable[..., Array] | None = None,
   *,
   keep: str = "hidden",
-) -> Any:
+) -> Array:
   """`weight (hidden(x up_0 + b_0, x up_1 + b_1, ...) down + c)` of each row's expert.
 
   Args:
@@ -51,7 +51,7 @@ def grouped_ffn(
 
   Returns:
     `[R,D]` in x's dtype; rows of no expert hold no meaning.  Their gradient must be
-    zero, as `carry.home` makes it.  Or `Summed`, if `rows.home` and a kernel does it.
+    zero, as `carry.home` makes it.
 
   Raises:
     ValueError: an unknown `keep`.
@@ -73,10 +73,8 @@ def grouped_ffn(
     x, layout = rows.x, rows.layout
     if rows.scale is not None or groups is not rows.groups:
       x, layout = of_first(rows.gathered(), rows.groups, E), None
-    home = rows.home and layout is not None and layout.k is not None
     arrays = together(x, layout, ups, down, groups, weight_R)
-    y: Any = fused_ffn(Form(activation, keep, home), *arrays)
-    return Summed(y) if home else y
+    return fused_ffn(Form(activation, keep), *arrays)
 
   def plain(rows, ups, down) -> Any:
     x_RD = of_first(rows.gathered(), rows.groups, E)

@@ -1,18 +1,17 @@
 """A feed-forward on Hopper, from tokens to weighed rows, with its gradients.
 
-  forward    x rows = tokens in the experts' order, read by the kernel
+  forward    x rows = tokens in the experts' order
              h_n = x w_n + b_n;  a = w f(h_0) h_1             one kernel, its results
-             y = a down + w c;  tokens = sums of their rows
+             y = a down + w c
   backward   da = dy down^T;  dh_n, a, dw = <da, a> / w       one kernel over the h_n
              d down = a^T dy
-             x rows;  d w_n = x^T dh_n
+             x rows again;  d w_n = x^T dh_n
              dx = sum of dh_n w_n^T                           one kernel, one sum
              dx of tokens = sums of their rows
 
-So `a`, `da` and a second `dx` never make a way to memory and back of their own, and
-`y` is not kept.  The forward pass has no array of x rows where its kernel gathers the
-tokens (`hopper_gather`); the backward pass makes one after the other.  Kept for it are
-the tokens and the h_n (`keep="hidden"`), the rows too, where they exist ("rows"), or
+So `a`, `da` and a second `dx` never make a way to memory and back of their own, `y` is
+not kept, and at no time do two arrays [R,D] stand beside the hidden ones.  Kept for the
+backward pass are the tokens and the h_n (`keep="hidden"`), the rows too ("rows"), or
 only the tokens ("inputs").  The algebra is SonicMoE's (arXiv 2512.14080).
 """
 # SPDX-License-Identifier: Apache-2.0
@@ -27,7 +26,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jmoe.keeping import named
-from jmoe.kernels import hopper_gather, permute_rows
+from jmoe.kernels import permute_rows
 from jmoe.kernels.folding import foldable
 from jmoe.kernels.grouped_ffn.hopper_kernels import (
   Activation,
@@ -37,7 +36,6 @@ from jmoe.kernels.grouped_ffn.hopper_kernels import (
 from jmoe.kernels.grouped_ffn.reference import Matrix
 from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
 from jmoe.kernels.hopper import BLOCK
-from jmoe.kernels.hopper_tiles import GATHERED
 from jmoe.kernels.row_blocks import expert_of_rows, sums
 from jmoe.types import Groups, Layout, pytree, static
 
@@ -50,13 +48,11 @@ class Form:
     activation: of `activations`; of the first hidden array, which the second one, if
       there is one, is multiplied with.
     keep: what the backward pass finds, of `api.KEEPS`.
-    home: sum each token's rows; needs a layout.
     num_sms: multiprocessors to use; None: all.
   """
 
   activation: Activation
   keep: str = "hidden"
-  home: bool = False
   num_sms: int | None = None
 
 
@@ -72,8 +68,6 @@ def fused_ffn(
 ) -> Array:
   """`weight (f(h_0) h_1 down + c)`, `[R,D]`; undefined in blocks without rows.
 
-  Or with `form.home` the sums of each token's rows, `[T,D]`.
-
   Args:
     form: what is static.
     x: the tokens [T,D], or without a layout the rows [R,D], padding rows zero; in
@@ -85,7 +79,7 @@ def fused_ffn(
     weight_R: f32[R], or None for ones.
   """
   given = _Given(x, layout, ups, down, groups, weight_R)
-  (a_RF,) = _hidden(form, given, given.source(), hidden=False, product=True)
+  (a_RF,) = _hidden(form, given, given.rows(), hidden=False, product=True)
   return _out(form, given, a_RF)
 
 
@@ -100,26 +94,11 @@ class _Given:
   groups: Any
   weight_R: Any
 
-  def source(self) -> "_Source":
-    """Where the forward pass reads the rows."""
-    gathers = self.ups[0][0].shape[2] <= GATHERED and hopper_gather.served()
-    if self.layout is None or not gathers:
-      return _Source(self.rows())
-    return _Source(self.x, self.layout.token)
-
   def rows(self) -> Array:
     """`[R,D]` in the experts' order."""
     if self.layout is None:
       return self.x
     return permute_rows.spread(self.x, self.layout)
-
-
-@pytree
-class _Source:
-  """Rows [R,D] in the experts' order, or tokens [T,D] and the token of every row."""
-
-  array: Array
-  token_R: Array | None = None
 
 
 @pytree
@@ -132,7 +111,7 @@ class _Kept:
   learns: bool = static(default=True)  # whether a gradient of the matrices is needed
 
 
-def _hidden(form: Form, given: _Given, source: _Source, **results: bool):
+def _hidden(form: Form, given: _Given, x_RD: Array, **results: bool):
   """What is asked for of the hidden arrays and the activation."""
   biased = any(bias is not None for _, bias in given.ups)
   kernel = functools.partial(
@@ -144,49 +123,44 @@ def _hidden(form: Form, given: _Given, source: _Source, **results: bool):
     **results,
   )
   F = given.ups[0][0].shape[2]
-  operands = [padded(source.array, 1), *(padded(w, 1, 2) for w, _ in given.ups)]
+  operands = [padded(x_RD, 1), *(padded(w, 1, 2) for w, _ in given.ups)]
   if biased:
-    none = jnp.zeros((given.ups[0][0].shape[0], F), source.array.dtype)
+    none = jnp.zeros((given.ups[0][0].shape[0], F), x_RD.dtype)
     operands += [padded(none if b is None else b, 1) for _, b in given.ups]
   if given.weight_R is not None:
     operands.append(given.weight_R)
-  made = foldable(kernel)(given.groups, *operands, token_R=source.token_R)
-  return tuple(h[:, :F] for h in made)
+  return tuple(h[:, :F] for h in foldable(kernel)(given.groups, *operands))
 
 
 def _out(form: Form, given: _Given, a_RF: Array) -> Array:
   w_EFD, c_ED = given.down
   of = functools.partial(rows, num_sms=form.num_sms)
-  y_RD = of(((a_RF, w_EFD),), given.groups, c_ED, given.weight_R)
-  return (
-    permute_rows.summed(y_RD, given.layout).astype(y_RD.dtype) if form.home else y_RD
-  )
+  return of(((a_RF, w_EFD),), given.groups, c_ED, given.weight_R)
 
 
 def _forward(form, *primals):
   given = _Given(*jax.tree.map(lambda p: p.value, primals))
   told = _Given(*jax.tree.map(lambda p: p.perturbed, primals))
-  source = given.source()
+  x_RD = given.rows()
   keeps_hidden = form.keep != "inputs"
-  *hidden, a_RF = _hidden(form, given, source, hidden=keeps_hidden, product=True)
+  *hidden, a_RF = _hidden(form, given, x_RD, hidden=keeps_hidden, product=True)
   hidden = named(tuple(hidden), "hidden")
+  x_RD = x_RD if form.keep == "rows" and given.layout is not None else None
   learns = any(jax.tree.leaves((told.ups, told.down)))
-  x_RD = source.array if form.keep == "rows" and source.token_R is None else None
   return _out(form, given, a_RF), _Kept(given, x_RD, hidden, learns=learns)
 
 
-def _backward(form, kept, dy):
+def _backward(form, kept, dy_RD):
   given, groups = kept.given, kept.given.groups
-  if isinstance(dy, SymbolicZero):
-    zero: Any = dy
-    dy = jnp.zeros(zero.shape, zero.dtype)
+  if isinstance(dy_RD, SymbolicZero):
+    zero: Any = dy_RD
+    dy_RD = jnp.zeros(zero.shape, zero.dtype)
   hidden = kept.hidden
   if not hidden:
     # After the forward pass, whose own rows it would be otherwise.
-    x, dy = lax.optimization_barrier((given.x, dy))
-    again = dataclasses.replace(given, x=x).source()
+    x, dy_RD = lax.optimization_barrier((given.x, dy_RD))
+    again = dataclasses.replace(given, x=x).rows()
     hidden = _hidden(form, given, again, hidden=True, product=False)
-  dy_RD = permute_rows.spread(dy, given.layout) if form.home else dy
   kernel = functools.partial(
     back_kernel, ups=len(hidden), activation=form.activation, num_sms=form.num_sms
   )

@@ -40,13 +40,12 @@ def hidden_kernel(
   hidden: bool,
   product: bool,
   tile: Tile | None = None,
-  token_R: Array | None = None,
 ) -> tuple[Array, ...]:
   """What is asked for of `h_n = x w_n + b_n` and `weight f(h_0) h_1`, `[R,F]` each.
 
   Args:
     groups: aligned to `hopper.BLOCK`.
-    x_RD: rows, or with `token_R` tokens [T,D].
+    x_RD: rows.
     arrays: `ups` matrices [E,D,F], then if `biased` as many [E,F], then perhaps f32[R].
     ups: one or two; with one the product is `weight f(h_0)`.
     biased: whether there are biases.
@@ -55,10 +54,8 @@ def hidden_kernel(
     hidden: give the first arrays.
     product: give the last one.
     tile: of each of the first arrays; None: that of the table in `hopper_tiles`.
-    token_R: i32[R] the token of every row, past the end for padding; or None.
   """
   (R, D), F = x_RD.shape, arrays[0].shape[2]
-  R = R if token_R is None else token_R.shape[0]
   kernel = "hidden" if ups == 2 else "rows"
   tile = tile or choose(kernel, width=F, depth=D, operands=1 + ups)
 
@@ -102,7 +99,6 @@ def hidden_kernel(
     out=(chip.struct((R, F), x_RD.dtype, x_RD),) * (ups * hidden + product),
     name="ffn_hidden",
     num_sms=num_sms,
-    token_R=token_R,
   )
 
 
