@@ -1,0 +1,285 @@
+"""Bytes of a device, term by term; the peak is the largest of three moments.
+
+State and gradients are counted from shapes, exactly.  What blocks keep is read off what
+a backward pass asks for, traced on shapes; a block that keeps its input alone keeps
+`[T,D]`.  What is at work at one time is a count of the arrays that a compiler cannot
+fold into others: `_sparse`, `_attention`, `_loss` say which.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import program, state as states
+from experiments.config import Run
+from experiments.planning import sharding, work
+from experiments.planning.exchanges import Outcome
+from experiments.planning.mesh import Mesh
+from experiments.planning.topology import Topology
+from experiments.planning.work import head_dim
+from jmoe.config import BlockConfig, ModelConfig, MoEConfig
+from jmoe.dispatch.layout import block_size
+from jmoe.kernels import devices
+from jmoe.models.cross_entropy import default_chunk
+
+
+class Memory(NamedTuple):
+  """Bytes of a device."""
+
+  parameters: float
+  optimizer: float
+  batch: float
+  gradients: float
+  kept: float  # by blocks for the backward pass
+  block: float  # at work in the backward pass of the largest block
+  loss: float  # at work in the loss
+  exchange: float  # buffers of a strategy
+
+  @property
+  def state(self) -> float:
+    return self.parameters + self.optimizer + self.batch
+
+  @property
+  def peak(self) -> float:
+    """Gradients of blocks do not exist while the loss is made."""
+    at_block = self.gradients + self.block + self.exchange
+    return self.state + self.kept + max(at_block, self.loss)
+
+
+def of(
+  run: Run, mesh: Mesh, topology: Topology, state: Any, outcome: Outcome | None
+) -> Memory:
+  """Memory of a step.
+
+  Args:
+    run: with its batch.
+    mesh: of the topology.
+    topology: whose kernels and layout count.
+    state: shapes of `program.init`.
+    outcome: of the strategy of sparse layers; None: of a dense model.
+  """
+  sizes, params = mesh.sizes, state.params
+  model = run.model
+  parameters = gradients = 0.0
+  for name, x in params.items():
+    own = _size(x) * sharding.share(sharding.spec(name, x.shape, sizes), sizes)
+    parameters += own
+    gradients += own
+  optimizer = 0.0
+  rest = (state.optimizer, state.balance, state.step, state.skipped, state.key)
+  for path, x in jax.tree_util.tree_leaves_with_path(rest):
+    name = ".".join(map(states.path_part, path))
+    param = sharding.like(name, x.shape, params)
+    part = 1.0
+    if param is not None:
+      part = sharding.share(sharding.spec(param, x.shape, sizes), sizes)
+    optimizer += _size(x) * part
+  tokens = run.data.batch * run.data.seq // (mesh.rows * mesh.context)
+  with devices.as_if("tpu" if topology.chip.kind == "tpu" else "hopper"):
+    local = Local(run, mesh, topology, tokens, outcome)
+    return Memory(
+      parameters,
+      optimizer,
+      batch=6 * 4.0 * tokens,
+      gradients=gradients,
+      kept=sum(n * kept_by(local, block) for block, n in work.blocks(model)),
+      block=max(at_work(local, block) for block, _ in work.blocks(model)),
+      loss=_loss(local),
+      exchange=outcome.buffer if outcome else 0.0,
+    )
+
+
+class Local(NamedTuple):
+  """What a device has to do."""
+
+  run: Run
+  mesh: Mesh
+  topology: Topology
+  tokens: int
+  outcome: Outcome | None
+
+  @property
+  def itemsize(self) -> int:
+    return jnp.dtype(self.run.model.dtype).itemsize
+
+  @property
+  def stored(self) -> int:
+    return jnp.dtype(self.run.param_dtype).itemsize
+
+  @property
+  def rows(self) -> float:
+    """Of the batch."""
+    return self.tokens * self.mesh.context / self.run.data.seq
+
+
+def state_of(run: Run) -> Any:
+  """Shapes of a run's state; nothing is computed."""
+  made = program.program(run, byte_lengths=np.ones(1, np.int32), num_domains=1)
+  return jax.eval_shape(made.init)
+
+
+def buffer_rows(local: Local, ff: MoEConfig) -> tuple[float, float]:
+  """(rows R of the expert buffer, experts of a device while they multiply)."""
+  outcome = local.outcome
+  own = ff.num_experts / (outcome.own if outcome else 1)
+  share = outcome.rows if outcome else 1.0
+  choices = local.tokens * work.cost.experts_per_token(ff)
+  if ff.capacity is not None:
+    slots = capacity_slots(ff, local.tokens)
+    return slots * ff.num_experts, own
+  mean = choices / ff.num_experts
+  block = max(block_size(mean), devices.row_alignment(local.run.model.dtype, mean))
+  return choices * share + (block - 1) * min(own, choices), own
+
+
+def group_sizes(local: Local, ff: MoEConfig) -> np.ndarray:
+  """i64[E] rows of each expert's group on average, filled up to whole tiles."""
+  mean = local.tokens * work.cost.experts_per_token(ff) / ff.num_experts
+  block = max(block_size(mean), devices.row_alignment(local.run.model.dtype, mean))
+  # Half a tile is lost on average.
+  filled = round(mean / block + 0.5) * block
+  return np.full(ff.num_experts, filled, np.int64)
+
+
+def capacity_slots(ff: MoEConfig, tokens: int) -> int:
+  """Slots of an expert for the tokens of a device, as the layer counts them."""
+  from jmoe.assign.capacity import of_group
+
+  size = ff.group_size if isinstance(ff.group_size, int) else tokens
+  assert ff.capacity is not None
+  k = round(work.cost.experts_per_token(ff))
+  slots = of_group(ff.capacity, size, size, ff.num_experts, k, True)
+  return int(np.max(slots)) * max(1, -(-tokens // size))
+
+
+def kept_by(local: Local, block: BlockConfig) -> float:
+  """Bytes that one block keeps until its backward pass."""
+  model, remat = local.run.model, local.run.model.remat
+  one = local.tokens * model.d_model * local.itemsize
+  if remat is True:
+    return one
+  return _asked_for(model, block, local) / local.mesh.tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(model: ModelConfig, rows: int, seq: int, kind: str) -> float:
+  """Bytes that the backward pass of a model asks for, without parameters."""
+  made, like = states.blueprint(model, "bfloat16")
+  tokens_BS = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
+
+  def backward(params, tokens_BS):
+    def loss(params):
+      x_BSD, infos = made.model(params, {}).hidden(tokens_BS, train=True)
+      return x_BSD, infos
+
+    return jax.vjp(loss, params, has_aux=True)[1]
+
+  with devices.as_if(kind):
+    asked = jax.eval_shape(backward, like, tokens_BS)
+  return _bytes(asked) - _bytes(like)
+
+
+def _asked_for(model: ModelConfig, block: BlockConfig, local: Local) -> float:
+  """Of two blocks what one does not ask for."""
+  import dataclasses
+
+  kind = devices.current_device()
+  rows, seq = max(1, round(local.rows)), local.run.data.seq
+  one, two = (
+    _traced(
+      dataclasses.replace(model, segments=(((block,), 1),) * n, vocab_size=8),
+      rows, seq, kind,
+    )
+    for n in (1, 2)
+  )  # fmt: skip
+  return (two - one) * local.rows / rows
+
+
+def at_work(local: Local, block: BlockConfig) -> float:
+  """Bytes of a block's backward pass, its forward pass made again before it."""
+  scores = _attention(local, block)
+  if isinstance(block.ff, MoEConfig):
+    return max(_sparse(local, block.ff) + _waiting(local, block), scores)
+  return max(_dense(local, block) + _waiting(local, block), scores)
+
+
+def _gathered(local: Local, matrices: float, divided: float) -> float:
+  """Of a block's matrices while they multiply, and as much of their gradients.
+
+  Args:
+    matrices: scalars.
+    divided: over how many devices even then.
+  """
+  return matrices / divided * (local.stored + local.stored)
+
+
+def _sparse(local: Local, ff: MoEConfig) -> float:
+  """Matrices and their gradients; rows in and out with gradients; hidden arrays.
+
+  Of rows [R,D] four: what went in, what came out or its gradient, and both on their way
+  home.  Of hidden arrays [R,F] what the activation takes, what it gives, and the
+  gradients of all.
+  """
+  tensor = local.mesh.tensor
+  R, own = buffer_rows(local, ff)
+  matrices = work.expert_params(ff)
+  found = _gathered(local, matrices, ff.num_experts / own * tensor)
+  hidden = R * work.expert_width(ff) / tensor * local.itemsize
+  up = work.num_up(ff)
+  return found + 4 * R * ff.d_model * local.itemsize + (2 * up + 1) * hidden
+
+
+def _dense(local: Local, block: BlockConfig) -> float:
+  model, tensor = local.run.model, local.mesh.tensor
+  width = work.dense_width(block.ff)
+  up = 2 if getattr(block.ff, "gated", True) else 1
+  found = _gathered(local, (up + 1) * width * model.d_model, tensor)
+  return found + (2 * up + 1) * local.tokens * width / tensor * local.itemsize
+
+
+def _fused(local: Local) -> bool:
+  """Whether attention writes no scores: cuDNN's."""
+  return local.topology.chip.kind == "gpu" and local.itemsize == 2
+
+
+def _scores(local: Local, block: BlockConfig) -> float:
+  """Entries of a layer's scores."""
+  heads = block.attention.num_heads / local.mesh.tensor
+  return local.tokens * local.run.data.seq * heads
+
+
+def _waiting(local: Local, block: BlockConfig) -> float:
+  """What attention left for its own backward pass: scores in float32."""
+  return 0.0 if _fused(local) else 4 * _scores(local, block)
+
+
+def _attention(local: Local, block: BlockConfig) -> float:
+  """Scores in float32, and their gradient in the activations' dtype."""
+  width = block.attention.num_heads * head_dim(block.attention, local.run.model.d_model)
+  arrays = 8 * local.tokens * width / local.mesh.tensor * local.itemsize
+  if _fused(local):
+    return arrays
+  return arrays + (4 + local.itemsize) * _scores(local, block)
+
+
+def _loss(local: Local) -> float:
+  """A chunk's logits, their exponentials and gradient; the matrix and its gradient."""
+  model = local.run.model
+  chunk = min(local.run.loss_chunk or default_chunk(model.vocab_size), local.tokens)
+  matrix = model.d_model * model.vocab_size
+  logits = chunk * model.vocab_size * (4 + 4 + local.itemsize)
+  hidden = 2 * local.tokens * model.d_model * local.itemsize
+  return logits + matrix * (local.itemsize + 4) + hidden
+
+
+def _size(x: Any) -> float:
+  return float(math.prod(x.shape)) * jnp.dtype(x.dtype).itemsize
+
+
+def _bytes(tree: Any) -> float:
+  return sum(_size(x) for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
