@@ -89,7 +89,7 @@ def _planned(arguments: argparse.Namespace) -> int:
     chosen = next(p for p in here if p.strategy == arguments.strategy)
   batch = step.largest_batch(question, chosen.strategy)
   report.show(question, chosen, batch)
-  report.show_ranking(ranked)
+  report.show_ranking(question, ranked)
   if arguments.compile:
     from experiments.planning import compiled
 

@@ -7,6 +7,7 @@ fold into others: `_sparse`, `_attention`, `_loss` say which.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from experiments import program, state as states
 from experiments.config import Run
@@ -25,6 +27,7 @@ from experiments.planning.work import head_dim
 from jmoe.config import BlockConfig, ModelConfig, MoEConfig
 from jmoe.dispatch.layout import block_size
 from jmoe.kernels import devices
+from jmoe.models import Decoder
 from jmoe.models.cross_entropy import default_chunk
 
 
@@ -166,38 +169,37 @@ def kept_by(local: Local, block: BlockConfig) -> float:
   return _asked_for(model, block, local) / local.mesh.tensor
 
 
-@functools.lru_cache(maxsize=64)
-def _traced(model: ModelConfig, rows: int, seq: int, kind: str) -> float:
-  """Bytes that the backward pass of a model asks for, without parameters."""
-  made, like = states.blueprint(model, "bfloat16")
-  tokens_BS = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
-
-  def backward(params, tokens_BS):
-    def loss(params):
-      x_BSD, infos = made.model(params, {}).hidden(tokens_BS, train=True)
-      return x_BSD, infos
-
-    return jax.vjp(loss, params, has_aux=True)[1]
-
-  with devices.as_if(kind):
-    asked = jax.eval_shape(backward, like, tokens_BS)
-  return _bytes(asked) - _bytes(like)
-
-
 def _asked_for(model: ModelConfig, block: BlockConfig, local: Local) -> float:
-  """Of two blocks what one does not ask for."""
-  import dataclasses
-
-  kind = devices.current_device()
-  rows, seq = max(1, round(local.rows)), local.run.data.seq
+  """Of two blocks what one does not ask for, of a row, times the rows."""
   one, two = (
     _traced(
       dataclasses.replace(model, segments=(((block,), 1),) * n, vocab_size=8),
-      rows, seq, kind,
+      local.run.data.seq,
+      devices.current_device(),
     )
     for n in (1, 2)
-  )  # fmt: skip
-  return (two - one) * local.rows / rows
+  )
+  return (two - one) * local.rows
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(model: ModelConfig, seq: int, kind: str) -> float:
+  """Bytes that the backward pass of a model asks for, for a row, without parameters."""
+  made, params, balance = states.take_apart(
+    nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))
+  )
+
+  def backward(params, balance, tokens_BS):
+    def loss(params):
+      key = jax.random.key(0)
+      return made.model(params, balance).hidden(tokens_BS, key=key, train=True)
+
+    return jax.vjp(loss, params, has_aux=True)[1]
+
+  tokens_BS = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+  with devices.as_if(kind):
+    asked = jax.eval_shape(backward, params, balance, tokens_BS)
+  return _bytes(asked) - _bytes(params)
 
 
 def at_work(local: Local, block: BlockConfig) -> float:

@@ -29,6 +29,7 @@ class Rates:
   ragged_all_to_all: float
   all_gather: float
   reduce_scatter: float
+  message: float  # seconds that one message costs beside its bytes; assumed
   measured: str
 
   def of(self, collective: str) -> float:
@@ -41,8 +42,10 @@ class Rates:
 # GB/s that leave a GPU of 450: all_to_all 267, ragged 135 (512 updates a peer), gather
 # 259, reduce-scatter 229.  A product of 8192^3 runs at 765 TFLOP/s, a copy moves 4.27
 # TB/s.  Attention was never measured by itself.
-_H200 = Rates(0.77, 0.45, 0.89, 0.59, 0.30, 0.575, 0.51, "on H200s, but attention")
-_TPU = Rates(0.77, 0.35, 0.89, 0.80, 0.60, 0.80, 0.80, "on no TPU: assumed")
+_H200 = Rates(
+  0.77, 0.45, 0.89, 0.59, 0.30, 0.575, 0.51, 5e-6, "on H200s, but attention"
+)
+_TPU = Rates(0.77, 0.35, 0.89, 0.80, 0.60, 0.80, 0.80, 1e-6, "on no TPU: assumed")
 
 
 def rates(chip: Chip) -> Rates:

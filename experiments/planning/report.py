@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from experiments.planning import rates, step, work
+from experiments.planning.mesh import Mesh
 from experiments.planning.step import Plan, Question
 from jmoe.analysis import cost
 
@@ -95,13 +96,33 @@ def _show_drops(question: Question) -> None:
   )
 
 
-def show_ranking(ranked: list[Plan], most: int = 12) -> None:
-  """Prints strategies on this mesh and on its neighbours, the fastest first."""
-  print("strategies ranked, those that fit first")
-  print(f"  {'mesh':<36}{'strategy':<19}{'step s':>9}{'rows s':>9}{'GiB':>8}  ")
-  for plan in ranked[:most]:
+def show_ranking(question: Question, ranked: list[Plan], most: int = 8) -> None:
+  """Prints the strategies of this mesh, and the fastest of each other mesh.
+
+  Args:
+    question: whose mesh is this one.
+    ranked: of `step.ranked`.
+    most: other meshes.
+  """
+  here = [p for p in ranked if p.question.mesh == question.mesh]
+  print(f"strategies on {question.mesh}, the fastest that fits first")
+  _show_plans(here)
+  for name, why in step.refusals(question).items():
+    print(f"  {name:<19}none: {why}")
+  best: dict[Mesh, Plan] = {}
+  for plan in ranked:
+    if plan.question.mesh != question.mesh:
+      best.setdefault(plan.question.mesh, plan)
+  if best:
+    print("the fastest with other expert axes")
+    _show_plans(list(best.values())[:most])
+
+
+def _show_plans(plans: list[Plan]) -> None:
+  print(f"  {'':<19}{'step s':>9}{'rows s':>9}{'GiB':>8}")
+  for plan in plans:
     print(
-      f"  {str(plan.question.mesh):<36}{plan.strategy:<19}{plan.times.step:9.4f}"
-      f"{plan.times.rows:9.4f}{plan.memory.peak / _GIB:8.2f}  "
-      f"{'' if plan.fits else 'does not fit'}"
+      f"  {plan.strategy:<19}{plan.times.step:9.4f}{plan.times.rows:9.4f}"
+      f"{plan.memory.peak / _GIB:8.2f}  {plan.question.mesh}"
+      f"{'' if plan.fits else ', does not fit'}"
     )

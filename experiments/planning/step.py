@@ -95,11 +95,10 @@ def ranked(question: Question) -> list[Plan]:
 
 def refusal(question: Question, strategy: str) -> str:
   """Why a strategy cannot serve, and what can."""
-  names, layer = possible(question), _layer(question)
   why = "is not known" if strategy not in exchanges.STRATEGIES else "needs expert > 1"
-  if strategy in exchanges.STRATEGIES and layer and question.mesh.expert > 1:
-    why = f"cannot serve: {exchanges.STRATEGIES[strategy](layer)}"
-  return f"--strategy {strategy} {why}; use one of {', '.join(names)}."
+  if strategy in (known := refusals(question)):
+    why = f"cannot serve: {known[strategy]}"
+  return f"--strategy {strategy} {why}; use one of {', '.join(possible(question))}."
 
 
 def possible(question: Question) -> list[str]:
@@ -114,6 +113,16 @@ def possible(question: Question) -> list[str]:
     for name, strategy in exchanges.STRATEGIES.items()
     if not isinstance(strategy(layer), str)
   ]
+
+
+def refusals(question: Question) -> dict[str, str]:
+  """Why strategies have no meaning on this mesh, by name; none without expert axis."""
+  layer, found = _layer(question), {}
+  if layer is not None and question.mesh.expert > 1:
+    for name, strategy in exchanges.STRATEGIES.items():
+      if isinstance(why := strategy(layer), str):
+        found[name] = why
+  return found
 
 
 def plan(question: Question, strategy: str) -> Plan:
@@ -165,7 +174,7 @@ def seconds(question: Question, exchange: Exchange) -> float:
   elif part == "(between)":
     extent = dataclasses.replace(extent, size=extent.size // extent.inside, inside=1)
   return topologies.seconds(
-    question.topology, extent, exchange.collective, exchange.size
+    question.topology, extent, exchange.collective, exchange.size, exchange.count
   )
 
 

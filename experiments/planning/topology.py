@@ -122,38 +122,51 @@ def _in_hosts(topology: Topology, sizes: Mapping[str, int]) -> dict[str, Extent]
   return {axis: found[axis] for axis in sizes}
 
 
-def seconds(topology: Topology, extent: Extent, collective: str, size: float) -> float:
-  """Time of a collective along one axis, by the links' stated rate and `rates`.
+def seconds(
+  topology: Topology, extent: Extent, collective: str, size: float, calls: int = 1
+) -> float:
+  """Time of the calls of a collective along one axis, by stated rates and `rates`.
 
   A torus: gathers go round in rings, both ways, in all dimensions of the axis at once;
   in an all_to_all a byte crosses a quarter of each ring on average, half of a line.
   Hosts: what stays inside goes by NVLink, the rest by the network, one after the other.
+  A call is a message to each of the others, sent to one after another.
 
   Args:
     topology: the chips.
     extent: of the axis.
     collective: "all_to_all", "ragged_all_to_all", "all_gather", "reduce_scatter",
       "all_reduce".
-    size: bytes that leave a device if every byte crosses one link: (n-1)/n of what it
-      gets in a gather, of what it holds in an all_to_all; twice that in an all_reduce.
+    size: bytes that leave a device in all calls if every byte crosses one link: (n-1)/n
+      of what it gets in a gather, of what it holds in an all_to_all; twice that in an
+      all_reduce.
+    calls: how many there are.
   """
   if extent.size <= 1 or not size:
     return 0.0
-  reached = rates.rates(topology.chip).of(collective)
   chip = topology.chip
-  if chip.kind == "gpu":
-    outside = extent.size > extent.inside
-    far = (extent.size - extent.inside) / (extent.size - 1)
-    if collective not in ("all_to_all", "ragged_all_to_all") and outside:
-      far = 1.0 / extent.inside  # a ring leaves the host once for all of its GPUs
-    near = 1 - far if extent.inside > 1 else 0.0
-    return size * (near / chip.link + far / chip.network) / reached
-  spans = extent.spans or ((extent.size, False),)
-  if chip.devices > 1 and extent.size <= chip.devices:
-    return size / (chip.links * chip.link / chip.devices) / reached  # within a chip
-  if collective in ("all_to_all", "ragged_all_to_all"):
-    # Bytes on a link: half of the hops each way, a quarter of a ring or of a line.
-    crossed = max(n / 8 if joined else n / 4 for n, joined in spans)
-    return size * crossed / chip.link / reached
-  lanes = sum(2 if joined else 1 for _, joined in spans)
-  return size / (lanes * chip.link) / reached
+  reached = rates.rates(chip)
+  moving = _on_torus if chip.kind == "tpu" else _between_hosts
+  messages = calls * (extent.size - 1) * reached.message
+  return messages + size * moving(topology, extent, collective) / reached.of(collective)
+
+
+def _between_hosts(topology: Topology, extent: Extent, collective: str) -> float:
+  """Seconds of a byte at the stated rates."""
+  far = (extent.size - extent.inside) / (extent.size - 1)
+  if not collective.endswith("all_to_all") and far:
+    far = 1.0 / extent.inside  # a ring leaves the host once for all of its GPUs
+  near = 1 - far if extent.inside > 1 else 0.0
+  return near / topology.chip.link + far / topology.chip.network
+
+
+def _on_torus(topology: Topology, extent: Extent, collective: str) -> float:
+  """Seconds of a byte at the stated rates; devices of a chip share its links."""
+  chip, spans = topology.chip, extent.spans or ((extent.size, False),)
+  link = chip.link / chip.devices
+  if extent.size <= chip.devices:  # within a chip: as fast as all of its links at least
+    return 1 / (chip.links * link)
+  if collective.endswith("all_to_all"):
+    # Bytes on a link: half of the hops each way, a quarter of a ring or half of a line.
+    return max(n / 8 if joined else n / 4 for n, joined in spans) / link
+  return 1 / (sum(2 if joined else 1 for _, joined in spans) * link)

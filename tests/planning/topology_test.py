@@ -98,7 +98,7 @@ def test_a_gather_goes_at_the_speed_of_all_links_and_a_host_at_that_of_its_netwo
   chip = chips.CHIPS["v5e"]
   whole = topology.extents(V5E, Mesh(fsdp=256).sizes)["fsdp"]
   reached = 0.8
-  expected = 1e9 / (4 * chip.link * reached)
+  expected = 1e9 / (4 * chip.link * reached) + 255e-6  # and as many messages
   assert math.isclose(
     topology.seconds(V5E, whole, "all_gather", 1e9), expected, rel_tol=1e-6
   )
