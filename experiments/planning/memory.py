@@ -170,21 +170,26 @@ def kept_by(local: Local, block: BlockConfig) -> float:
 
 
 def _asked_for(model: ModelConfig, block: BlockConfig, local: Local) -> float:
-  """Of two blocks what one does not ask for, of a row, times the rows."""
+  """Of two blocks what one does not ask for; more than a compiler keeps in the end."""
+  rows = 2 ** int(math.log2(max(1.0, local.rows)))  # few traces serve a search
   one, two = (
     _traced(
       dataclasses.replace(model, segments=(((block,), 1),) * n, vocab_size=8),
-      local.run.data.seq,
+      (rows, local.run.data.seq),
       devices.current_device(),
     )
     for n in (1, 2)
   )
-  return (two - one) * local.rows
+  scores = _waiting(local, block) if model.remat is False else 0.0
+  return (two - one) * local.rows / rows + scores
 
 
 @functools.lru_cache(maxsize=64)
-def _traced(model: ModelConfig, seq: int, kind: str) -> float:
-  """Bytes that the backward pass of a model asks for, for a row, without parameters."""
+def _traced(model: ModelConfig, shape: tuple[int, int], kind: str) -> float:
+  """Bytes that the backward pass of a model asks for, without parameters.
+
+  Nor scores of attention, of which a trace names several and a compiler keeps one.
+  """
   made, params, balance = states.take_apart(
     nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))
   )
@@ -196,10 +201,11 @@ def _traced(model: ModelConfig, seq: int, kind: str) -> float:
 
     return jax.vjp(loss, params, has_aux=True)[1]
 
-  tokens_BS = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+  tokens_BS = jax.ShapeDtypeStruct(shape, jnp.int32)
   with devices.as_if(kind):
     asked = jax.eval_shape(backward, params, balance, tokens_BS)
-  return _bytes(asked) - _bytes(params)
+  leaves = [x for x in jax.tree.leaves(asked) if x.shape[-2:] != (shape[1],) * 2]
+  return _bytes(leaves) - _bytes(params)
 
 
 def at_work(local: Local, block: BlockConfig) -> float:

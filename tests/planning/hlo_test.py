@@ -27,7 +27,9 @@ def test_loops_count_as_often_as_they_run():
   shapes = [
     jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8 * 4, N), (LAYERS, N, N))
   ]
-  found = hlo.count(jax.jit(run).lower(*shapes).compile().as_text(), np.zeros(1))
+  text = jax.jit(run).lower(*shapes).compile().as_text()
+  assert text is not None
+  found = hlo.count(text, np.zeros(1))
   assert found.flops == LAYERS * 2 * 4 * N * N
   assert found.collectives == {
     "all_gather": (LAYERS, LAYERS * N * N * 4 * 3 / 4),
