@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _planned(arguments: argparse.Namespace) -> int:
+  from experiments import extras
+
+  extras.check("optax", "train", needed_by="experiments.plan")
   from experiments.planning import mesh as meshes, models, report, step, topology
   from experiments.settings import with_settings
   from jmoe.checks import finite_positive

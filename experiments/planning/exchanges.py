@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from experiments.config import Run
 from experiments.planning import drops, sharding, work
 from experiments.planning.mesh import Mesh
-from experiments.planning.topology import Topology
 from jmoe.config import MoEConfig
 
 
@@ -202,10 +201,9 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def layer_of(
-  run: Run, mesh: Mesh, topology: Topology, inside: int, *, factor: float, skew: float
+  run: Run, mesh: Mesh, inside: int, *, factor: float, skew: float
 ) -> Layer | None:
   """The sparse layer that a run has most of; None of a dense model."""
-  del topology
   found = work.sparse_blocks(run.model)
   if not found:
     return None

@@ -3,7 +3,7 @@
 State and gradients are counted from shapes, exactly.  What blocks keep is read off what
 a backward pass asks for, traced on shapes; a block that keeps its input alone keeps
 `[T,D]`.  What is at work at one time is a count of the arrays that a compiler cannot
-fold into others: `_sparse`, `_attention`, `_loss` say which.
+fold into others: `_sparse`, `_waiting`, `_attention` and `_loss` say which.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -24,7 +24,7 @@ from experiments.planning.exchanges import Outcome
 from experiments.planning.mesh import Mesh
 from experiments.planning.topology import Topology
 from experiments.planning.work import head_dim
-from jmoe.config import BlockConfig, ModelConfig, MoEConfig
+from jmoe.config import BlockConfig, Dense, ModelConfig, MoEConfig
 from jmoe.dispatch.layout import block_size
 from jmoe.kernels import devices
 from jmoe.models import Decoder
@@ -83,7 +83,7 @@ def of(
       part = sharding.share(sharding.spec(param, x.shape, sizes), sizes)
     optimizer += _size(x) * part
   tokens = run.data.batch * run.data.seq // (mesh.rows * mesh.context)
-  with devices.as_if("tpu" if topology.chip.kind == "tpu" else "hopper"):
+  with devices.as_if(topology.chip.kernels):
     local = Local(run, mesh, topology, tokens, outcome)
     return Memory(
       parameters,
@@ -180,7 +180,7 @@ def _asked_for(model: ModelConfig, block: BlockConfig, local: Local) -> float:
     )
     for n in (1, 2)
   )
-  scores = _waiting(local, block) if model.remat is False else 0.0
+  scores = 0.0 if model.remat or _fused(local) else 4 * _scores(local, block)
   return (two - one) * local.rows / rows + scores
 
 
@@ -209,45 +209,54 @@ def _traced(model: ModelConfig, shape: tuple[int, int], kind: str) -> float:
 
 
 def at_work(local: Local, block: BlockConfig) -> float:
-  """Bytes of a block's backward pass, its forward pass made again before it."""
-  scores = _attention(local, block)
-  if isinstance(block.ff, MoEConfig):
-    return max(_sparse(local, block.ff) + _waiting(local, block), scores)
-  return max(_dense(local, block) + _waiting(local, block), scores)
+  """Bytes of a block at work: in its feed-forward's backward pass, or in attention.
 
-
-def _gathered(local: Local, matrices: float, divided: float) -> float:
-  """Of a block's matrices while they multiply, and as much of their gradients.
-
-  Args:
-    matrices: scalars.
-    divided: over how many devices even then.
+  The forward pass was made again before the backward pass, so what attention will need
+  for its own waits meanwhile.
   """
-  return matrices / divided * (local.stored + local.stored)
+  if isinstance(block.ff, MoEConfig):
+    matrices, arrays = _sparse(local, block.ff)
+  else:
+    matrices, arrays = _dense(local, block)
+  # Gradients of the last matrix are made when another's are gone; in the forward pass
+  # matrices come while attention is still at work.
+  up = _num_up(block.ff)
+  in_backward = matrices * (1 + up / (up + 1)) + arrays + _waiting(local, block)
+  return max(in_backward, matrices + _attention(local, block))
 
 
-def _sparse(local: Local, ff: MoEConfig) -> float:
-  """Matrices and their gradients; rows in and out with gradients; hidden arrays.
+def _num_up(ff: Dense | MoEConfig) -> int:
+  """Matrices into the hidden layer."""
+  if isinstance(ff, MoEConfig):
+    return work.num_up(ff)
+  return 2 if ff.gated else 1
 
-  Of rows [R,D] four: what went in, what came out or its gradient, and both on their way
-  home.  Of hidden arrays [R,F] what the activation takes, what it gives, and the
-  gradients of all.
+
+def _sparse(local: Local, ff: MoEConfig) -> tuple[float, float]:
+  """(matrices, arrays of rows) of a sparse layer, in bytes.
+
+  Of rows [R,D] three: what went in, the gradient of what came out, and that of what
+  went in.  Of hidden arrays [R,F] what the activation takes, what it gives, and the
+  gradients of what it takes.
   """
   tensor = local.mesh.tensor
   R, own = buffer_rows(local, ff)
-  matrices = work.expert_params(ff)
-  found = _gathered(local, matrices, ff.num_experts / own * tensor)
-  hidden = R * work.expert_width(ff) / tensor * local.itemsize
-  up = work.num_up(ff)
-  return found + 4 * R * ff.d_model * local.itemsize + (2 * up + 1) * hidden
+  matrices = work.expert_params(ff) * own / ff.num_experts / tensor * local.stored
+  hidden = R * work.expert_width(ff) / tensor
+  arrays = 3 * R * ff.d_model + (2 * _num_up(ff) + 1) * hidden
+  shared = (2 * _num_up(ff) + 1) * local.tokens * work.dense_width(ff) / tensor
+  return matrices, (arrays + shared) * local.itemsize
 
 
-def _dense(local: Local, block: BlockConfig) -> float:
+def _dense(local: Local, block: BlockConfig) -> tuple[float, float]:
+  """The same of a dense feed-forward, whose rows are the tokens."""
   model, tensor = local.run.model, local.mesh.tensor
-  width = work.dense_width(block.ff)
-  up = 2 if getattr(block.ff, "gated", True) else 1
-  found = _gathered(local, (up + 1) * width * model.d_model, tensor)
-  return found + (2 * up + 1) * local.tokens * width / tensor * local.itemsize
+  assert isinstance(block.ff, Dense)
+  width = block.ff.d_ff / tensor
+  up = _num_up(block.ff)
+  matrices = (up + 1) * width * model.d_model * local.stored
+  arrays = 3 * model.d_model + (2 * up + 1) * width
+  return matrices, local.tokens * arrays * local.itemsize
 
 
 def _fused(local: Local) -> bool:
@@ -262,25 +271,23 @@ def _scores(local: Local, block: BlockConfig) -> float:
 
 
 def _waiting(local: Local, block: BlockConfig) -> float:
-  """What attention left for its own backward pass: scores in float32."""
-  return 0.0 if _fused(local) else 4 * _scores(local, block)
+  """What attention left for its own backward pass: scores in float32, and operands."""
+  width = block.attention.num_heads * head_dim(block.attention, local.run.model.d_model)
+  operands = 4 * local.tokens * width / local.mesh.tensor * local.itemsize
+  return operands + (0.0 if _fused(local) else 4 * _scores(local, block))
 
 
 def _attention(local: Local, block: BlockConfig) -> float:
-  """Scores in float32, and their gradient in the activations' dtype."""
-  width = block.attention.num_heads * head_dim(block.attention, local.run.model.d_model)
-  arrays = 8 * local.tokens * width / local.mesh.tensor * local.itemsize
-  if _fused(local):
-    return arrays
-  return arrays + (4 + local.itemsize) * _scores(local, block)
+  """Scores and their exponentials in float32, beside what waits."""
+  return _waiting(local, block) + (0.0 if _fused(local) else 4 * _scores(local, block))
 
 
 def _loss(local: Local) -> float:
-  """A chunk's logits, their exponentials and gradient; the matrix and its gradient."""
+  """A chunk's logits in float32 and their gradient; the matrix and its gradient."""
   model = local.run.model
   chunk = min(local.run.loss_chunk or default_chunk(model.vocab_size), local.tokens)
   matrix = model.d_model * model.vocab_size
-  logits = chunk * model.vocab_size * (4 + 4 + local.itemsize)
+  logits = chunk * model.vocab_size * (4 + local.itemsize)
   hidden = 2 * local.tokens * model.d_model * local.itemsize
   return logits + matrix * (local.itemsize + 4) + hidden
 

@@ -151,7 +151,6 @@ def _layer(question: Question) -> exchanges.Layer | None:
   return exchanges.layer_of(
     question.run,
     question.mesh,
-    question.topology,
     extents["expert"].inside,
     factor=question.factor,
     skew=question.skew,

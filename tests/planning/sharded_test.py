@@ -1,4 +1,4 @@
-"""The step that is compiled for a mesh is the job's own; what a CPU's compiler asks for.
+"""The step compiled for a mesh is the job's own; what a CPU's compiler asks for.
 
 One step of one device and one of eight are compiled here, for both questions.
 """
