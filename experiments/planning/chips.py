@@ -23,7 +23,6 @@ class Chip:
   links: int  # of a TPU: two for each dimension of its torus
   network: float  # between hosts of GPUs, for each; TPUs have their torus alone
   wraps_at: int  # chips of a torus dimension from which its ends are connected
-  host: int  # chips of a host
   devices: int  # that jax sees in a chip
   source: str
   kernels: str  # of `jmoe.kernels.devices.DEVICES`: whose layout of rows it has
@@ -42,39 +41,39 @@ CHIPS = {
   chip.name: chip
   for chip in (
     Chip(
-      "v4", "tpu", 275e12, 32 * _GIB, 1.2e12, 50e9, 6, 0, 4, 4, 1,
+      "v4", "tpu", 275e12, 32 * _GIB, 1.2e12, 50e9, 6, 0, 4, 1,
       "Jouppi et al. 2023 (arXiv:2304.01433), table 4", "tpu",
     ),
     Chip(
-      "v5e", "tpu", 197e12, 16 * _GIB, 819e9, 50e9, 4, 0, 16, 8, 1,
+      "v5e", "tpu", 197e12, 16 * _GIB, 819e9, 50e9, 4, 0, 16, 1,
       _CLOUD + "v5e", "tpu",
     ),
     Chip(
-      "v5p", "tpu", 459e12, 95 * _GIB, 2765e9, 100e9, 6, 0, 4, 4, 1,
+      "v5p", "tpu", 459e12, 95 * _GIB, 2765e9, 100e9, 6, 0, 4, 1,
       _CLOUD + "v5p", "tpu",
     ),
     Chip(
-      "v6e", "tpu", 918e12, 32 * _GIB, 1638e9, 100e9, 4, 0, 16, 8, 1,
+      "v6e", "tpu", 918e12, 32 * _GIB, 1638e9, 100e9, 4, 0, 16, 1,
       _CLOUD + "v6e", "tpu",
     ),
     Chip(
-      "tpu7x", "tpu", 2307e12, 192 * _GIB, 7380e9, 100e9, 6, 0, 4, 4, 2,
+      "tpu7x", "tpu", 2307e12, 192 * _GIB, 7380e9, 100e9, 6, 0, 4, 2,
       _CLOUD + "tpu7x", "tpu",
     ),
     Chip(
-      "A100", "gpu", 312e12, 80 * 10**9, 2039e9, 300e9, 1, 25e9, 0, 8, 1,
+      "A100", "gpu", 312e12, 80 * 10**9, 2039e9, 300e9, 1, 25e9, 0, 1,
       "NVIDIA A100 80GB SXM data sheet; 200 Gbit/s network a GPU assumed", "ampere",
     ),
     Chip(
-      "H100", "gpu", 989e12, 80 * 10**9, 3350e9, 450e9, 1, 50e9, 0, 8, 1,
+      "H100", "gpu", 989e12, 80 * 10**9, 3350e9, 450e9, 1, 50e9, 0, 1,
       "NVIDIA H100 SXM data sheet; 400 Gbit/s network a GPU assumed", "hopper",
     ),
     Chip(
-      "H200", "gpu", 989e12, 141 * 10**9, 4800e9, 450e9, 1, 50e9, 0, 8, 1,
+      "H200", "gpu", 989e12, 141 * 10**9, 4800e9, 450e9, 1, 50e9, 0, 1,
       "NVIDIA H200 SXM data sheet; 400 Gbit/s network a GPU assumed", "hopper",
     ),
     Chip(
-      "B200", "gpu", 2250e12, 180 * 10**9, 7700e9, 900e9, 1, 50e9, 0, 8, 1,
+      "B200", "gpu", 2250e12, 180 * 10**9, 7700e9, 900e9, 1, 50e9, 0, 1,
       "NVIDIA HGX B200 data sheet; 400 Gbit/s network a GPU assumed", "ampere",
     ),
   )

@@ -45,6 +45,12 @@ class Layer:
   tensor: int
   factor: float  # slots over mean rows, where there are buckets
   skew: float
+  every_slot: bool = True  # whether empty slots are multiplied too, as on TPUs
+
+  @property
+  def slots(self) -> float:
+    """Rows of buckets that are multiplied, over the mean."""
+    return self.factor if self.every_slot else 1.0
 
   @property
   def k(self) -> float:
@@ -127,7 +133,7 @@ def all_to_all(layer: Layer) -> Outcome | str:
   size = layer.factor * layer.rows_out * (n - 1) / n
   return Outcome(
     layer.both_ways("all_to_all", size),
-    rows=layer.factor, buffer=2 * layer.factor * layer.rows_out, own=n,
+    rows=layer.slots, buffer=2 * layer.factor * layer.rows_out, own=n,
     note=f"buckets of factor {layer.factor:g}",
   )  # fmt: skip
 
@@ -156,7 +162,7 @@ def hierarchical(layer: Layer) -> Outcome | str:
     "all_to_all", size * (outside - 1) / outside, "expert (between)"
   )
   return Outcome(
-    near + far, rows=layer.factor, buffer=3 * size, own=n,
+    near + far, rows=layer.slots, buffer=3 * size, own=n,
     note=f"buckets of factor {layer.factor:g}",
   )  # fmt: skip
 
@@ -184,7 +190,7 @@ def expert_tensor(layer: Layer) -> Outcome | str:
   size = 2 * layer.factor * layer.rows_out * (n - 1) / n
   return Outcome(
     layer.both_ways("all_to_all", size),
-    rows=layer.factor, buffer=4 * layer.factor * layer.rows_out, own=n,
+    rows=layer.slots, buffer=4 * layer.factor * layer.rows_out, own=n,
     note=f"buckets of factor {layer.factor:g}, pairs of devices share experts",
   )  # fmt: skip
 
@@ -201,9 +207,17 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def layer_of(
-  run: Run, mesh: Mesh, inside: int, *, factor: float, skew: float
+  run: Run, mesh: Mesh, inside: int, *, factor: float, skew: float, kind: str
 ) -> Layer | None:
-  """The sparse layer that a run has most of; None of a dense model."""
+  """The sparse layer that a run has most of; None of a dense model.
+
+  Args:
+    run: the run.
+    mesh: its mesh.
+    inside: devices of the expert axis that share a host.
+    factor, skew: of the question.
+    kind: of chip.
+  """
   found = work.sparse_blocks(run.model)
   if not found:
     return None
@@ -220,6 +234,7 @@ def layer_of(
     tensor=mesh.tensor,
     factor=factor,
     skew=skew,
+    every_slot=kind == "tpu",
   )
 
 

@@ -154,6 +154,7 @@ def _layer(question: Question) -> exchanges.Layer | None:
     extents["expert"].inside,
     factor=question.factor,
     skew=question.skew,
+    kind=question.topology.chip.kind,
   )
 
 
