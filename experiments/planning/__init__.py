@@ -9,7 +9,8 @@ sharding     which part of each parameter a device holds
 drops        popularity of experts, and what overflows their slots
 work         FLOPs of a step by kind
 memory       bytes of a device, term by term
-exchanges    strategies of the sparse layers: bytes, collectives, time
+exchanges    what sparse layers send, by strategy
+dense        what all the rest sends
 step         all of it for one run, strategies ranked, the largest batch
 compiled     the real step through a compiler for TPUs, beside the estimate
 sharded      that step over a mesh

@@ -1,4 +1,4 @@
-"""What a step sends between devices: parameters and gradients, then tokens by strategy.
+"""What sparse layers send between devices, by strategy.
 
 Every strategy is a function of a `Layer` that returns its collectives and what it does
 to the work of a device; `STRATEGIES` is the table.  Bytes are those that leave a device
@@ -8,14 +8,13 @@ same way; a block that keeps its input alone sends them out once more.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from experiments.config import Run
-from experiments.planning import drops, sharding, work
+from experiments.planning import drops, work
 from experiments.planning.mesh import Mesh
 from jmoe.config import MoEConfig
 
@@ -236,73 +235,3 @@ def layer_of(
     skew=skew,
     every_slot=kind == "tpu",
   )
-
-
-def of_parameters(run: Run, mesh: Mesh, params) -> list[Exchange]:
-  """What keeps parameters and gradients in step, whatever sparse layers do.
-
-  fsdp gathers each parameter before its use and scatters its gradient; where a
-  parameter is whole, its gradient is summed over the axes that divide tokens.
-
-  Args:
-    run: the run.
-    mesh: its mesh.
-    params: shapes by name, as stored.
-  """
-  sizes = mesh.sizes
-  gathered = summed = 0.0
-  reduced: dict[str, float] = {"data": 0.0, "expert": 0.0, "context": 0.0}
-  count = {"fsdp": 0, "data": 0}
-  for name, x in params.items():
-    spec = sharding.spec(name, x.shape, sizes)
-    own = math.prod(x.shape) * x.dtype.itemsize * sharding.share(spec, sizes)
-    layers = x.shape[0] if name.startswith("segments.") else 1
-    count["data"] += layers
-    if "fsdp" in spec:
-      gathered += own * (mesh.fsdp - 1)
-      count["fsdp"] += layers
-    elif mesh.fsdp > 1:
-      summed += 2 * own * (mesh.fsdp - 1) / mesh.fsdp
-    for axis in reduced:
-      if sizes[axis] > 1 and axis not in spec:
-        reduced[axis] += 2 * own * (sizes[axis] - 1) / sizes[axis]
-  times = 2 if run.model.remat is not False else 1
-  found = []
-  if mesh.fsdp > 1:
-    found += [
-      Exchange(
-        "parameters", "all_gather", "fsdp", times * count["fsdp"], times * gathered
-      ),
-      Exchange("gradients", "reduce_scatter", "fsdp", count["fsdp"], gathered),
-      Exchange("gradients of whole ones", "all_reduce", "fsdp", 1, summed),
-    ]
-  for axis, size in reduced.items():
-    if size:
-      found.append(Exchange("gradients", "all_reduce", axis, count["data"], size))
-  return found
-
-
-def of_activations(run: Run, mesh: Mesh) -> list[Exchange]:
-  """What tensor and context axes send in attention and dense feed-forwards."""
-  model, found = run.model, []
-  itemsize = jnp.dtype(model.dtype).itemsize
-  tokens = run.data.batch * run.data.seq // (mesh.rows * mesh.context)
-  one = tokens * model.d_model * itemsize
-  again = 1 if model.remat is not False else 0
-  if mesh.tensor > 1:
-    # After attention and after the feed-forward, and before both in the backward pass.
-    calls = (4 + 2 * again) * model.num_layers
-    size = 2 * one * (mesh.tensor - 1) / mesh.tensor
-    found.append(Exchange("partial sums", "all_reduce", "tensor", calls, calls * size))
-  if mesh.context > 1:
-    keys = 0.0
-    for block, repeat in work.blocks(model):
-      heads = block.attention.num_kv_heads or block.attention.num_heads
-      width = 2 * heads * work.head_dim(block.attention, model.d_model)
-      keys += repeat * tokens * (mesh.context - 1) * width * itemsize / mesh.tensor
-    calls = (1 + again) * model.num_layers
-    found += [
-      Exchange("keys and values", "all_gather", "context", calls, (1 + again) * keys),
-      Exchange("their gradients", "reduce_scatter", "context", model.num_layers, keys),
-    ]
-  return found

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments.config import Run
 from experiments.planning import (
+  dense,
   drops,
   exchanges,
   memory,
@@ -136,8 +137,8 @@ def plan(question: Question, strategy: str) -> Plan:
       assert not isinstance(found, str), found
       outcome = found
   state = state_of(run)
-  parameters = exchanges.of_parameters(run, mesh, state.params)
-  rows = exchanges.of_activations(run, mesh) + (outcome.exchanges if outcome else [])
+  parameters = dense.of_parameters(run, mesh, state.params)
+  rows = dense.of_activations(run, mesh) + (outcome.exchanges if outcome else [])
   hidden = [e for e in rows if e.what.startswith("experts")]
   rows = [e for e in rows if e not in hidden]
   times = _times(question, outcome, parameters + hidden, rows)

@@ -4,7 +4,7 @@
 import pytest
 
 from experiments.benchmarks.shapes import SHAPES
-from experiments.planning import exchanges, models, rates, topology
+from experiments.planning import dense, exchanges, models, rates, topology
 from experiments.planning.mesh import Mesh
 from jmoe.presets import mixtral
 
@@ -87,7 +87,7 @@ def test_parameters_are_gathered_twice_and_their_gradients_scattered():
   from experiments.planning import step
 
   run = models.load("olmoe:1b-7b", rows=8)
-  found = exchanges.of_parameters(run, Mesh(fsdp=8), step.state_of(run).params)
+  found = dense.of_parameters(run, Mesh(fsdp=8), step.state_of(run).params)
   by = {e.collective: e.size for e in found}
   # 6.9 billion parameters in bfloat16, seven eighths of them elsewhere.
   assert by["all_gather"] == pytest.approx(2 * 6.92e9 * 2 * 7 / 8, rel=0.01)
