@@ -33,6 +33,7 @@ class Compiled(NamedTuple):
   counted: hlo.Counted
   seconds: float  # that compiling took
   peak: float  # alive at one time, arguments included
+  filled: float  # rows of experts with those that fill up tiles, over the rows
 
   @property
   def reserved(self) -> float:
@@ -76,10 +77,11 @@ def measured(question: Question) -> Compiled:
     run, question.mesh, question.topology, _tokens(question), step.LOCAL_OUTCOME
   )
   ff = work.one_sparse(run.model)
-  sizes_E = np.zeros(1, np.int64)
+  sizes_E, filled = np.zeros(1, np.int64), 1.0
   if ff is not None:
     with devices.as_if("tpu"):
       sizes_E = memory.group_sizes(local, ff)
+    filled = float(sizes_E.sum()) / (local.tokens * work.cost.experts_per_token(ff))
   return Compiled(
     used.argument_size_in_bytes,
     used.output_size_in_bytes,
@@ -88,6 +90,7 @@ def measured(question: Question) -> Compiled:
     hlo.count(compiled.as_text(), sizes_E),
     time.monotonic() - began,
     used.peak_memory_in_bytes,
+    filled,
   )
 
 
@@ -151,7 +154,7 @@ def show(question: Question, found: Compiled) -> None:
   """Prints the compiler's figures beside the plan for the same step."""
   plan = step.plan(question, step.LOCAL)
   flops = work.of(question.run)
-  planned = (flops.useful + flops.again) / question.mesh.devices
+  planned = flops.multiplied(found.filled) / question.mesh.devices
   print(f"compiled by jax {jax.__version__} in {found.seconds:.0f} s, beside the plan")
   print(f"  {'':<26}{'compiled':>12}{'planned':>12}{'off by':>9}")
   for name, one, two in (

@@ -1,8 +1,8 @@
 """Which part of each parameter a device holds, by its name and role.
 
 `expert` divides the experts, `tensor` the hidden width of feed-forwards and the heads
-of attention, `fsdp` the largest dim that is left.  What no axis divides is whole on
-every device, as norms are.
+of attention, `fsdp` the largest dim that is left and whose parts are whole tiles.  What
+no axis divides is whole on every device, as norms are.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -37,7 +37,8 @@ def spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Partiti
   free = [n for n in range(first, len(shape)) if axes[n] is None]
   free = [n for n in free if _divides(sizes, "fsdp", shape[n])]
   if free and math.prod(shape[layers:]) >= _LEAST:
-    axes[max(free, key=lambda n: shape[n])] = "fsdp"
+    whole = [n for n in free if shape[n] // sizes["fsdp"] % _tile(n, shape) == 0]
+    axes[max(whole or free, key=lambda n: shape[n])] = "fsdp"
   return PartitionSpec(*axes)
 
 
@@ -62,6 +63,11 @@ def like(name: str, shape: tuple[int, ...], params: Mapping[str, Any]) -> str | 
 
 def _divides(sizes: Mapping[str, int], axis: str, size: int) -> bool:
   return sizes.get(axis, 1) > 1 and size % sizes[axis] == 0
+
+
+def _tile(dim: int, shape: tuple[int, ...]) -> int:
+  """Entries of a TPU's tile; parts of one are gathered as sums of the whole array."""
+  return {1: 128, 2: 8}.get(len(shape) - dim, 1)
 
 
 def _hidden_dim(name: str, ndim: int, first: int) -> int | None:

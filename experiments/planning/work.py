@@ -25,9 +25,16 @@ class Work(NamedTuple):
   attention: float  # scores and values
   again: float  # of all three, made again in the backward pass
 
+  experts_again: float  # the part of `again` that is grouped
+
   @property
   def useful(self) -> float:
     return self.products + self.experts + self.attention
+
+  def multiplied(self, filled: float) -> float:
+    """Of all products, with rows of experts filled up to `filled` of what they are."""
+    grouped = self.experts + self.experts_again
+    return self.useful + self.again + (filled - 1) * grouped
 
 
 def blocks(model: ModelConfig) -> Iterator[tuple[BlockConfig, int]]:
@@ -55,7 +62,7 @@ def of(run: Run) -> Work:
   """
   model, tokens = run.model, run.data.batch * run.data.seq
   head = 2.0 * model.d_model * model.vocab_size
-  scores = experts = again = 0.0
+  scores = experts = hidden = again = 0.0
   rest = cost.flops_per_token(model, seq=run.data.seq) - head
   for block, repeat in blocks(model):
     attention = block.attention
@@ -66,16 +73,20 @@ def of(run: Run) -> Work:
     if isinstance(block.ff, MoEConfig):
       inside = expert_flops(block.ff)
       experts += repeat * inside
+      # The last product is not made again: nothing asks for what it gives.
+      up = num_up(block.ff)
+      hidden += repeat * inside * up / (up + 1)
   dense = rest - scores - experts
-  remat = model.remat
-  if remat is True:
-    again = rest
-  elif remat:
-    kept = {"projected": dense / 2, "attention": scores, "hidden": experts * 2 / 3}
-    again = rest - sum(kept.get(name, 0.0) for name in remat)
+  remat, experts_again = model.remat, hidden if model.remat else 0.0
+  if remat:
+    again = dense + scores + experts_again
+  if isinstance(remat, tuple):
+    kept = {"projected": dense / 2, "attention": scores, "hidden": experts_again}
+    again -= sum(kept.get(name, 0.0) for name in remat)
+    experts_again = 0.0 if "hidden" in remat else experts_again
   return Work(
     3 * tokens * (dense + head), 3 * tokens * experts, 3 * tokens * scores,
-    tokens * max(again, 0.0),
+    tokens * max(again, 0.0), tokens * experts_again,
   )  # fmt: skip
 
 
