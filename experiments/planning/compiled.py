@@ -71,7 +71,15 @@ def measured(question: Question) -> Compiled:
   check(question)
   run, began = question.run, time.monotonic()
   mesh = mesh_of(question.topology, question.mesh.sizes)
-  compiled = lowered(run, mesh).compile()
+  try:
+    compiled = lowered(run, mesh).compile()
+  except jax.errors.JaxRuntimeError as error:
+    plan = step.plan(question, step.LOCAL)
+    raise ValueError(
+      f"--compile: the compiler refuses the step: {str(error).splitlines()[0][:300]} "
+      f"(planned: {plan.memory.peak / _GIB:.1f} GiB); use fewer rows, more devices, or "
+      "leave --compile out."
+    ) from error
   used: Any = compiled.memory_analysis()
   local = memory.Local(
     run, question.mesh, question.topology, _tokens(question), step.LOCAL_OUTCOME
