@@ -214,17 +214,22 @@ def layer_of(
     run: the run.
     mesh: its mesh.
     inside: devices of the expert axis that share a host.
-    factor, skew: of the question.
+    factor: slots over mean rows, of a model without capacity.
+    skew: of the question.
     kind: of chip.
   """
   found = work.sparse_blocks(run.model)
   if not found:
     return None
   config, _ = max(found, key=lambda pair: pair[1])
+  tokens = run.data.batch * run.data.seq // (mesh.rows * mesh.context)
+  if config.capacity is not None:
+    mean = tokens * work.cost.experts_per_token(config) / config.num_experts
+    factor = work.slots(config, tokens, factor) / mean
   return Layer(
     config,
     repeat=sum(n for _, n in found),
-    tokens=run.data.batch * run.data.seq // (mesh.rows * mesh.context),
+    tokens=tokens,
     itemsize=jnp.dtype(run.model.dtype).itemsize,
     stored=jnp.dtype(run.param_dtype).itemsize,
     again=run.model.remat is not False,

@@ -58,16 +58,15 @@ def count(text: str, sizes_E: Any) -> Counted:
 
 
 def _times(bodies: dict[str, str], entry: str) -> dict[str, float]:
-  """How often each computation runs; those called from several places: once a call."""
+  """How often each computation runs, over all the places that call it."""
   times = dict.fromkeys(bodies, 0.0)
-  order, pending = [], [entry]
+  pending = [entry]
   calls: dict[str, list[tuple[str, float]]] = {}
   while pending:
     name = pending.pop()
     if name in calls:
       continue
     calls[name] = _called(bodies[name], bodies)
-    order.append(name)
     pending += [other for other, _ in calls[name]]
   # A computation is defined before it is called: callers come last in the text.
   times[entry] = 1.0
@@ -110,7 +109,8 @@ def _products(body: str) -> float:
       depth = shapes[left][1][labels[1].index("f")]
     else:
       dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
-      depth = math.prod(shapes[left][1][int(n)] for n in dims[1].split(",") if n)  # type: ignore[index]
+      assert dims is not None, rest
+      depth = math.prod(shapes[left][1][int(n)] for n in dims[1].split(",") if n)
     total += 2.0 * math.prod(shapes[name][1]) * depth
   return total
 

@@ -150,13 +150,8 @@ def group_sizes(local: Local, ff: MoEConfig) -> np.ndarray:
 
 def capacity_slots(ff: MoEConfig, tokens: int) -> int:
   """Slots of an expert for the tokens of a device, as the layer counts them."""
-  from jmoe.assign.capacity import of_group
-
   size = ff.group_size if isinstance(ff.group_size, int) else tokens
-  assert ff.capacity is not None
-  k = round(work.cost.experts_per_token(ff))
-  slots = of_group(ff.capacity, size, size, ff.num_experts, k, True)
-  return int(np.max(slots)) * max(1, -(-tokens // size))
+  return work.slots(ff, size, 1.0) * max(1, -(-tokens // size))
 
 
 def kept_by(local: Local, block: BlockConfig) -> float:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 from experiments.config import Run
@@ -19,7 +18,6 @@ from experiments.planning import (
 from experiments.planning.exchanges import Exchange, Outcome
 from experiments.planning.mesh import Mesh
 from experiments.planning.topology import Topology
-from jmoe.config import MoEConfig
 
 # Of a device's memory.  The rest is the runtime's, and what a compiler cannot fill:
 # with 13.1 GiB alive at one time OLMoE's step asked a v5e for 15.2 of its 16.
@@ -75,16 +73,12 @@ class Plan(NamedTuple):
     return self.memory.peak <= USABLE * self.question.topology.hbm
 
 
-@functools.lru_cache(maxsize=8)
-def _state(model: Any, param_dtype: str, optim: Any, run: Run) -> Any:
-  del model, param_dtype, optim
-  return memory.state_of(run)
+_state = functools.lru_cache(maxsize=8)(memory.state_of)
 
 
 def state_of(run: Run) -> Any:
   """Shapes of a run's state, the same for every batch."""
-  one = work.with_batch(run, 1)
-  return _state(run.model, run.param_dtype, run.optim, one)
+  return _state(work.with_batch(run, 1))
 
 
 def ranked(question: Question) -> list[Plan]:
@@ -133,7 +127,8 @@ def plan(question: Question, strategy: str) -> Plan:
   run, mesh, topology = question.run, question.mesh, question.topology
   layer, outcome = _layer(question), None
   if layer is not None:
-    outcome = Outcome([], _waste(layer.config, 1.0), 0.0, 1)
+    buckets = layer.config.capacity is not None
+    outcome = Outcome([], layer.slots if buckets else 1.0, 0.0, 1)
     if strategy != LOCAL:
       found = exchanges.STRATEGIES[strategy](layer)
       assert not isinstance(found, str), found
@@ -143,8 +138,8 @@ def plan(question: Question, strategy: str) -> Plan:
   rows = dense.of_activations(run, mesh) + (outcome.exchanges if outcome else [])
   hidden = [e for e in rows if e.what.startswith("experts")]
   rows = [e for e in rows if e not in hidden]
-  times = _times(question, outcome, parameters + hidden, rows)
   used = memory.of(run, mesh, topology, state, outcome)
+  times = _times(question, outcome, used, parameters + hidden, rows)
   note = outcome.note if outcome else "no sparse layer"
   return Plan(question, strategy, used, parameters + hidden + rows, times, note)
 
@@ -159,13 +154,6 @@ def _layer(question: Question) -> exchanges.Layer | None:
     skew=question.skew,
     kind=question.topology.chip.kind,
   )
-
-
-def _waste(ff: MoEConfig, rows: float) -> float:
-  """Rows that are multiplied over those that are needed, in buckets."""
-  if ff.capacity is None:
-    return rows
-  return max(rows, float(ff.capacity.kwargs.get("factor", 1.0)))
 
 
 def seconds(question: Question, exchange: Exchange) -> float:
@@ -184,6 +172,7 @@ def seconds(question: Question, exchange: Exchange) -> float:
 def _times(
   question: Question,
   outcome: Outcome | None,
+  used: memory.Memory,
   parameters: list[Exchange],
   rows: list[Exchange],
 ) -> Times:
@@ -201,8 +190,6 @@ def _times(
     + flops.experts * pace / share
     + flops.attention / reached.attention
   )
-  state = state_of(run)
-  used = memory.of(run, mesh, topology, state, outcome)
   return Times(
     products=flops.products / device / reached.product,
     experts=flops.experts * pace / device / share,
@@ -232,13 +219,7 @@ def drop_probability(question: Question) -> tuple[float, int, int] | None:
   elif isinstance(ff.group_size, int):
     tokens = ff.group_size
   chance_E = drops.popularity(ff.num_experts, ff.k, question.skew)
-  if ff.capacity is None:
-    slots = math.ceil(ff.k * tokens * question.factor / ff.num_experts * (1 - 1e-15))
-  else:
-    from jmoe.assign.capacity import of_group
-
-    found = of_group(ff.capacity, tokens, tokens, ff.num_experts, ff.k, True)
-    slots = int(found.max())
+  slots = work.slots(ff, tokens, question.factor)
   return drops.dropped(tokens, chance_E, slots), slots, tokens
 
 

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from experiments.config import Run
 from jmoe.analysis import cost
+from jmoe.assign import capacity
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, MoEConfig
 from jmoe.layer import param_shapes
+from jmoe.use import use
 
 
 class Work(NamedTuple):
@@ -88,6 +91,19 @@ def of(run: Run) -> Work:
     3 * tokens * (dense + head), 3 * tokens * experts, 3 * tokens * scores,
     tokens * max(again, 0.0), tokens * experts_again,
   )  # fmt: skip
+
+
+def slots(ff: MoEConfig, tokens: int, factor: float) -> int:
+  """Slots of an expert in a group of tokens, by the layer's own rule if it has one.
+
+  Args:
+    ff: the layer.
+    tokens: of the group.
+    factor: over the mean, of a layer without capacity.
+  """
+  k = round(cost.experts_per_token(ff))
+  rule = ff.capacity or use(capacity.by_factor, factor=factor)
+  return int(np.max(capacity.of_group(rule, tokens, tokens, ff.num_experts, k, True)))
 
 
 def expert_flops(ff: MoEConfig) -> float:
