@@ -173,10 +173,10 @@ def show(question: Question, found: Compiled) -> None:
       (plan.memory.peak - plan.memory.state) / _GIB,
     ),
     ("peak, GiB", found.peak / _GIB, plan.memory.peak / _GIB),
-    ("reserved, GiB", found.reserved / _GIB, plan.memory.peak / _GIB),
     ("TFLOPs", found.counted.flops / 1e12, planned / 1e12),
   ):
     print(f"  {name:<26}{one:12.3f}{two:12.3f}{two / max(one, 1e-9) - 1:9.1%}")
+  print(f"  the program reserves {found.reserved / _GIB:.3f} GiB")
   for kind in sorted({*found.counted.collectives, *_by_kind(plan)}):
     calls, size = found.counted.collectives.get(kind, (0, 0.0))
     expected, planned = _by_kind(plan).get(kind, (0, 0.0))

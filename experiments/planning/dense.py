@@ -25,35 +25,37 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
     params: shapes by name, as stored.
   """
   sizes = mesh.sizes
-  gathered = summed = 0.0
+  gathered = scattered = summed = 0.0
   reduced: dict[str, float] = {"data": 0.0, "expert": 0.0, "context": 0.0}
-  count = {"fsdp": 0, "data": 0}
+  calls, scatters, sums = 0, 0, 0
   for name, x in params.items():
     spec = sharding.spec(name, x.shape, sizes)
     own = math.prod(x.shape) * x.dtype.itemsize * sharding.share(spec, sizes)
-    layers = x.shape[0] if name.startswith("segments.") else 1
-    count["data"] += layers
+    in_block = name.startswith("segments.")
+    layers = x.shape[0] if in_block else 1
+    sums += layers
     if "fsdp" in spec:
-      gathered += own * (mesh.fsdp - 1)
-      count["fsdp"] += layers
+      # Blocks that are made again need their parameters again.
+      times = 2 if in_block and run.model.remat is not False else 1
+      gathered += times * own * (mesh.fsdp - 1)
+      calls += times * layers
+      scattered += own * (mesh.fsdp - 1)
+      scatters += layers
     elif mesh.fsdp > 1:
       summed += 2 * own * (mesh.fsdp - 1) / mesh.fsdp
     for axis in reduced:
       if sizes[axis] > 1 and axis not in spec:
         reduced[axis] += 2 * own * (sizes[axis] - 1) / sizes[axis]
-  times = 2 if run.model.remat is not False else 1
   found = []
   if mesh.fsdp > 1:
     found += [
-      Exchange(
-        "parameters", "all_gather", "fsdp", times * count["fsdp"], times * gathered
-      ),
-      Exchange("gradients", "reduce_scatter", "fsdp", count["fsdp"], gathered),
+      Exchange("parameters", "all_gather", "fsdp", calls, gathered),
+      Exchange("gradients", "reduce_scatter", "fsdp", scatters, scattered),
       Exchange("gradients of whole ones", "all_reduce", "fsdp", 1, summed),
     ]
   for axis, size in reduced.items():
     if size:
-      found.append(Exchange("gradients", "all_reduce", axis, count["data"], size))
+      found.append(Exchange("gradients", "all_reduce", axis, sums, size))
   return found
 
 
