@@ -39,6 +39,10 @@ class Rates:
     return getattr(self, collective)
 
 
+# Arrays [T,D] that a block reads or writes between its products, forward and backward:
+# two norms, rotary positions, two sums.  Counted by hand, not measured.
+PASSES = 48
+
 # GB/s that leave a GPU of 450: all_to_all 267, ragged 135 (512 updates a peer), gather
 # 259, reduce-scatter 229.  A product of 8192^3 runs at 765 TFLOP/s, a copy moves 4.27
 # TB/s.  Attention was never measured by itself.

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from experiments.config import Run
 from experiments.planning import (
   dense,
@@ -44,13 +46,15 @@ class Times(NamedTuple):
   experts: float
   attention: float
   again: float
+  between: float  # norms, positions and sums between products, by HBM's bandwidth
   update: float  # of parameters and moments, by HBM's bandwidth
   parameters: float  # gathers and gradients, which run behind products
   rows: float  # exchanges that products wait for
 
   @property
   def compute(self) -> float:
-    return self.products + self.experts + self.attention + self.again
+    products = self.products + self.experts + self.attention + self.again
+    return products + self.between
 
   @property
   def step(self) -> float:
@@ -190,14 +194,17 @@ def _times(
     + flops.experts * pace / share
     + flops.attention / reached.attention
   )
+  hbm = topology.chip.hbm_bandwidth / topology.chip.devices * reached.memory
+  tokens = run.data.batch * run.data.seq / (mesh.rows * mesh.context)
+  array = tokens * run.model.d_model * jnp.dtype(run.model.dtype).itemsize
   return Times(
     products=flops.products / device / reached.product,
     experts=flops.experts * pace / device / share,
     attention=flops.attention / device / reached.attention,
     again=flops.again / device / mixed,
+    between=run.model.num_layers * rates.PASSES * array / hbm,
     # Read and written once, and gradients read.
-    update=(2 * (used.parameters + used.optimizer) + used.gradients)
-    / (topology.chip.hbm_bandwidth / topology.chip.devices * reached.memory),
+    update=(2 * (used.parameters + used.optimizer) + used.gradients) / hbm,
     parameters=sum(seconds(question, e) for e in parameters),
     rows=sum(seconds(question, e) for e in rows),
   )
