@@ -165,7 +165,9 @@ def kept_by(local: Local, block: BlockConfig) -> float:
 
 def _asked_for(model: ModelConfig, block: BlockConfig, local: Local) -> float:
   """Of two blocks what one does not ask for; more than a compiler keeps in the end."""
-  rows = 2 ** int(math.log2(max(1.0, local.rows)))  # few traces serve a search
+  # Few traces serve a search; from some tokens on what fills up tiles is little.
+  most = max(8.0, 2**15 / local.run.data.seq)
+  rows = 2 ** int(math.log2(min(max(1.0, local.rows), most)))
   one, two = (
     _traced(
       dataclasses.replace(model, segments=(((block,), 1),) * n, vocab_size=8),
@@ -198,8 +200,10 @@ def _traced(model: ModelConfig, shape: tuple[int, int], kind: str) -> float:
   tokens_BS = jax.ShapeDtypeStruct(shape, jnp.int32)
   with devices.as_if(kind):
     asked = jax.eval_shape(backward, params, balance, tokens_BS)
-  leaves = [x for x in jax.tree.leaves(asked) if x.shape[-2:] != (shape[1],) * 2]
-  return _bytes(leaves) - _bytes(params)
+  # Parameters, as they are or in another dtype, are the step's and not kept by blocks.
+  theirs = {x.shape for x in params.values()} | {x.shape[1:] for x in params.values()}
+  kept = [x for x in jax.tree.leaves(asked) if x.shape not in theirs]
+  return _bytes([x for x in kept if x.shape[-2:] != (shape[1],) * 2])
 
 
 def at_work(local: Local, block: BlockConfig) -> float:

@@ -64,3 +64,16 @@ def test_the_largest_batch_fits_and_the_next_does_not():
       asked.run, data=dataclasses.replace(asked.run.data, batch=batch)
     )
     assert step.plan(dataclasses.replace(asked, run=run), step.LOCAL).fits is fits
+
+
+def test_blocks_keep_the_more_the_more_is_named():
+  kept = []
+  for remat in (True, ("attention",), ("attention", "hidden"), False):
+    model = dataclasses.replace(TINY.model, remat=remat)
+    run = dataclasses.replace(TINY, model=model)
+    kept.append(step.plan(question(run, Mesh()), step.LOCAL).memory.kept)
+  one = 8 * 256 * 128 * 4  # [T,D] of a layer in float32
+  assert kept[0] == 4 * one
+  # The output of attention; then two arrays [R,F] of at least 4096 rows.
+  assert kept[1] >= 4 * 2 * one and kept[2] - kept[1] >= 4 * 2 * 2 * one
+  assert kept == sorted(kept)

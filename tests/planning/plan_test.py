@@ -57,8 +57,9 @@ def test_a_plan_names_memory_collectives_drops_time_and_strategies(
 
 def test_a_run_of_ones_own_is_planned_too(capsys):
   code, out = lines(
-    capsys, "--config", "small", "--topology", "gpu:1xH200", "--mesh", "data=1"
-  )
+    capsys, "--config", "small", "--topology", "gpu:1xH200", "--mesh", "data=1",
+    "--set", "model.remat=True",
+  )  # fmt: skip
   assert code == 0 and "model's capacity" in out
 
 
