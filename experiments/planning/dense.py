@@ -24,7 +24,7 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
     mesh: its mesh.
     params: shapes by name, as stored.
   """
-  sizes = mesh.sizes
+  sizes, itemsize = mesh.sizes, jnp.dtype(run.model.dtype).itemsize
   gathered = scattered = summed = 0.0
   reduced: dict[str, float] = {"data": 0.0, "expert": 0.0, "context": 0.0}
   calls, scatters, sums = 0, 0, 0
@@ -37,7 +37,8 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
     if "fsdp" in spec:
       # Blocks that are made again need their parameters again.
       times = 2 if in_block and run.model.remat is not False else 1
-      gathered += times * own * (mesh.fsdp - 1)
+      narrow = min(1.0, itemsize / x.dtype.itemsize)  # they come in the dtype of use
+      gathered += times * own * narrow * (mesh.fsdp - 1)
       calls += times * layers
       scattered += own * (mesh.fsdp - 1)
       scatters += layers

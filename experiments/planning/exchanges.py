@@ -69,8 +69,8 @@ class Layer:
 
   @property
   def matrices(self) -> float:
-    """Bytes of all experts, as stored."""
-    return work.expert_params(self.config) * self.stored / self.tensor
+    """Scalars of all experts."""
+    return work.expert_params(self.config) / self.tensor
 
   def both_ways(self, collective: str, size: float, axis="expert") -> list[Exchange]:
     """Out, home, the gradients of both, and out again."""
@@ -98,13 +98,14 @@ def gather(layer: Layer) -> Outcome | str:
   """Experts come to the tokens: each device gathers the matrices of a whole layer."""
   n = layer.devices
   part = layer.matrices * (n - 1) / n
+  come, go = part * min(layer.stored, layer.itemsize), part * layer.stored
   gathers = 2 if layer.again else 1
   return Outcome(
     [
       Exchange("experts", "all_gather", "expert", gathers * layer.repeat,
-               gathers * layer.repeat * part),
+               gathers * layer.repeat * come),
       Exchange("experts' gradients", "reduce_scatter", "expert", layer.repeat,
-               layer.repeat * part),
+               layer.repeat * go),
     ],
     rows=1.0, buffer=0.0, own=1,
   )  # fmt: skip

@@ -111,8 +111,9 @@ class Local(NamedTuple):
     return jnp.dtype(self.run.model.dtype).itemsize
 
   @property
-  def stored(self) -> int:
-    return jnp.dtype(self.run.param_dtype).itemsize
+  def gathered(self) -> int:
+    """Bytes of a parameter at work: it comes in the narrower of its two dtypes."""
+    return min(self.itemsize, jnp.dtype(self.run.param_dtype).itemsize)
 
   @property
   def rows(self) -> float:
@@ -239,7 +240,7 @@ def _sparse(local: Local, ff: MoEConfig) -> tuple[float, float]:
   """
   tensor = local.mesh.tensor
   R, own = buffer_rows(local, ff)
-  matrices = work.expert_params(ff) * own / ff.num_experts / tensor * local.stored
+  matrices = work.expert_params(ff) * own / ff.num_experts / tensor * local.gathered
   hidden = R * work.expert_width(ff) / tensor
   arrays = 3 * R * ff.d_model + (2 * _num_up(ff) + 1) * hidden
   shared = (2 * _num_up(ff) + 1) * local.tokens * work.dense_width(ff) / tensor
@@ -252,7 +253,7 @@ def _dense(local: Local, block: BlockConfig) -> tuple[float, float]:
   assert isinstance(block.ff, Dense)
   width = block.ff.d_ff / tensor
   up = _num_up(block.ff)
-  matrices = (up + 1) * width * model.d_model * local.stored
+  matrices = (up + 1) * width * model.d_model * local.gathered
   arrays = 3 * model.d_model + (2 * up + 1) * width
   return matrices, local.tokens * arrays * local.itemsize
 

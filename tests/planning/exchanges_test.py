@@ -36,8 +36,8 @@ def sent(strategy, **keywords):
     ("ragged_all_to_all", 3 * 4 * 64 * 2 * 32 * 3 / 4),
     # Each of 4 gathers or scatters takes 64 tokens of three others.
     ("all_gather", 3 * 4 * 64 * 3 * 32),
-    # A gather and a scatter of 8 experts of three 16 x 32 matrices in 4 bytes.
-    ("gather experts", 3 * 2 * 8 * 3 * 16 * 32 * 4 * 3 / 4),
+    # 8 experts of three 16 x 32 matrices come in 2 bytes, gradients go in 4.
+    ("gather experts", 3 * 8 * 3 * 16 * 32 * (2 + 4) * 3 / 4),
   ],
 )
 def test_bytes_are_those_by_hand(strategy, size):
