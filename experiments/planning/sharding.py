@@ -66,7 +66,10 @@ def _divides(sizes: Mapping[str, int], axis: str, size: int) -> bool:
 
 
 def _tile(dim: int, shape: tuple[int, ...]) -> int:
-  """Entries of a TPU's tile; parts of one are gathered as sums of the whole array."""
+  """Entries of a TPU's tile, of which memory is made.
+
+  Mixtral's step, its d_ff in parts of 224, had a GiB more alive than with whole tiles.
+  """
   return {1: 128, 2: 8}.get(len(shape) - dim, 1)
 
 
