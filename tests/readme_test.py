@@ -47,7 +47,13 @@ def test_each_preset_has_a_row_and_each_row_a_preset():
   assert rows == {name for name in modules if not name.startswith("_")}
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/flow.md", "docs/decisions.md"]
+PAGES = [
+  "README.md",
+  "CONTRIBUTING.md",
+  "docs/flow.md",
+  "docs/decisions.md",
+  "docs/planning.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -4,7 +4,7 @@
 from jmoe import balance, dispatch, experts, losses, restrict, routers, score
 from jmoe._spelling import spelt
 from jmoe.assign import renormalise
-from jmoe.config import MoEConfig
+from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, MoEConfig
 from jmoe.use import use
 
 LOSS_WEIGHTS = {"load_balance_sequence": 1e-4}  # alpha
@@ -55,3 +55,23 @@ def layer(
     losses=(use(losses.load_balance, over="sequence"),),
     balance=use(balance.update, rate=rate),
   )
+
+
+def _sized() -> ModelConfig:
+  # Latent attention has 187.1 million parameters a layer; these heads have 187.2.
+  attention = Attention(num_heads=96, num_kv_heads=6, head_dim=128)
+  dense = BlockConfig(attention, Dense(d_ff=18432))
+  sparse = BlockConfig(attention, layer(d_model=7168, d_ff=2048))
+  return ModelConfig(
+    vocab_size=129280,
+    d_model=7168,
+    segments=(((dense,), 3), ((sparse,), 58)),
+    tied=False,
+    dtype="bfloat16",
+  )
+
+
+# Of the size of DeepSeek-V3 (section 4.2: 61 layers, 671 billion parameters, 37
+# active), not DeepSeek-V3: grouped-query attention of as many parameters stands for its
+# latent attention, and multi-token prediction is left out.
+MODELS = {"671b-size": _sized()}

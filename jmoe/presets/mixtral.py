@@ -4,7 +4,7 @@
 from jmoe import dispatch, experts, losses, routers
 from jmoe._spelling import spelt
 from jmoe.assign import renormalise
-from jmoe.config import MoEConfig
+from jmoe.config import Attention, BlockConfig, ModelConfig, MoEConfig
 from jmoe.use import use
 
 # The paper has no training losses.  The released 8x7B configuration's coefficient;
@@ -29,3 +29,25 @@ def layer(*, d_model: int, d_ff: int, num_experts: int = 8, k: int = 2) -> MoECo
     experts=use(experts.glu, d_ff=d_ff),
     losses=(use(losses.load_balance),),
   )
+
+
+def _decoder(
+  num_layers: int, d_model: int, d_ff: int, num_heads: int, vocab_size: int
+) -> ModelConfig:
+  attention = Attention(num_heads, num_kv_heads=8, rope_theta=1e6)
+  block = BlockConfig(attention, layer(d_model=d_model, d_ff=d_ff))
+  return ModelConfig(
+    vocab_size,
+    d_model,
+    segments=(((block,), num_layers),),
+    tied=False,
+    dtype="bfloat16",
+  )
+
+
+# Table 1 and the released configurations: 46.7 billion parameters, 12.9 active; 140.6
+# and 39.1.
+MODELS = {
+  "8x7b": _decoder(32, 4096, 14336, 32, 32000),
+  "8x22b": _decoder(56, 6144, 16384, 48, 32768),
+}

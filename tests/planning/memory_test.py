@@ -1,0 +1,79 @@
+"""Planned memory: state exactly, the rest within a stated part of the compiler's."""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh as Devices
+
+from experiments import configs, program
+from experiments.planning import models, sharded, sharding, step, topology
+from experiments.planning.mesh import Mesh
+from experiments.settings import with_settings
+
+V5E = topology.parse("v5e:16x16")
+TINY = with_settings(configs.load("tiny"), ["data.batch=8", "model.remat=True"])
+
+
+def question(run, mesh, chips=V5E):
+  return step.Question(run, mesh, chips, 1.25, 0.3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_state_of_one_device_is_that_of_the_program(kind, dtype):
+  run = with_settings(TINY, [f"optim.kind={kind}", f"param_dtype={dtype}"])
+  made = program.program(run, byte_lengths=np.ones(1, np.int32), num_domains=1)
+  leaves = jax.tree.leaves(jax.eval_shape(made.init))
+  expected = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+  planned = step.plan(question(run, Mesh()), step.LOCAL).memory
+  assert planned.parameters + planned.optimizer == expected
+
+
+def test_state_of_a_mesh_is_what_its_shardings_leave():
+  sizes = Mesh(fsdp=4, expert=2).sizes
+  devices = Devices(np.array(jax.devices()[:8]).reshape(4, 2), ("fsdp", "expert"))
+  state = step.state_of(TINY)
+  placed = jax.tree.leaves(sharded.placed(state, devices))
+  expected = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed
+  )
+  planned = step.plan(question(TINY, Mesh(fsdp=4, expert=2)), "all_to_all").memory
+  assert planned.parameters + planned.optimizer == expected
+  experts = sharding.spec("segments.0.0.moe.experts.up_EDF", (4, 8, 128, 128), sizes)
+  assert experts[1] == "expert" and "fsdp" in experts[2:]
+
+
+def test_every_published_parameter_has_a_place():
+  for name in models.published():
+    run = models.load(name, rows=1)
+    for param, x in step.state_of(run).params.items():
+      spec = sharding.spec(param, x.shape, Mesh(fsdp=8, expert=4, tensor=2).sizes)
+      for axis, size in zip(spec, x.shape):
+        assert axis is None or size % Mesh(fsdp=8, expert=4, tensor=2).sizes[axis] == 0
+
+
+def test_the_largest_batch_fits_and_the_next_does_not():
+  asked = question(models.load("olmoe:1b-7b", rows=256), Mesh(fsdp=256))
+  rows = step.largest_batch(asked, step.LOCAL)
+  for batch, fits in ((rows, True), (rows + 256, False)):
+    run = dataclasses.replace(
+      asked.run, data=dataclasses.replace(asked.run.data, batch=batch)
+    )
+    assert step.plan(dataclasses.replace(asked, run=run), step.LOCAL).fits is fits
+
+
+def test_blocks_keep_the_more_the_more_is_named():
+  kept = []
+  for remat in (True, ("attention",), ("attention", "hidden"), False):
+    model = dataclasses.replace(TINY.model, remat=remat)
+    run = dataclasses.replace(TINY, model=model)
+    kept.append(step.plan(question(run, Mesh()), step.LOCAL).memory.kept)
+  one = 8 * 256 * 128 * 4  # [T,D] of a layer in float32
+  assert kept[0] == 4 * one
+  # The output of attention; then two arrays [R,F] of at least 4096 rows.
+  assert kept[1] >= 4 * 2 * one and kept[2] - kept[1] >= 4 * 2 * 2 * one
+  assert kept == sorted(kept)
