@@ -123,6 +123,8 @@ DISPATCH = {
   "sort": [use(dispatch.sort), use(dispatch.sort, block=8)],
   "buckets": [use(dispatch.buckets)],
   "einsum": [use(dispatch.einsum)],
+  "all_gather": [use(dispatch.all_gather), use(dispatch.all_gather, block=8)],
+  "all_to_all": [use(dispatch.all_to_all)],
   "mix": [use(dispatch.mix)],
 }
 EXPERTS = {
@@ -163,7 +165,9 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
 ]  # fmt: skip
 
 
-HELPER_MODULES = {"jmoe.dispatch.carry", "jmoe.dispatch.layout"}
+HELPER_MODULES = {
+  f"jmoe.dispatch.{name}" for name in ("carry", "layout", "replicas", "requeue")
+}
 
 
 def rows(table):

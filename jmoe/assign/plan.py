@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from jmoe.assign.capacity import of_group, of_valid
-from jmoe.kernels.devices import search_method
+from jmoe.kernels.varying import search, together
 from jmoe.types import Context, Plan, Routing, group_of, valid_or_all
 from jmoe.use import Use
 
@@ -86,7 +86,7 @@ def _queue(queue_N: Array, num_queues: int, priority_N: Array | None):
     (*keys, index_N), num_keys=len(keys), is_stable=True
   )
   queues = jnp.arange(num_queues + 1, dtype=by_queue.dtype)
-  bound = jnp.searchsorted(by_queue, queues, method=search_method()).astype(jnp.int32)
+  bound = search(by_queue, queues).astype(jnp.int32)
   # The inverse permutation by a second sort: a scatter would be slower on accelerators.
   _, place_N = jax.lax.sort((order, index_N), num_keys=1)
   return order, place_N - bound[queue_N], jnp.diff(bound)
@@ -126,5 +126,5 @@ def _common_length(load_GE: Array, max_rows: int) -> Array:
     fits = jnp.sum(jnp.minimum(load, middle)) <= max_rows
     return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
 
-  zero = jnp.zeros((), jnp.int32)
-  return jax.lax.fori_loop(0, 32, halve, (zero, jnp.max(load)))[0]
+  bounds = together(jnp.zeros((), jnp.int32), jnp.max(load))
+  return jax.lax.fori_loop(0, 32, halve, bounds)[0]

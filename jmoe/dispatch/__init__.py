@@ -6,6 +6,8 @@ interleaved; `home` is linear, so partial sums may be formed on the way.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+from jmoe.dispatch.all_gather import all_gather as all_gather
+from jmoe.dispatch.all_to_all import all_to_all as all_to_all
 from jmoe.dispatch.buckets import buckets as buckets
 from jmoe.dispatch.einsum import einsum as einsum
 from jmoe.dispatch.mix import mix as mix

@@ -8,7 +8,8 @@ ones (capacity buckets) are the same value with other numbers.
 import jax.numpy as jnp
 from jax import Array
 
-from jmoe.kernels.devices import search_method, spare_blocks
+from jmoe.kernels.devices import spare_blocks
+from jmoe.kernels.varying import search
 from jmoe.types import Groups, Layout, Plan, group_of
 
 
@@ -18,6 +19,13 @@ def block_size(rows_per_expert: float, most: int = 64) -> int:
   while block < most and block < rows_per_expert:
     block *= 2
   return block
+
+
+def slots(plan: Plan) -> int:
+  """Slots of an expert in a group, of a plan with a capacity."""
+  capacity = plan.capacity
+  assert capacity is not None
+  return capacity if isinstance(capacity, int) else max(capacity)
 
 
 def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layout:
@@ -43,7 +51,7 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
   start_E = end_E - padded_E
   # row -> expert: by block, since every row of a block has the same expert
   block_at = jnp.arange(0, R, block, dtype=jnp.int32)
-  expert_B = jnp.searchsorted(end_E, block_at, side="right", method=search_method())
+  expert_B = search(end_E, block_at, "right")
   expert_B = jnp.minimum(expert_B, E - 1)
   place_BR = (block_at - start_E[expert_B])[:, None] + jnp.arange(
     block, dtype=jnp.int32
@@ -56,21 +64,20 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
   return _layout(plan, at_BR.reshape(-1), taken_BR.reshape(-1), row_N, groups)
 
 
-def equal(plan: Plan, *, alignment: int = 1) -> Layout:
+def equal(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layout:
   """Capacity buckets: `[E, G, C]` rows, an expert's padded to a block.
 
   Args:
     plan: with a capacity.
-    alignment: rows that a block has at least.
+    block: rows; None chooses by the rows of an expert.
+    alignment: rows that a chosen block has at least.
 
   Returns:
     Layout of `E * ceil(G*C / block) * block` rows.
   """
   G, E = plan.load.shape
-  capacity = plan.capacity
-  assert capacity is not None
-  C = capacity if isinstance(capacity, int) else max(capacity)
-  block = max(block_size(G * C), alignment)
+  C = slots(plan)
+  block = max(block_size(G * C), alignment) if block is None else block
   stride = max(block, -(-G * C // block) * block)
   place = jnp.arange(stride, dtype=jnp.int32)
   g, c = jnp.minimum(place // max(C, 1), G - 1), place % max(C, 1)
