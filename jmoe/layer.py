@@ -220,6 +220,9 @@ def _flow(params, x, context, state, key, arrays, *, config, train, axes, with_p
   if train and config.logit_noise is not None and routing.noisy_logits is None:
     routing = dataclasses.replace(routing, noisy_logits=scored_TE)
   N = routing.expert.shape[0]
+  across = axes.experts if isinstance(axes, Shards) else ()
+  if across:  # of the rows of all devices, of which any may get all
+    N *= jax.lax.psum(1, across)
   max_rows = None if config.max_rows is None else max(1, int(config.max_rows * N))
   plan = assign(
     routing,
@@ -229,6 +232,7 @@ def _flow(params, x, context, state, key, arrays, *, config, train, axes, with_p
     train=train,
     key=keys["assign"],
     max_rows=max_rows,
+    axes=across,
   )
   plan = named(config.renormalise(plan), "routing")
 
@@ -282,7 +286,9 @@ def _carried(config: MoEConfig, x_TD: Array, plan, experts: Experts, home, axes)
     return config.dispatch(x_TD, plan, experts, home)
   # Where devices have parts of the hidden layers, tokens are told apart before they
   # leave and outputs summed when they are home: fewer rows than at the experts.
-  x_TD, home = jax.tree.map(lambda a: over(a, axes.features), (x_TD, home))
+  # What is the same for all tokens, as weights of one, is told apart as well.
+  differs = (*axes, *axes.features)
+  x_TD, plan, home = jax.tree.map(lambda a: over(a, differs), (x_TD, plan, home))
   given = dict(axis=axes.experts, placement=axes.placement) if axes.experts else {}
   y = config.dispatch(x_TD, plan, experts, home, **given)
   return jax.lax.psum(y, axes.features) if axes.features else y

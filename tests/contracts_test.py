@@ -125,6 +125,9 @@ DISPATCH = {
   "einsum": [use(dispatch.einsum)],
   "all_gather": [use(dispatch.all_gather), use(dispatch.all_gather, block=8)],
   "all_to_all": [use(dispatch.all_to_all)],
+  "hierarchical": [use(dispatch.hierarchical)],
+  "ragged_all_to_all": [use(dispatch.ragged_all_to_all)],
+  "deduplicated": [use(dispatch.deduplicated)],
   "mix": [use(dispatch.mix)],
 }
 EXPERTS = {
@@ -166,7 +169,8 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
 
 
 HELPER_MODULES = {
-  f"jmoe.dispatch.{name}" for name in ("carry", "layout", "replicas", "requeue")
+  f"jmoe.dispatch.{name}"
+  for name in ("carry", "exchange", "layout", "replicas", "requeue")
 }
 
 

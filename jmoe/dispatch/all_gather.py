@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jmoe.dispatch import carry
-from jmoe.dispatch.layout import ragged, slots
+from jmoe.dispatch.layout import ragged
+from jmoe.dispatch.ragged_all_to_all import buffer_rows
 from jmoe.dispatch.replicas import physical
 from jmoe.dispatch.requeue import requeue
 from jmoe.kernels.devices import row_alignment
@@ -47,7 +48,7 @@ def all_gather(
   expert_N, E = physical(plan, placement)
   token_N, weights = routing.token, (home.weight, home.input_scale)
   n = lax.psum(1, axis) if axis else 1
-  local, bound = E // n, None
+  local = E // n
   expert_N = jnp.where(plan.kept, expert_N, -1)
   if axis:
     me = lax.axis_index(axis)
@@ -59,8 +60,7 @@ def all_gather(
       token_N = lax.all_gather(token_N + me * T, axis, tiled=True)
     else:  # in token order, as on each device
       token_N = jnp.repeat(jnp.arange(n * T, dtype=jnp.int32), routing.k)
-  if plan.capacity is not None:
-    bound = min(expert_N.shape[0], n * local * plan.load.shape[0] * slots(plan))
+  bound = buffer_rows(plan, n, local)
   mine = requeue(expert_N, token_N, local, n * T, routing.k, bound)
   mean = expert_N.shape[0] / E
   layout = ragged(mine, block, alignment=row_alignment(x_TD.dtype, mean))

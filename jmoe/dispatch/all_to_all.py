@@ -18,7 +18,7 @@ from jmoe.use import marked
 Exchange = Callable[[Array], Array]
 
 
-def _check(config: Any, *, overlap: int = 1) -> None:
+def check(config: Any, *, overlap: int = 1) -> None:
   del config
   if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1:
     raise ValueError(f"overlap={overlap!r} must be a whole number of at least 1.")
@@ -47,7 +47,7 @@ def fits_mesh(
   check_overlap(int(found.max()), config.dispatch.kwargs.get("overlap", 1))
 
 
-@marked(dropless=False, exchanges=True, check=_check, fits_mesh=fits_mesh)
+@marked(dropless=False, exchanges=True, check=check, fits_mesh=fits_mesh)
 def all_to_all(
   x_TD: Array,
   plan: Plan,

@@ -4,6 +4,7 @@ Eight devices, sixteen tokens at least on each; widths that every axis divides.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import numpy as np
 
 import jmoe
 from jmoe import Context, MoEConfig, capacity, dispatch, experts, losses, routers, use
+from jmoe.kernels.grouped_matmul.reference import reference
 from jmoe.layer import apply, param_shapes
 from jmoe.parallel import Rules, mesh
 from tests import _cases
@@ -44,6 +46,11 @@ STRATEGIES: Mapping[str, tuple[Any, dict[str, Any]]] = {
   "all_gather, slots": (use(dispatch.all_gather), LIMITED),
   "all_to_all": (use(dispatch.all_to_all), LIMITED),
   "all_to_all, overlap": (use(dispatch.all_to_all, overlap=2), LIMITED),
+  "hierarchical": (use(dispatch.hierarchical), LIMITED),
+  "ragged_all_to_all": (use(dispatch.ragged_all_to_all), DROPLESS),
+  "ragged_all_to_all, slots": (use(dispatch.ragged_all_to_all), LIMITED),
+  "deduplicated": (use(dispatch.deduplicated), DROPLESS),
+  "deduplicated, slots": (use(dispatch.deduplicated), LIMITED),
   "sort": (use(dispatch.sort), DROPLESS),
   "buckets": (use(dispatch.buckets), LIMITED),
 }
@@ -58,9 +65,11 @@ ROUTERS["expert_choice"] = dict(router=use(routers.expert_choice, capacity_facto
 EXTRAS: Mapping[str, dict[str, Any]] = {
   "plain": dict(),
   "shared, input": dict(scale="input", shared=use(experts.mlp, d_ff=F, bias=True)),
-  "padding": dict(),
+  "padding": dict(experts=use(experts.glu, d_ff=F)),
   "random": dict(priority=use(jmoe.priority.random)),
 }
+# Small programs: the devices' own matmuls are tested by themselves, and in one extra.
+MATMUL = dict(matmul=use(reference))
 KINDS = ("auto", "explicit")
 FACTORS = dict(
   router=tuple(ROUTERS),
@@ -76,10 +85,8 @@ def fits(row: Mapping[str, Any]) -> bool:
   router, strategy, extra = (row.get(n) for n in ("router", "strategy", "extra"))
   own = router == "expert_choice"
   if own and strategy is not None:
-    used, fields = STRATEGIES[strategy]
-    # Its choice is its capacity, which stands in the router.
-    if used.function.dropless or fields is DROPLESS:
-      return False
+    if STRATEGIES[strategy][1] is DROPLESS or strategy.startswith("deduplicated"):
+      return False  # its choice is its capacity, and no fixed number of a token's
   return not (own and extra == "random")
 
 
@@ -99,7 +106,7 @@ def config_of(row: Mapping[str, Any], *, alone: bool = False) -> MoEConfig:
     E,
     **{
       **dict(
-        experts=use(experts.glu, d_ff=F, activation=jnp.tanh, bias=True),
+        experts=use(experts.glu, d_ff=F, activation=jnp.tanh, bias=True, **MATMUL),
         group_size=GROUP,
         losses=tuple(listed),
         dispatch=used,
@@ -116,7 +123,7 @@ def arrays(config: MoEConfig, extra: str) -> tuple[Any, ...]:
   """Parameters, activations, context and state, with nothing left at zero."""
   r = np.random.default_rng(3)
   params = jax.tree.map(
-    lambda leaf: jnp.asarray(r.normal(size=leaf.shape) / 2, jnp.float32),
+    lambda leaf: jnp.asarray(r.normal(size=leaf.shape) / 4, jnp.float32),
     param_shapes(config),
   )
   params["gate"] = {"kernel_DE": jnp.asarray(2 * np.eye(D, E), jnp.float32)}
@@ -137,9 +144,10 @@ def results(config: MoEConfig, extra: str, *, mesh: Any = None) -> dict[str, Any
   def call():
     return found(params, x, context, state, jax.random.key(5))
 
-  if mesh is None:
-    return jax.device_get(call())
-  with jax.set_mesh(mesh):
+  with (
+    _cases.quickly(),
+    contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
+  ):
     return jax.device_get(call())
 
 
