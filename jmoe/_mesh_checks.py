@@ -39,8 +39,7 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
     )
   _experts(config, sizes)
   _matrices(config, sizes)
-  if not fact(config.dispatch, "gspmd"):
-    _tokens(config, x, context, sizes)
+  _tokens(config, x, context, sizes)
   check = fact(config.dispatch, "fits_mesh")
   if check is not None:
     check(config, x.shape, context, train, sizes)
@@ -155,7 +154,7 @@ def _tokens(config: Any, x: Any, context: Any, sizes: Any) -> None:
         f"{near(size, n)}, or other axes."
       )
   n = product(parts[0] + parts[1], sizes)
-  if n > 1:
+  if n > 1 and not fact(config.dispatch, "gspmd"):
     T = math.prod(lead)
     cut = len(lead) > 1 and bool(parts[1])
     _groups(config, T, context, lead[-1] // product(parts[1], sizes) if cut else T // n)

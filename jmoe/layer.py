@@ -145,6 +145,8 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
   given = (params, x, context, state, key, arrays)
   static = dict(config=config, train=train, with_plan=with_plan)
   split = spmd.over_mesh(config)
+  if split is not None and spmd.by_gspmd(config):
+    return spmd.constrained(_flow, split, *given, **static)
   if split is None:
     return _flow(*given, axes=axes, **static)
   return spmd.run(_flow, split, *given, **static)
@@ -283,7 +285,9 @@ def _scaled(config: MoEConfig, plan: Plan) -> Home:
 def _carried(config: MoEConfig, x_TD: Array, plan, experts: Experts, home, axes):
   """There and home, over the devices of a mesh if the experts are on several."""
   if not isinstance(axes, Shards):
-    return config.dispatch(x_TD, plan, experts, home)
+    by_xla = spmd.over_mesh(config) if spmd.by_gspmd(config) else None
+    given = {} if by_xla is None else dict(axis=by_xla.axes("expert"))
+    return config.dispatch(x_TD, plan, experts, home, **given)
   # Where devices have parts of the hidden layers, tokens are told apart before they
   # leave and outputs summed when they are home: fewer rows than at the experts.
   # What is the same for all tokens, as weights of one, is told apart as well.

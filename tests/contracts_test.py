@@ -171,7 +171,7 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
 HELPER_MODULES = {
   f"jmoe.dispatch.{name}"
   for name in ("carry", "exchange", "layout", "replicas", "requeue")
-}
+} | {"jmoe.experts.layout"}
 
 
 def rows(table):

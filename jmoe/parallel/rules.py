@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.use import shown
 
@@ -178,3 +178,17 @@ def bytes_per_device(
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     total //= product(names, sizes)
   return total
+
+
+def shard_params(params: Any, rules: Rules, mesh: Mesh) -> Any:
+  """The parameters of a layer, laid out over a mesh as its table says.
+
+  Args:
+    params: the tree of `moe_init`.
+    rules: the table.
+    mesh: of devices.
+  """
+  specs = param_specs(params, rules, mesh.shape)
+  return jax.tree.map(
+    lambda leaf, at: jax.device_put(leaf, NamedSharding(mesh, at)), params, specs
+  )

@@ -167,6 +167,33 @@ def run(
   return y, info
 
 
+def constrained(
+  flow: Callable[..., Any],
+  split: Over,
+  params: Any,
+  x: Array,
+  *rest: Any,
+  **static: Any,
+) -> tuple[Array, Info]:
+  """The flow on whole arrays, of which XLA is told how they are split (GSPMD).
+
+  Args:
+    flow, split, params, x: as for `run`; the rest and `static` go on to the flow.
+  """
+  at = tables.activation_spec(x.ndim, split.rules, split.sizes)
+  specs = tables.param_specs(params, split.rules, split.sizes)
+
+  def body(params, x, *rest):
+    params = jax.tree.map(jax.lax.with_sharding_constraint, params, specs)
+    x = jax.lax.with_sharding_constraint(x, at)
+    y, info = flow(params, x, *rest, axes=None, **static)
+    return jax.lax.with_sharding_constraint(y, at) if y.shape == x.shape else y, info
+
+  if not meshes.has_explicit(split.mesh):
+    return body(params, x, *rest)
+  return jax.sharding.auto_axes(body, out_sharding=(at, P()))(params, x, *rest)
+
+
 def _is_spec(x: Any) -> bool:
   return isinstance(x, P)
 
