@@ -15,3 +15,4 @@ from jmoe.parallel.rules import EXPERT_TENSOR as EXPERT_TENSOR
 from jmoe.parallel.rules import FSDP as FSDP
 from jmoe.parallel.rules import param_specs as param_specs
 from jmoe.parallel.rules import shard_params as shard_params
+from jmoe.parallel.explaining import explain as explain

@@ -28,8 +28,8 @@ def make(
 ) -> Mesh:
   """A mesh of all devices.
 
-  >>> make("data=1,expert=1", devices=jax.devices()[:1]).shape
-  OrderedDict({'data': 1, 'expert': 1})
+  >>> dict(make("data=1,expert=1", devices=jax.devices()[:1]).shape)
+  {'data': 1, 'expert': 1}
 
   Args:
     sizes: "data=2,expert=4", or a mapping; slowest axis first.  An axis may be left out

@@ -191,7 +191,8 @@ def constrained(
 
   if not meshes.has_explicit(split.mesh):
     return body(params, x, *rest)
-  return jax.sharding.auto_axes(body, out_sharding=(at, P()))(params, x, *rest)
+  automatic: Any = jax.sharding.auto_axes(body, out_sharding=(at, P()))
+  return automatic(params, x, *rest)
 
 
 def _is_spec(x: Any) -> bool:
