@@ -20,6 +20,20 @@ Axes = tuple[str, ...]
 _LETTERS = {"E": "expert", "D": "d_model", "F": "d_ff"}
 # Parts of a layer whose matrices are split; the others are small, and whole everywhere.
 _SPLIT = {"experts": "EDF", "shared": "DF"}
+_IN, _OUT = ("d_model", "heads"), ("heads", "d_model")
+# The other parameters of a model: module, name -> the logical axes of the last
+# dimensions.  What is not listed, norms and gates, is whole everywhere.
+_MODEL: dict[tuple[str, ...], tuple[str, str]] = {
+  ("embed", "embedding"): ("vocab", "d_model"),
+  ("unembed", "kernel"): ("d_model", "vocab"),
+  ("query", "kernel"): _IN,
+  ("key", "kernel"): _IN,
+  ("value", "kernel"): _IN,
+  ("out", "kernel"): _OUT,
+  ("gate", "kernel"): ("d_model", "d_ff"),
+  ("up", "kernel"): ("d_model", "d_ff"),
+  ("down", "kernel"): ("d_ff", "d_model"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +153,11 @@ def split_dims(
 
 
 def param_specs(params: Any, rules: Rules, sizes: Mapping[str, int]) -> Any:
-  """The PartitionSpec of every parameter of a layer.
+  """The PartitionSpec of every parameter of a layer or of a model.
 
   Args:
-    params: the tree of `moe_init`, arrays or shapes; dimensions before those that names
-      tell (stacked layers) are not split.
+    params: the tree of `moe_init`, or of a model that holds such trees, arrays or
+      shapes; dimensions before those that names tell (stacked layers) are not split.
     rules: the table.
     sizes: mesh axis -> size, as `mesh.shape`.
 
@@ -152,9 +166,13 @@ def param_specs(params: Any, rules: Rules, sizes: Mapping[str, int]) -> Any:
   """
 
   def one(path: Any, leaf: Any) -> PartitionSpec:
-    names = [str(getattr(step, "key", step)) for step in path]
+    names = [str(step.key) for step in path if hasattr(step, "key")]
     dims: list[Axes] = [()] * len(leaf.shape)
-    for at, axes in split_dims(names[0], names[-1], rules, sizes).items():
+    part = next((name for name in reversed(names) if name in _SPLIT), "")
+    split = split_dims(part, names[-1], rules, sizes)
+    for i, name in enumerate(logical := _MODEL.get(tuple(names[-2:]), ())):
+      split[i - len(logical)] = rules.axes(name, sizes)
+    for at, axes in split.items():
       dims[at] = axes
     return spec(*dims)
 

@@ -27,11 +27,8 @@ def test_many_tokens_fetch_matrices_and_few_go_to_them():
   few = adaptive.costs(wide(), 512, SIZES, RATES)
   assert many[0].name == "data" and many[0].dispatch == use(dispatch.sort)
   assert few[0].name == "expert_tensor"
-  assert (
-    {c.name for c in many}
-    == {c.name for c in few}
-    == set(("data", "expert", "expert_tensor"))
-  )
+  names = {"data", "expert", "expert_tensor"}
+  assert {c.name for c in many} == {c.name for c in few} == names
   limited = adaptive.choose(wide(capacity_factor=1.0), 512, SIZES, RATES)
   assert limited.dispatch == use(dispatch.all_to_all)
 

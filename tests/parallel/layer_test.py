@@ -14,9 +14,10 @@ from flax import nnx
 
 import jmoe
 from jmoe import Context, MoEConfig, aggregate, combine, dispatch, experts, gates, use
+from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.experts import layout
 from jmoe.layer import apply, init_state, moe_init
-from jmoe.parallel import EXPERT_TENSOR, Rules, mesh
+from jmoe.parallel import EXPERT_TENSOR, Rules, mesh, param_specs, shard_params
 from tests._cases import quickly
 from tests.parallel.cases import MATMUL, RULES
 from tests.tolerance import assert_close
@@ -177,8 +178,6 @@ def test_both_shells_and_no_mesh():
 
 
 def test_parameters_may_rest_where_the_table_says():
-  from jmoe.parallel import shard_params
-
   config = dataclasses.replace(BASE, dispatch=use(dispatch.all_gather))
   params = moe_init(KEY, config)
   made = jax.make_mesh(
@@ -204,3 +203,30 @@ def test_axes_can_be_renamed():
   alone, _ = apply(params, X, dataclasses.replace(config, sharding=None))
   assert_close(jax.device_get(y), jax.device_get(alone))
   assert RULES.axes("expert", {"expert": 1}) == ()
+
+
+def test_a_whole_model_has_specs_by_the_same_table():
+  block = BlockConfig(Attention(num_heads=2), jmoe.simple(8, 4, num_experts=4))
+  dense = BlockConfig(Attention(num_heads=2), Dense(8))
+  config = ModelConfig(16, 8, segments=(((block, dense), 2),), tied=False)
+  model = nnx.eval_shape(lambda: jmoe.models.Decoder(config, rngs=nnx.Rngs(0)))
+  sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
+  specs = param_specs(nnx.state(model, nnx.Param), EXPERT_TENSOR, sizes)
+  found = {
+    jax.tree_util.keystr(path): tuple(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
+    )
+  }
+
+  def of(*names):
+    (one,) = {v for k, v in found.items() if all(f"[{n!r}]" in k for n in names)}
+    return one
+
+  assert of("experts", "down_EFD") == (None, "expert", "tensor", "fsdp")
+  assert of("moe", "kernel_DE") == (None, None, None)
+  assert of("query", "kernel") == (None, "fsdp", "tensor")
+  assert of("out", "kernel") == (None, "tensor", "fsdp")
+  assert of("ff", "down", "kernel") == (None, "tensor", "fsdp")
+  assert of("embed", "embedding") == ("tensor", "fsdp")
+  assert of("unembed", "kernel") == ("fsdp", "tensor")
