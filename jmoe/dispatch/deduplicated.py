@@ -82,8 +82,9 @@ def deduplicated(
 
   # Level two: the experts here.
   R = got_RD.shape[0]
-  ids_RK, *factors = jnp.split(choices, choices.shape[1] // K, axis=1)
-  expert_R = lax.stop_gradient(ids_RK).astype(jnp.int32).reshape(-1) - 1
+  ids_RK = lax.stop_gradient(choices)[:, :K]
+  factors = [choices[:, i : i + K] for i in range(K, choices.shape[1], K)]
+  expert_R = ids_RK.astype(jnp.int32).reshape(-1) - 1
   token_R = jnp.repeat(jnp.arange(R, dtype=jnp.int32), K)
   mine = requeue(expert_R, token_R, local, R, K, buffer_rows(plan, n, local))
   mean = T * n * K / E

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jmoe.kernels.devices import search_method
+from jmoe.kernels.varying import search
 from jmoe.types import Groups, pytree
 
 
@@ -35,7 +35,7 @@ def used_blocks(groups: Groups, num_rows: int, size: int) -> Blocks:
   count_E = -(-groups.rows // size)
   end_E = jnp.cumsum(count_E, dtype=jnp.int32)
   place_B = jnp.arange(B, dtype=jnp.int32)
-  expert_B = jnp.searchsorted(end_E, place_B, side="right", method=search_method())
+  expert_B = search(end_E, place_B, "right")
   expert_B = jnp.minimum(expert_B.astype(jnp.int32), E - 1)
   first_E = groups.start // size - (end_E - count_E)
   block_B = jnp.clip(place_B + first_E[expert_B], 0, B - 1)
