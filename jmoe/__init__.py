@@ -11,12 +11,13 @@ In the order in which a token meets them:
   restrict   which experts a token may use
   routers    which it chooses -> Routing
   assign     queues, priorities, capacity, renormalisation -> Plan
-  dispatch   rows to the experts and home again; einsum, buckets, sort, mix
+  dispatch   rows to the experts and home again, on one device or over a mesh
   experts    rows -> rows; kernels holds their matmuls, and ragged_dot for other layers
   combine    the linear ways home; aggregate what replaces them
   join       how a shared expert joins
   losses     balance losses by name; balance the update without a loss
   layer      moe: all of the above on one screen
+  parallel   the same over a mesh: meshes, tables of what is split, their cost
   nnx, linen the two Flax modules over it
   models, presets, analysis
 """
@@ -36,6 +37,7 @@ from jmoe import initializers as initializers
 from jmoe import join as join
 from jmoe import losses as losses
 from jmoe import noise as noise
+from jmoe import parallel as parallel
 from jmoe import restrict as restrict
 from jmoe import routers as routers
 from jmoe import score as score

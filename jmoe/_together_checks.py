@@ -163,7 +163,7 @@ def _limits(config: Any, name: str, dispatch: str) -> None:
     )
   if config.max_rows is None:
     return
-  if not dropless:
+  if dropless is False or config.capacity is not None:
     raise ValueError(
       f"max_rows={shown(config.max_rows)} bounds a dropless buffer, but "
       f"dispatch={dispatch} has a capacity; use max_rows=None."

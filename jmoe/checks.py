@@ -24,9 +24,11 @@ from jmoe._call_checks import (
   params as params,
   random_key as random_key,
 )
+from jmoe._mesh_checks import over_mesh as over_mesh
 from jmoe._model_checks import model_config as model_config
 from jmoe._together_checks import in_turn as in_turn, together
 from jmoe._value_checks import finite_positive as finite_positive, positive as positive
+from jmoe.parallel.rules import Rules
 from jmoe.use import Use, fact as fact, nearest, shown
 
 _ONE = ("gate", "score", "router", "priority", "renormalise", "dispatch", "experts")
@@ -136,6 +138,11 @@ def layer_config(config: Any) -> None:
     _value_checks.keywords(use)
   if not callable(fact(config.router, "choices")):
     raise TypeError(f"router={config.router!r} is no router; see jmoe.routers.")
+  if config.sharding is not None and not isinstance(config.sharding, Rules):
+    raise TypeError(
+      f"sharding={shown(config.sharding)} is no table; use jmoe.parallel.Rules(...), "
+      "or one of jmoe.parallel.TABLES."
+    )
   if not isinstance(config.rescore, bool):
     raise ValueError(f"rescore={shown(config.rescore)} must be True or False.")
   _dtype(config.param_dtype)

@@ -29,6 +29,7 @@ from jmoe.assign import (
   priority as priorities,
   renormalise as renormalises,
 )
+from jmoe.parallel.rules import Rules
 from jmoe.use import Use, shown, use
 
 
@@ -69,6 +70,9 @@ class MoEConfig:
   losses: tuple[Use, ...] = (use(loss.load_balance), use(loss.router_z))
   balance: Use | None = None  # bias update, e.g. use(balance.update, rate=1e-3)
   param_dtype: Any = "float32"
+  # What is split over which axis of the mesh that `jax.set_mesh` made current; None, or
+  # no mesh: one device, or however XLA splits it.
+  sharding: Rules | None = None
 
   def __post_init__(self):
     for name in ("d_model", "num_experts", "group_size", "max_rows"):

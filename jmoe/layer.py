@@ -19,6 +19,9 @@ from jmoe.combine import weighted_sum
 from jmoe.config import MoEConfig
 from jmoe.contexts import choose_layer, tokens, with_rows
 from jmoe.keeping import named
+from jmoe.kernels.varying import over
+from jmoe.parallel import spmd
+from jmoe.parallel.shards import Shards
 from jmoe.parameters import (
   has_state as has_state,
   init_section as init_section,
@@ -133,12 +136,24 @@ def _call(params, x, config, context, state, key, train, arrays, axes, with_plan
   residual, logits, forced = arrays
   given = (residual, logits, forced, axes, with_plan)
   context = checks.call(params, x, config, context, state, key, train, *given)
+  checks.over_mesh(config, x, context, train, axes)
   static = dict(config=config, train=bool(train), axes=axes, with_plan=bool(with_plan))
   return _moe(dict(params), x, context, state, key, arrays, **static)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "train", "axes", "with_plan"))
 def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_plan):
+  given = (params, x, context, state, key, arrays)
+  static = dict(config=config, train=train, with_plan=with_plan)
+  split = spmd.over_mesh(config)
+  if split is not None and spmd.by_gspmd(config):
+    return spmd.constrained(_flow, split, *given, **static)
+  if split is None:
+    return _flow(*given, axes=axes, **static)
+  return spmd.run(_flow, split, *given, **static)
+
+
+def _flow(params, x, context, state, key, arrays, *, config, train, axes, with_plan):
   residual, previous_logits, forced = arrays
   lead = x.shape[:-1]
   context = tokens(context, lead)
@@ -169,9 +184,9 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
   logits = named(logits, "routing")
   if getattr(config.router.function, "dense", False):
     mixing = config.router(logits, context=context)
-    y_TD = config.dispatch(x_TD, mixing, experts, None)
-    y_TD = _with_shared(config, params, y_TD, x_TD)
-    return y_TD.reshape(x.shape), report_mixing(mixing, state, with_plan)
+    y_TD = _carried(config, x_TD, mixing, experts, None, axes)
+    y_TD = _with_shared(config, params, y_TD, x_TD, axes)
+    return y_TD.reshape(x.shape), report_mixing(mixing, state, axes, with_plan)
 
   # Which experts a token may use, and how much it likes each.
   with jax.named_scope("route"):
@@ -212,6 +227,9 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
 
   # Who finds a slot, and what it weighs.
   N = routing.expert.shape[0]
+  across = axes.experts if isinstance(axes, Shards) else ()
+  if across:  # of the rows of all devices, of which any may get all
+    N *= jax.lax.psum(1, across)
   max_rows = None if config.max_rows is None else max(1, int(config.max_rows * N))
   with jax.named_scope("assign"):
     plan = assign(
@@ -222,16 +240,17 @@ def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_pl
       train=train,
       key=keys["assign"],
       max_rows=max_rows,
+      axes=across,
     )
     plan = named(config.renormalise(plan), "routing")
 
   # There, through the experts, and home.
   home = _scaled(config, plan)
-  y = config.dispatch(x_TD, plan, experts, home)
+  y = _carried(config, x_TD, plan, experts, home, axes)
   if config.aggregate is not None:
     residual_TD = None if residual is None else residual.reshape(x_TD.shape)
     y = config.aggregate(params.get("aggregate", {}), y, plan, x_TD, residual_TD)
-  y = _with_shared(config, params, y, x_TD)
+  y = _with_shared(config, params, y, x_TD, axes)
   info = report(config, plan, _served(context, mask_TE), state, train, axes, with_plan)
   return y.reshape(*lead, *y.shape[1:]), info
 
@@ -269,12 +288,31 @@ def _scaled(config: MoEConfig, plan: Plan) -> Home:
   return Home(kept, input_scale=weighted_sum(plan).weight, sums=home.sums)
 
 
-def _with_shared(config: MoEConfig, params: Params, y: Array, x_TD: Array) -> Array:
+def _carried(config: MoEConfig, x_TD: Array, plan, experts: Experts, home, axes):
+  """There and home, over the devices of a mesh if the experts are on several."""
+  if not isinstance(axes, Shards):
+    by_xla = spmd.over_mesh(config) if spmd.by_gspmd(config) else None
+    given = {} if by_xla is None else dict(axis=by_xla.axes("expert"))
+    return config.dispatch(x_TD, plan, experts, home, **given)
+  # Where devices have parts of the hidden layers, tokens are told apart before they
+  # leave and outputs summed when they are home: fewer rows than at the experts.
+  # What is the same for all tokens, as weights of one, is told apart as well.
+  differs = (*axes, *axes.features)
+  x_TD, plan, home = jax.tree.map(lambda a: over(a, differs), (x_TD, plan, home))
+  given = dict(axis=axes.experts, placement=axes.placement) if axes.experts else {}
+  y = config.dispatch(x_TD, plan, experts, home, **given)
+  return jax.lax.psum(y, axes.features) if axes.features else y
+
+
+def _with_shared(config: MoEConfig, params: Params, y: Array, x_TD: Array, axes):
   """The expert that every token takes: one group of all rows."""
   if config.shared is None:
     return y
   T = x_TD.shape[0]
   one = jnp.zeros(1, jnp.int32)
-  rows = Rows(x_TD, Groups(one, one + T, block=1, capacity=T))
-  shared_TD = config.shared(params["shared"], rows)
+  features = axes.features if isinstance(axes, Shards) else ()
+  groups = Groups(one, one + T, block=1, capacity=T)
+  shared_TD = config.shared(params["shared"], Rows(over(x_TD, features), groups))
+  if features:
+    shared_TD = jax.lax.psum(shared_TD, features)
   return config.join(params.get("join", {}), y, shared_TD, x_TD)

@@ -25,7 +25,7 @@ def report(
   """The `Info` of a plan; sums go over mesh `axes` if there are any."""
 
   def total(x: Array) -> Array:
-    return x if axes is None else jax.lax.psum(x, axes)
+    return jax.lax.psum(x, axes) if axes else x
 
   routing = plan.routing
   load_E = total(jnp.sum(plan.load, axis=0, dtype=jnp.int32))
@@ -50,15 +50,22 @@ def report(
   )
 
 
-def report_mixing(mixing: Mixing, state: State, with_plan: bool) -> Info:
+def report_mixing(
+  mixing: Mixing, state: State, axes: tuple[str, ...] | None, with_plan: bool
+) -> Info:
   """The `Info` of Soft MoE: full slots, no drops, no losses."""
+
+  def total(x: Array) -> Array:
+    return jax.lax.psum(x, axes) if axes else x
+
   G, S, E, C = mixing.combine.shape
   share_TE = jnp.sum(jax.lax.stop_gradient(mixing.combine), axis=3).reshape(G * S, E)
   weight_T = jnp.sum(share_TE, axis=1)  # one for a valid token, else zero
-  entropy = jnp.sum(_entropy(share_TE) * weight_T) / jnp.maximum(jnp.sum(weight_T), 1)
+  num_valid = jnp.maximum(total(jnp.sum(weight_T)), 1)
+  entropy = total(jnp.sum(_entropy(share_TE) * weight_T)) / num_valid
   return Info(
     losses={},
-    load=jnp.full(E, G * C, jnp.int32),
+    load=total(jnp.full(E, G * C, jnp.int32)),
     dropped={},
     entropy=entropy,
     state=state,

@@ -66,7 +66,10 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
       what it may leave a token of those that others allow.
     ignores: `(**keywords) -> names` of optional arguments that it takes and reads not.
     gated: of experts' hidden function: True if it is `activation(first) * second`.
-    dropless: of a dispatch: True, False, or None where the word means nothing.
+    dropless: of a dispatch: True, False, or None where it takes either.
+    exchanges: of a dispatch: True if it carries rows over mesh axes to experts on other
+      devices; then it takes `axis`, those axes, and `placement`.
+    gspmd: of a dispatch: True if XLA splits it over a mesh, outside `shard_map`.
     fits: of a loss: `(config, **keywords) -> str | None`, a remedy if it does not fit.
   """
 
@@ -96,7 +99,7 @@ def _keywords(function: Callable[..., Any]) -> Mapping[str, bool]:
 # What the layer itself passes to every stage: never part of a configuration.
 PASSED = frozenset(
   "mask context key train forced previous_logits axes rows plan x_TD d_model".split()
-  + "num_experts dtype table routing".split()
+  + "num_experts dtype table routing axis placement".split()
 )
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests._cases import (
@@ -68,7 +68,10 @@ def product(*names: str, **fixed: Any) -> Iterator[dict[str, Any]]:
       yield row
 
 
-def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def covering(
+  factors: Mapping[str, Sequence[Any]],
+  fits: Callable[[Mapping[str, Any]], bool] = fits,
+) -> list[dict[str, Any]]:
   """Few rows that hold every pair of values which fits: a greedy pairwise array."""
   order = {name: i for i, name in enumerate(factors)}
 
@@ -80,7 +83,7 @@ def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
   for a, b in itertools.combinations(factors, 2):
     for values in itertools.product(factors[a], factors[b]):
       pair = {a: values[0], b: values[1]}
-      if fits(pair) and _complete(pair, factors) is not None:
+      if fits(pair) and _complete(pair, factors, fits) is not None:
         left[next(iter(pairs(pair)))] = None
   rows = []
   while left:
@@ -98,7 +101,7 @@ def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
       ranked = sorted(range(len(values)), key=lambda i: best[i], reverse=True)
       for i in ranked:
         trial = {**row, name: values[i]}
-        if fits(trial) and _complete(trial, factors) is not None:
+        if fits(trial) and _complete(trial, factors, fits) is not None:
           row = trial
           break
     for pair in pairs(row):
@@ -107,7 +110,7 @@ def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
   return rows
 
 
-def _complete(row: dict[str, Any], factors) -> dict[str, Any] | None:
+def _complete(row: dict[str, Any], factors, fits) -> dict[str, Any] | None:
   """The row with values for the other factors, if there are any that fit."""
   missing = [name for name in factors if name not in row]
   if not missing:
@@ -115,7 +118,7 @@ def _complete(row: dict[str, Any], factors) -> dict[str, Any] | None:
   for value in factors[missing[0]]:
     trial = {**row, missing[0]: value}
     if fits(trial):
-      whole = _complete(trial, factors)
+      whole = _complete(trial, factors, fits)
       if whole is not None:
         return whole
   return None

@@ -123,6 +123,11 @@ DISPATCH = {
   "sort": [use(dispatch.sort), use(dispatch.sort, block=8)],
   "buckets": [use(dispatch.buckets)],
   "einsum": [use(dispatch.einsum)],
+  "all_gather": [use(dispatch.all_gather), use(dispatch.all_gather, block=8)],
+  "all_to_all": [use(dispatch.all_to_all)],
+  "hierarchical": [use(dispatch.hierarchical)],
+  "ragged_all_to_all": [use(dispatch.ragged_all_to_all)],
+  "deduplicated": [use(dispatch.deduplicated)],
   "mix": [use(dispatch.mix)],
 }
 EXPERTS = {
@@ -163,7 +168,10 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
 ]  # fmt: skip
 
 
-HELPER_MODULES = {"jmoe.dispatch.carry", "jmoe.dispatch.layout"}
+HELPER_MODULES = {
+  f"jmoe.dispatch.{name}"
+  for name in ("carry", "exchange", "layout", "replicas", "requeue")
+} | {"jmoe.experts.layout"}
 
 
 def rows(table):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jmoe.kernels.varying import search
 from jmoe.use import Use, marked
 
 Count = Any  # int or integer np.ndarray
@@ -246,5 +247,5 @@ def of_valid(count_G: Array, group_size: int, rule: Callable[[Count], Count]) ->
 def _step(count_G: Array, slots: np.ndarray) -> Array:
   slots = np.where(np.arange(len(slots)) == 0, 0, slots)  # nothing to serve
   first = np.flatnonzero(np.diff(slots, prepend=slots[0] - 1))
-  at = jnp.searchsorted(jnp.asarray(first, jnp.int32), count_G, side="right") - 1
+  at = search(jnp.asarray(first, jnp.int32), count_G, "right") - 1
   return jnp.asarray(slots[first], jnp.int32)[at]

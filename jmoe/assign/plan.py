@@ -5,6 +5,8 @@ algorithm 1, for any number of choices, groups, priorities and capacities.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jax import Array
 
 from jmoe.assign.capacity import of_group, of_valid
 from jmoe.kernels.counting import places
+from jmoe.kernels.varying import together
 from jmoe.types import Context, Plan, Routing, group_of, valid_or_all
 from jmoe.use import Use
 
@@ -25,6 +28,7 @@ def assign(
   train: bool = False,
   key: Array | None = None,
   max_rows: int | None = None,
+  axes: tuple[str, ...] = (),
 ) -> Plan:
   """Queues every assignment at its expert and cuts the queue at capacity.
 
@@ -38,6 +42,8 @@ def assign(
     max_rows: bound of a dropless buffer, in rows.  Every expert's queue is then cut at
       the largest common length for which all fit, so no expert starves because of its
       index.
+    axes: mesh axes over which experts are, equally many on each device; then the bound
+      is of each device's buffer, into which the rows of all of them go.
 
   Returns:
     Plan over `routing.num_groups` groups (one if dropless).
@@ -61,7 +67,7 @@ def assign(
   else:
     static, limit_GE = None, load_GE
   if max_rows is not None:
-    limit_GE = jnp.minimum(limit_GE, _common_length(load_GE, max_rows))
+    limit_GE = jnp.minimum(limit_GE, _longest(load_GE, max_rows, axes))
   rows_GE = jnp.minimum(load_GE, limit_GE)
   rows_of_N = jnp.append(rows_GE.reshape(-1), 0)[queue_N]
   return Plan(
@@ -116,6 +122,17 @@ def _limit(
   return static, jnp.broadcast_to(limit_GE, (G, E))
 
 
+def _longest(load_GE: Array, max_rows: int, axes: tuple[str, ...]) -> Array:
+  """How long an expert's queue may be; i32[], or i32[1,E] by the expert's device."""
+  if not axes:
+    return _common_length(load_GE, max_rows)
+  E, n = load_GE.shape[1], jax.lax.psum(1, axes)
+  load_nnE = jax.lax.all_gather(load_GE[0], axes).reshape(n, n, E // n)
+  of_device = functools.partial(_common_length, max_rows=max_rows)
+  longest_n = jax.vmap(of_device, in_axes=1)(load_nnE)
+  return jnp.repeat(longest_n, E // n)[None]
+
+
 def _common_length(load_GE: Array, max_rows: int) -> Array:
   """The largest c with `sum(min(load, c)) <= max_rows`, by bisection."""
   load = load_GE.reshape(-1)
@@ -126,5 +143,5 @@ def _common_length(load_GE: Array, max_rows: int) -> Array:
     fits = jnp.sum(jnp.minimum(load, middle)) <= max_rows
     return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
 
-  zero = jnp.zeros((), jnp.int32)
-  return jax.lax.fori_loop(0, 32, halve, (zero, jnp.max(load)))[0]
+  bounds = together(jnp.zeros((), jnp.int32), jnp.max(load))
+  return jax.lax.fori_loop(0, 32, halve, bounds)[0]

@@ -6,14 +6,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jmoe.types import Groups, Home, Plan, Rows, group_of, wide
 from jmoe.use import marked
 
 
-@marked(dropless=False)
+@marked(dropless=False, gspmd=True)
 def einsum(
-  x_TD: Array, plan: Plan, experts: Callable[[Rows], Array], home: Home
+  x_TD: Array,
+  plan: Plan,
+  experts: Callable[[Rows], Array],
+  home: Home,
+  *,
+  axis: tuple[str, ...] = (),
 ) -> Array:
   """Dispatch and combine as products with dense masks `[G,S,E,C]`.
 
@@ -25,6 +31,7 @@ def einsum(
     plan: with a capacity.
     experts: rows -> [R,D].
     home: how outputs come home.
+    axis: mesh axes over which XLA is to split the experts, whole arrays being here.
 
   Returns:
     `[T,D]` or `[T,K,D]`; dropped assignments give zero.
@@ -63,13 +70,14 @@ def einsum(
   ones_N = jnp.ones(routing.weight.shape, dtype)
   sent = per_token(ones_N if home.input_scale is None else home.input_scale)
   x_EGCD = product("GSEC,GSD->EGCD", sent, x_GSD).astype(x_TD.dtype)
+  x_EGCD = _split(x_EGCD, axis)
   groups = Groups(
     start=jnp.arange(E, dtype=jnp.int32) * (G * C),
     rows=jnp.full(E, G * C, jnp.int32),
     capacity=G * C,
   )
   y_RD = experts(Rows(x_EGCD.reshape(E * G * C, D), groups))
-  y_EGCD = y_RD.reshape(E, G, C, y_RD.shape[1]).astype(dtype)
+  y_EGCD = _split(y_RD.reshape(E, G, C, y_RD.shape[1]).astype(dtype), axis)
   if home.sums:
     y_GSD = product("GSEC,EGCD->GSD", per_token(home.weight), y_EGCD)
     return y_GSD.reshape(G * S, -1)[:T].astype(x_TD.dtype)
@@ -77,3 +85,13 @@ def einsum(
   at_NEGC = jnp.einsum("NE,NG,NC->NEGC", expert_NE, group_NG, slot_NC)
   y_ND = product("NEGC,EGCD->ND", at_NEGC, y_EGCD) * home.weight[:, None]
   return y_ND.reshape(T, routing.k or 1, -1).astype(x_TD.dtype)
+
+
+def _split(x_EGCD: Array, axis: tuple[str, ...]) -> Array:
+  """The same, experts apart on these axes; XLA sees to the other dimensions."""
+  if not axis:
+    return x_EGCD
+  free = PartitionSpec.UNCONSTRAINED
+  return jax.lax.with_sharding_constraint(
+    x_EGCD, PartitionSpec(axis, *[free] * (x_EGCD.ndim - 1))
+  )

@@ -22,6 +22,13 @@ def block_size(rows_per_expert: float, most: int = 64) -> int:
   return block
 
 
+def slots(plan: Plan) -> int:
+  """Slots of an expert in a group, of a plan with a capacity."""
+  capacity = plan.capacity
+  assert capacity is not None
+  return capacity if isinstance(capacity, int) else max(capacity)
+
+
 @jax.named_scope("layout")
 def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layout:
   """Rows packed by expert, each expert's from a multiple of `block` on.
@@ -60,21 +67,20 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
 
 
 @jax.named_scope("layout")
-def equal(plan: Plan, *, alignment: int = 1) -> Layout:
+def equal(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layout:
   """Capacity buckets: `[E, G, C]` rows, an expert's padded to a block.
 
   Args:
     plan: with a capacity.
-    alignment: rows that a block has at least.
+    block: rows; None chooses by the rows of an expert.
+    alignment: rows that a chosen block has at least.
 
   Returns:
     Layout of `E * ceil(G*C / block) * block` rows.
   """
   G, E = plan.load.shape
-  capacity = plan.capacity
-  assert capacity is not None
-  C = capacity if isinstance(capacity, int) else max(capacity)
-  block = max(block_size(G * C), alignment)
+  C = slots(plan)
+  block = max(block_size(G * C), alignment) if block is None else block
   stride = max(block, -(-G * C // block) * block)
   place = jnp.arange(stride, dtype=jnp.int32)
   g, c = jnp.minimum(place // max(C, 1), G - 1), place % max(C, 1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe.kernels.devices import current_device
+from jmoe.kernels.varying import together
 
 _MOST = 1 << 22  # comparisons of one launch
 
@@ -36,6 +37,7 @@ def places(sorted_N: Array, values_Q: Array, *, side: str = "left") -> Array:
     values_Q: i32[Q], below the largest i32.
     side: "left", or "right" to count equal ones too.
   """
+  sorted_N, values_Q = together(sorted_N, values_Q)  # what a search is asked for
   N, Q = sorted_N.shape[0], values_Q.shape[0]
   if current_device() == "cpu":
     return jnp.searchsorted(sorted_N, values_Q, side=side).astype(jnp.int32)

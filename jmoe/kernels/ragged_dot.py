@@ -16,12 +16,11 @@ from jmoe.kernels import permute_rows
 from jmoe.kernels.devices import (
   current_device,
   row_alignment,
-  search_method,
   spare_blocks,
 )
 from jmoe.kernels.grouped_matmul import grouped_matmul
 from jmoe.kernels.grouped_matmul.api import choose
-from jmoe.kernels.varying import axes_of, together
+from jmoe.kernels.varying import axes_of, search, together
 from jmoe.types import Groups, wide
 from jmoe.use import shown
 
@@ -75,17 +74,12 @@ def ragged_dot(
   padded_G = -(-sizes_G // block) * block
   start_G = jnp.cumsum(padded_G, dtype=jnp.int32) - padded_G
   moved_G = start_G - (end_G - sizes_G)  # how far each group moves
-  # Searching wants rows that vary over a mesh as the sizes do, before jax 0.10.
-  row_M, row_R, end_G = together(
-    jnp.arange(M, dtype=jnp.int32), jnp.arange(R, dtype=jnp.int32), end_G
-  )
-  group_M = jnp.searchsorted(end_G, row_M, side="right", method=search_method())
+  row_M, row_R = jnp.arange(M, dtype=jnp.int32), jnp.arange(R, dtype=jnp.int32)
+  group_M = search(end_G, row_M, "right")
   there_M = jnp.where(
     row_M < end_G[-1], row_M + moved_G[jnp.minimum(group_M, G - 1)], R
   )
-  group_R = jnp.searchsorted(
-    start_G + padded_G, row_R, side="right", method=search_method()
-  )
+  group_R = search(start_G + padded_G, row_R, "right")
   group_R = jnp.minimum(group_R.astype(jnp.int32), G - 1)
   place_R = row_R - start_G[group_R]
   taken_R = (place_R >= 0) & (place_R < sizes_G[group_R])

@@ -12,11 +12,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe.kernels.devices import search_method
+
 
 def together(*trees: Any) -> tuple[Any, ...]:
   """The same, each array differing over every mesh axis over which any of them does."""
   axes = axes_of(trees)
   return jax.tree.map(lambda x: _cast(x, axes), trees) if axes else trees
+
+
+def over(x: Array, axes: tuple[str, ...]) -> Array:
+  """The same array, differing over some mesh axes too; its gradient is their sum."""
+  return _cast(x, frozenset(axes))
+
+
+def search(sorted_N: Array, queries: Array, side: str = "left") -> Array:
+  """`jnp.searchsorted` as the device does it best.
+
+  Searching wants queries that vary over a mesh as the sorted array does, before jax
+  0.10.
+  """
+  sorted_N, queries = together(sorted_N, queries)
+  return jnp.searchsorted(sorted_N, queries, side=side, method=search_method())
 
 
 def differs(*trees: Any) -> bool:

@@ -5,10 +5,12 @@ A scope is a set of tokens whose statistics are pooled before the loss is taken.
 # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jmoe.parallel.shards import Shards
 from jmoe.types import Context, Plan, Routing, num_groups, wide
 from jmoe.use import nearest
 
@@ -37,10 +39,31 @@ def token_choice(plan: Plan, name: str) -> Routing:
   return routing
 
 
-def sums(
-  over: str, routing: Routing, context: Context, axes: Axes
-) -> Callable[[Array], Array]:
-  """A function that sums `f[T,...]` over the tokens of each scope, to `f[Z,...]`.
+class Pool(NamedTuple):
+  """Sums over the tokens of each scope, and the mean over scopes."""
+
+  local: Callable[[Array], Array]  # f[T,...] -> f[Z,...] on this shard
+  within: tuple[str, ...]  # mesh axes that split a scope
+  between: tuple[str, ...]  # mesh axes whose shards hold other scopes
+
+  def __call__(self, x: Array) -> Array:
+    """`f[T,...]` summed to `f[Z,...]`."""
+    return _psum(self.local(x), self.within)
+
+  def mean(self, value_Z: Array, tokens_Z: Array) -> Array:
+    """f32[] mean over the scopes that hold a token; 0 if none does."""
+    some_Z = tokens_Z > 0
+    count = _psum(some_Z.sum(dtype=value_Z.dtype), self.between)
+    total = _psum(jnp.where(some_Z, value_Z, 0).sum(), self.between)
+    return total / jnp.maximum(count, 1)
+
+
+def _psum(x: Array, axes: tuple[str, ...]) -> Array:
+  return lax.psum(x, axes) if axes else x
+
+
+def sums(over: str, routing: Routing, context: Context, axes: Axes) -> Pool:
+  """What sums `f[T,...]` over the tokens of each scope, to `f[Z,...]`.
 
   Args:
     over: "sequence": rows of the context; "group": routing groups; "batch": all tokens
@@ -48,18 +71,27 @@ def sums(
     routing: says how many tokens there are, and how long a group is.
     context: `row` and `num_rows` for "sequence"; without `row`, rows are consecutive
       and of equal length.
-    axes: mesh axes that "mesh" sums over; without any it equals "batch".
+    axes: mesh axes that "mesh" sums over; without any it equals "batch".  If they are a
+      layer's own (`Shards`), the batch is that of the whole call, and so are the other
+      scopes: each is pooled over the shards that hold a part of it.
 
   Raises:
     ValueError: an unknown scope, or a context that does not say what a sequence is.
   """
   check_scope(over)
-  if over == "batch" or (over == "mesh" and not axes):
-    return lambda x: x.sum(0, keepdims=True)
-  if over == "mesh":
-    return lambda x: lax.psum(x.sum(0, keepdims=True), axes)
+  given = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+  own = isinstance(axes, Shards)
+
+  def whole(x: Array) -> Array:
+    return x.sum(0, keepdims=True)
+
+  if over == "batch" or over == "mesh":
+    return Pool(whole, given if over == "mesh" or own else (), ())
+  others = given if own else ()
   if over == "group":
-    return lambda x: _by_group(x, routing.group_size)
+    if routing.group_size is None:
+      return Pool(whole, others, ())
+    return Pool(lambda x: _by_group(x, routing.group_size), (), others)
   num_rows, row_T = context.num_rows, context.row
   if num_rows is None:
     raise ValueError(
@@ -67,13 +99,18 @@ def sums(
       "are; pass Context(num_rows=...), with row= if they differ in length."
     )
   if row_T is not None:
-    return lambda x: _by_row(x, row_T, num_rows)
+    return Pool(lambda x: _by_row(x, row_T, num_rows), others, ())
   if routing.num_tokens % num_rows:
     raise ValueError(
       f"losses: over='sequence' with {routing.num_tokens} tokens in num_rows={num_rows}"
       " rows of unequal length; pass Context(row=...) too."
     )
-  return lambda x: x.reshape(num_rows, -1, *x.shape[1:]).sum(1)
+  split = axes.rows if isinstance(axes, Shards) else ()
+  return Pool(
+    lambda x: x.reshape(num_rows, -1, *x.shape[1:]).sum(1),
+    split,
+    tuple(a for a in others if a not in split),
+  )
 
 
 def _by_group(x: Array, group_size: int | None) -> Array:
@@ -90,13 +127,6 @@ def _by_row(x: Array, row_T: Array, num_rows: int) -> Array:
   row_Z = jnp.arange(num_rows, dtype=row_T.dtype)
   member_ZT = row_T == row_Z[:, None]
   return jnp.tensordot(member_ZT.astype(x.dtype), x, 1, precision=lax.Precision.HIGHEST)
-
-
-def mean_over_scopes(value_Z: Array, tokens_Z: Array) -> Array:
-  """f32[] mean over the scopes that hold a token; 0 if none does."""
-  some_Z = tokens_Z > 0
-  count = some_Z.sum(dtype=value_Z.dtype)
-  return jnp.where(some_Z, value_Z, 0).sum() / jnp.maximum(count, 1)
 
 
 def masked(x_TE: Array, keep_T: Array) -> Array:

@@ -53,7 +53,7 @@ def entropy_local(
   p_TE, counts_T, sums = _scores(plan, context, modality, over, axes)
   tokens_Z = sums(counts_T.astype(p_TE.dtype))
   total_Z = sums(_scope.entropy(p_TE))
-  return _scope.mean_over_scopes(total_Z / jnp.maximum(tokens_Z, 1), tokens_Z)
+  return sums.mean(total_Z / jnp.maximum(tokens_Z, 1), tokens_Z)
 
 
 @marked(check=_check, any_router=True)
@@ -91,7 +91,7 @@ def entropy_global(
   loss_Z = -_scope.entropy(mean_ZE)
   if threshold is not None:
     loss_Z = jnp.maximum(0, threshold + loss_Z)
-  return _scope.mean_over_scopes(loss_Z, tokens_Z)
+  return sums.mean(loss_Z, tokens_Z)
 
 
 def _scores(plan, context, modality, over, axes):

@@ -39,4 +39,4 @@ def importance(
   clean_TE = _scope.masked(clean_TE, valid_T)
   sums = _scope.sums(over, routing, context, axes)
   variation_Z = _scope.squared_variation(sums(clean_TE))
-  return _scope.mean_over_scopes(variation_Z, sums(valid_T.astype(clean_TE.dtype)))
+  return sums.mean(variation_Z, sums(valid_T.astype(clean_TE.dtype)))

@@ -119,4 +119,4 @@ def load(
   chance_TE = _scope.masked(chance_TE, valid_T)
   sums = _scope.sums(over, routing, context, axes)
   variation_Z = _scope.squared_variation(sums(chance_TE))
-  return _scope.mean_over_scopes(variation_Z, sums(valid_T.astype(chance_TE.dtype)))
+  return sums.mean(variation_Z, sums(valid_T.astype(chance_TE.dtype)))

@@ -72,4 +72,4 @@ def load_balance(
   f_ZE = count_ZE / jnp.maximum(count_ZE.sum(-1, keepdims=True), 1)
   p_ZE = total_ZE / jnp.maximum(tokens_Z[:, None], 1)
   loss_Z = routing.num_experts * (f_ZE * p_ZE).sum(-1)
-  return _scope.mean_over_scopes(loss_Z, tokens_Z)
+  return sums.mean(loss_Z, tokens_Z)

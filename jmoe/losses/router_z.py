@@ -38,4 +38,4 @@ def router_z(
   sums = _scope.sums(over, routing, context, axes)
   tokens_Z = sums(valid_T.astype(z_T.dtype))
   total_Z = sums(jnp.where(valid_T, jnp.square(z_T), 0))
-  return _scope.mean_over_scopes(total_Z / jnp.maximum(tokens_Z, 1), tokens_Z)
+  return sums.mean(total_Z / jnp.maximum(tokens_Z, 1), tokens_Z)

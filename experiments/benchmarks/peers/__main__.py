@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     tracing.prepare()
   # Several processes share the device: none may take all of its memory at once.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
   if arguments.list:
     return _list(arguments)
   return _measured(arguments)

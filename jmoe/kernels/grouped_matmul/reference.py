@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe.kernels.varying import search
 from jmoe.types import Groups
 
 
@@ -12,7 +13,7 @@ def expert_of_rows(groups: Groups, num_rows: int) -> Array:
   """i32[R] the expert whose rows these are; -1 for padding and the unused tail."""
   row_R = jnp.arange(num_rows, dtype=jnp.int32)
   # Of experts that start at the same row only the last one can have rows.
-  e_R = jnp.searchsorted(groups.start, row_R, side="right").astype(jnp.int32) - 1
+  e_R = search(groups.start, row_R, "right").astype(jnp.int32) - 1
   own_R = row_R - groups.start[e_R] < groups.rows[e_R]
   return jnp.where(own_R, e_R, -1)
 

@@ -1,0 +1,133 @@
+"""Capacity buckets to the devices of their experts and home again."""
+# SPDX-License-Identifier: Apache-2.0
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jmoe.assign.capacity import of_group
+from jmoe.dispatch import carry
+from jmoe.dispatch.layout import block_size, equal, slots
+from jmoe.dispatch.replicas import spread_plan
+from jmoe.kernels.devices import row_alignment
+from jmoe.types import Groups, Home, Plan, Rows
+from jmoe.use import marked
+
+Exchange = Callable[[Array], Array]
+
+
+def check(config: Any, *, overlap: int = 1) -> None:
+  del config
+  if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1:
+    raise ValueError(f"overlap={overlap!r} must be a whole number of at least 1.")
+
+
+def check_overlap(capacity: int, overlap: int) -> None:
+  """Raises unless slots can be cut into equal chunks."""
+  if capacity % overlap:
+    fits = [str(d) for d in range(1, capacity + 1) if capacity % d == 0]
+    raise ValueError(
+      f"overlap={overlap} does not divide the capacity of {capacity} slots; use "
+      f"overlap={' or '.join(fits[:4])}, or capacity=use(capacity.by_factor, ..., "
+      f"multiple_of={overlap})."
+    )
+
+
+def fits_mesh(
+  config: Any, shape: tuple[int, ...], context: Any, train: bool, sizes: Mapping
+) -> None:
+  """Raises, before anything is traced, if slots cannot be cut into `overlap` chunks."""
+  del shape, sizes
+  if config.capacity is None or context.group_size is None:
+    return
+  size, E = context.group_size, config.num_experts
+  found = of_group(config.capacity, size, size, E, config.k or 1, train)
+  check_overlap(int(found.max()), config.dispatch.kwargs.get("overlap", 1))
+
+
+@marked(dropless=False, exchanges=True, check=check, fits_mesh=fits_mesh)
+def all_to_all(
+  x_TD: Array,
+  plan: Plan,
+  experts: Callable[[Rows], Array],
+  home: Home,
+  *,
+  axis: tuple[str, ...] = (),
+  placement: tuple[int, ...] | None = None,
+  overlap: int = 1,
+) -> Array:
+  """Every device sends every expert as many rows: its slots.
+
+  GShard (arXiv 2006.16468), section 3.2; `overlap` is Tutel's (arXiv 2206.03382): the
+  slots are cut into chunks, so that one chunk travels while another is computed.
+
+  Args:
+    x_TD: this device's tokens.
+    plan: of these, with a capacity.
+    experts: this device's, rows -> [R,D].
+    home: how outputs come home.
+    axis: mesh axes over which the experts are; none: all are here, as for `buckets`.
+    placement: the expert of each slot of these axes, if some are there twice.
+    overlap: chunks; a divisor of the capacity.
+
+  Returns:
+    `[T,D]` or `[T,K,D]`; dropped assignments give zero.
+
+  Raises:
+    ValueError: a capacity that `overlap` does not divide.
+  """
+
+  def there(x_ESD: Array) -> Array:
+    return lax.all_to_all(x_ESD, axis, 0, 1, tiled=True) if axis else x_ESD
+
+  def back(y_eSD: Array) -> Array:
+    return lax.all_to_all(y_eSD, axis, 1, 0, tiled=True) if axis else y_eSD
+
+  return exchanged(x_TD, plan, experts, home, there, back, placement, overlap)
+
+
+def exchanged(
+  x_TD: Array,
+  plan: Plan,
+  experts: Callable[[Rows], Array],
+  home: Home,
+  there: Exchange,
+  back: Exchange,
+  placement: tuple[int, ...] | None,
+  overlap: int,
+) -> Array:
+  """Buckets through an exchange: what strategies with a capacity share.
+
+  Args:
+    there: `[E,S,D]` slots of all experts -> `[E/n, n*S, D]` those of mine, from all.
+    back: the reverse.
+    Others: as for `all_to_all`.
+  """
+  check_overlap(slots(plan), overlap)
+  plan = spread_plan(plan, placement)
+  layout = equal(plan, 1)  # nothing but slots travels
+  scale = None
+  if home.input_scale is not None:
+    scale = carry.spread(home.input_scale, layout)
+  x_RD = Rows(x_TD, layout.groups, layout, scale).gathered()
+  x_ESD = x_RD.reshape(plan.load.shape[1], -1, x_RD.shape[1])
+  parts = [
+    back(_served(there(chunk), experts)) for chunk in jnp.split(x_ESD, overlap, axis=1)
+  ]
+  y_ESD = jnp.concatenate(parts, axis=1) if overlap > 1 else parts[0]
+  y_RD = y_ESD.reshape(-1, y_ESD.shape[-1])
+  return carry.home(y_RD, Home(home.weight, sums=home.sums), layout)
+
+
+def _served(x_eSD: Array, experts: Callable[[Rows], Array]) -> Array:
+  """Equal groups through the experts; slots that nobody took are rows of zeros."""
+  E, S, D = x_eSD.shape
+  block = max(block_size(S), row_alignment(x_eSD.dtype))
+  stride = -(-S // block) * block
+  x_eSD = jnp.pad(x_eSD, ((0, 0), (0, stride - S), (0, 0)))
+  start_E = jnp.arange(E, dtype=jnp.int32) * stride
+  groups = Groups(start_E, jnp.full_like(start_E, S), block, capacity=stride)
+  y_RD = experts(Rows(x_eSD.reshape(E * stride, D), groups))
+  return y_RD.reshape(E, stride, -1)[:, :S]

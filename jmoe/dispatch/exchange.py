@@ -1,0 +1,77 @@
+"""Rows to other devices, as many to each as there are: a ragged all-to-all.
+
+XLA on CPUs has no such operation; there an all-to-all with room for every row stands in
+and gives the same arrays.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jmoe.kernels.devices import current_device
+from jmoe.kernels.permute_rows.reference import take
+from jmoe.kernels.varying import search, together, zeros
+
+Axis = tuple[str, ...]
+
+
+def exchange(rows_ND: Array, count_nn: Array, num_rows: int, axis: Axis) -> Array:
+  """What all devices send this one, in their order, then zeros.
+
+  The gradient goes the same way back.
+
+  Args:
+    rows_ND: what this device sends, in the order of the receivers.
+    count_nn: i32[n,n] rows from each device to each; the same on all.
+    num_rows: of the result; no device may be sent more.
+    axis: mesh axes over which the n devices are.
+
+  Returns:
+    `[num_rows, D]`.
+  """
+  rows_ND, count_nn = together(rows_ND, count_nn)
+  return _exchange(rows_ND, count_nn, num_rows, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _exchange(rows_ND: Array, count_nn: Array, num_rows: int, axis: Axis) -> Array:
+  me = lax.axis_index(axis)
+  sent_n, received_n = count_nn[me], count_nn[:, me]
+  from_n = jnp.cumsum(sent_n, dtype=jnp.int32) - sent_n
+  if current_device() == "cpu":
+    return _standing_in(rows_ND, sent_n, from_n, received_n, num_rows, axis)
+  earlier_nn = jnp.cumsum(count_nn, axis=0, dtype=jnp.int32) - count_nn
+  room = zeros((num_rows, rows_ND.shape[1]), rows_ND.dtype, rows_ND)
+  arrays = (from_n, sent_n, earlier_nn[me], received_n)
+  rows_ND, room, *arrays = together(rows_ND, room, *arrays)
+  return lax.ragged_all_to_all(rows_ND, room, *arrays, axis_name=axis)
+
+
+def _standing_in(rows_ND, sent_n, from_n, received_n, num_rows, axis) -> Array:
+  N, D = rows_ND.shape
+  n = sent_n.shape[0]
+  place_N = jnp.arange(N, dtype=jnp.int32)
+  index_nN = jnp.where(place_N < sent_n[:, None], from_n[:, None] + place_N, N)
+  room_nND = lax.all_to_all(take(rows_ND, index_nN), axis, 0, 0, tiled=True)
+  end_n = jnp.cumsum(received_n, dtype=jnp.int32)
+  row_R = jnp.arange(num_rows, dtype=jnp.int32)
+  source_R = jnp.minimum(search(end_n, row_R, "right").astype(jnp.int32), n - 1)
+  place_R = row_R - (end_n - received_n)[source_R]
+  index_R = jnp.where(row_R < end_n[-1], source_R * N + place_R, n * N)
+  return take(room_nND.reshape(n * N, D), index_R)
+
+
+def _forward(rows_ND, count_nn, num_rows, axis):
+  return _exchange(rows_ND, count_nn, num_rows, axis), (count_nn, rows_ND[:, :0])
+
+
+def _backward(num_rows, axis, residual, grad_RD):
+  del num_rows
+  count_nn, like = residual
+  return _exchange(grad_RD, count_nn.T, like.shape[0], axis), None
+
+
+_exchange.defvjp(_forward, _backward)

@@ -1,0 +1,134 @@
+"""One layout of parameters, and the way to run it that costs least for a call's sizes.
+
+Tutel's adaptive parallelism (arXiv 2206.03382, section 3.1): parameters lie split by
+experts and by hidden layers, and whether matrices come to the tokens, tokens go to the
+experts, or tokens go to experts that share their hidden layers is chosen by shape.
+Nothing moves when the choice changes: specs of parameters are the same for all.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jmoe import dispatch
+from jmoe.parallel.rules import Rules, product
+from jmoe.use import Use, fact, use
+
+
+class Rates(NamedTuple):
+  """What a device does in a second: FLOPs, and bytes to others by its links."""
+
+  flops: float
+  link: float
+
+
+class Choice(NamedTuple):
+  """A way to run a layer, and what it costs."""
+
+  name: str  # "data", "expert" or "expert_tensor"
+  tokens: tuple[str, ...]  # mesh axes that split the tokens
+  dispatch: Use
+  seconds: float  # of a forward and a backward pass of one layer
+
+
+def costs(
+  config: Any,
+  num_tokens: int,
+  sizes: Mapping[str, int],
+  rates: Rates,
+  *,
+  dtype: Any = "bfloat16",
+) -> list[Choice]:
+  """All ways to run a layer, the cheapest first; among equals the simplest.
+
+  The time of the products plus that of the bytes that a device receives, nothing hidden
+  behind anything: all ways multiply as much, so that bytes decide, but for devices that
+  share a hidden layer and so its tokens.
+
+  Args:
+    config: a layer with a table; its capacity, if any, counts as rows.
+    num_tokens: of the whole batch.
+    sizes: of the mesh.
+    rates: of a device.
+    dtype: of what travels.
+
+  Returns:
+    A choice for each way that the table allows.
+  """
+  rules: Rules = config.sharding
+  experts, tensor = rules.axes("expert", sizes), rules.axes("d_ff", sizes)
+  rest = tuple(
+    a for a in rules.axes("tokens", sizes) if a not in (*experts, *tensor)
+  ) + rules.axes("sequence", sizes)
+  E, D, F, matrices = _widths(config)
+  item = jnp.dtype(dtype).itemsize
+  n, t = product(experts, sizes), product(tensor, sizes)
+  fsdp = product(rules.axes("d_model", sizes), sizes)
+  k = float(config.k or 1)
+  if config.capacity is not None:
+    k *= config.capacity.kwargs.get("factor", 1.0)
+  weights = E * D * F * matrices * item
+  local = dispatch.sort if config.capacity is None else dispatch.buckets
+  sends = dispatch.deduplicated if config.capacity is None else dispatch.all_to_all
+
+  def choice(name: str, gathered: tuple[str, ...], used: Use) -> Choice:
+    """The way that gathers matrices over some axes, which then split tokens."""
+    tokens = (*rest, *experts, *(a for a in tensor if a in gathered))
+    T = num_tokens / product(tokens, sizes)
+    hidden = t if not set(tensor) <= set(gathered) else 1
+    over = product(gathered, sizes) * fsdp
+    whole = weights / (n * t * fsdp) * over
+    # There, back for the backward pass, and gradients on their way home.
+    received = 3 * (whole - whole / over)
+    if fact(used, "exchanges") and n > 1:
+      each = min(k, n) if used.function is dispatch.deduplicated else k
+      received += 4 * T * each * D * item * (n - 1) / n
+    if hidden > 1:
+      received += 2 * 2 * T * D * item * (hidden - 1) / hidden
+    flops = 3 * 2 * T * k * D * F * matrices / hidden
+    return Choice(name, tokens, used, flops / rates.flops + received / rates.link)
+
+  found = [choice("data", (*experts, *tensor), use(local))]
+  if n > 1:
+    found.append(choice("expert", tensor, use(sends)))
+  if t > 1:
+    found.append(choice("expert_tensor", (), use(sends)))
+  return sorted(found, key=lambda c: c.seconds)
+
+
+def choose(
+  config: Any,
+  num_tokens: int,
+  sizes: Mapping[str, int],
+  rates: Rates,
+  *,
+  dtype: Any = "bfloat16",
+) -> Any:
+  """The configuration with the cheapest way; parameters stay where they are.
+
+  Args: as for `costs`.
+  """
+  best = costs(config, num_tokens, sizes, rates, dtype=dtype)[0]
+  return as_chosen(config, best, sizes)
+
+
+def as_chosen(config: Any, choice: Choice, sizes: Mapping[str, int]) -> Any:
+  """The configuration that runs in a certain way."""
+  sequence = config.sharding.axes("sequence", sizes)
+  tokens = tuple(a for a in choice.tokens if a not in sequence)
+  rules = dataclasses.replace(config.sharding, tokens=tokens)
+  return dataclasses.replace(config, sharding=rules, dispatch=choice.dispatch)
+
+
+def _widths(config: Any) -> tuple[int, int, int, int]:
+  """E, D, F and how many matrices an expert has."""
+  d_ff, matrices = config.experts.kwargs.get("d_ff"), fact(config.experts, "matrices")
+  if d_ff is None or matrices is None:
+    raise ValueError(
+      f"adaptive: experts={config.experts!r} do not say their width and how many "
+      "matrices they have; use experts.glu, experts.mlp or experts.clamped_glu."
+    )
+  return config.num_experts, config.d_model, d_ff, matrices

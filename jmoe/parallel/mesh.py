@@ -1,0 +1,126 @@
+"""The one place that builds meshes.
+
+A mesh is devices in a grid whose axes have names.  Which arrays an axis splits is said
+by `jmoe.parallel.rules`; a layer finds the mesh that `jax.set_mesh` made current.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from jmoe.use import nearest, shown
+
+# Copies of the model, slices of its matrices, experts, slices of an expert's hidden
+# layer, slices of a sequence.
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+
+
+def make(
+  sizes: str | Mapping[str, int],
+  *,
+  axes: Sequence[str] = AXES,
+  devices: Sequence[Any] | None = None,
+  explicit: bool = False,
+) -> Mesh:
+  """A mesh of all devices.
+
+  >>> dict(make("data=1,expert=1", devices=jax.devices()[:1]).shape)
+  {'data': 1, 'expert': 1}
+
+  Args:
+    sizes: "data=2,expert=4", or a mapping; slowest axis first.  An axis may be left out
+      or have size 1.
+    axes: the names that are known; give others to rename them.
+    devices: what the mesh is made of; None: all of this job's.
+    explicit: axis types of `jax.sharding.AxisType.Explicit`; else Auto.
+
+  Returns:
+    A mesh for `jax.set_mesh`.  One made with `jax.make_mesh` does as well.
+
+  Raises:
+    ValueError: a name that is not known or stands twice, a size that is no positive
+      whole number, or another product than there are devices.
+  """
+  sizes = parse(sizes, axes=axes)
+  devices = list(jax.devices()) if devices is None else list(devices)
+  check_product(sizes, len(devices))
+  kind = AxisType.Explicit if explicit else AxisType.Auto
+  return jax.make_mesh(
+    tuple(sizes.values()), tuple(sizes), (kind,) * len(sizes), devices=devices
+  )
+
+
+def parse(
+  sizes: str | Mapping[str, int], *, axes: Sequence[str] = AXES
+) -> dict[str, int]:
+  """The size of each axis, in the order given.
+
+  >>> parse("data=2, expert=4")
+  {'data': 2, 'expert': 4}
+
+  Raises:
+    ValueError: as `make`, but for the number of devices.
+  """
+  pairs = _split(sizes) if isinstance(sizes, str) else list(dict(sizes).items())
+  found: dict[str, int] = {}
+  for name, size in pairs:
+    if name not in axes:
+      raise ValueError(f"mesh: unknown axis {name!r}; {nearest(name, axes)}")
+    if name in found:
+      raise ValueError(f"mesh: axis {name!r} is listed twice; give each axis once.")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+      raise ValueError(
+        f"mesh: {name}={shown(size)} must be a whole number of at least 1."
+      )
+    found[name] = size
+  if not found:
+    raise ValueError(f"mesh: {shown(sizes)} names no axis; write 'data=8'.")
+  return found
+
+
+def _split(text: str) -> list[tuple[str, Any]]:
+  pairs = []
+  for part in filter(None, (part.strip() for part in text.split(","))):
+    name, equals, size = (piece.strip() for piece in part.partition("="))
+    if not equals:
+      raise ValueError(f"mesh: {part!r} has no size; write '{name}=2'.")
+    pairs.append((name, int(size) if size.isdecimal() else size))
+  return pairs
+
+
+def check_product(sizes: Mapping[str, int], num_devices: int) -> None:
+  """Raises unless the sizes multiply to a number of devices."""
+  product = math.prod(sizes.values())
+  if product == num_devices:
+    return
+  text = ",".join(f"{name}={size}" for name, size in sizes.items())
+  fits = []
+  for name, size in sizes.items():  # one size changed
+    rest = product // size
+    if num_devices % rest == 0:
+      fits.append(f"{name}={num_devices // rest}")
+  remedy = f"{' or '.join(fits)} would do" if fits else f"give sizes of {num_devices}"
+  raise ValueError(
+    f"mesh: {text} is {product} devices, but there are {num_devices}; {remedy}."
+  )
+
+
+def current() -> AbstractMesh | None:
+  """The mesh that `jax.set_mesh` made current; None if there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh is None or mesh.empty else mesh
+
+
+def manual_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+  """The axes over which the code at hand already runs inside `shard_map`."""
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in kinds if kind == AxisType.Manual)
+
+
+def has_explicit(mesh: AbstractMesh) -> bool:
+  """Whether arrays carry their shardings in their types."""
+  return AxisType.Explicit in mesh.axis_types

@@ -1,0 +1,81 @@
+"""The way to run a layer is chosen by size, and every way gives the same numbers."""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+
+import jax
+import pytest
+
+import jmoe
+from jmoe import dispatch, restrict, use
+from jmoe.layer import moe, moe_init, param_shapes
+from jmoe.parallel import EXPERT_TENSOR, adaptive, explaining, mesh, param_specs
+from tests._cases import quickly
+from tests.tolerance import assert_close
+
+pytestmark = pytest.mark.contract
+SIZES = {"data": 2, "expert": 2, "tensor": 2}
+RATES = adaptive.Rates(flops=1e15, link=1e11)
+
+
+def wide(**fields):
+  return jmoe.simple(4096, 14336, num_experts=8, k=2, sharding=EXPERT_TENSOR, **fields)
+
+
+def test_many_tokens_fetch_matrices_and_few_go_to_them():
+  many = adaptive.costs(wide(), 10_000_000, SIZES, RATES)
+  few = adaptive.costs(wide(), 512, SIZES, RATES)
+  assert many[0].name == "data" and many[0].dispatch == use(dispatch.sort)
+  assert few[0].name == "expert_tensor"
+  names = {"data", "expert", "expert_tensor"}
+  assert {c.name for c in many} == {c.name for c in few} == names
+  limited = adaptive.choose(wide(capacity_factor=1.0), 512, SIZES, RATES)
+  assert limited.dispatch == use(dispatch.all_to_all)
+
+
+def test_the_cost_of_gathering_is_the_bytes_of_the_matrices():
+  config, sizes = wide(), {"expert": 4}
+  found = {c.name: c.seconds for c in adaptive.costs(config, 4096, sizes, RATES)}
+  matrices = 8 * 3 * 4096 * 14336 * 2
+  flops = 3 * 2 * (4096 / 4) * 2 * 3 * 4096 * 14336
+  received = 3 * matrices * 3 / 4
+  assert found["data"] == pytest.approx(flops / 1e15 + received / 1e11)
+
+
+def test_switching_moves_no_parameter_and_changes_no_number():
+  config = jmoe.simple(8, 4, num_experts=4, k=2, sharding=EXPERT_TENSOR)
+  params = moe_init(jax.random.key(0), config)
+  x = jax.random.normal(jax.random.key(1), (32, 8))
+  y, _ = moe(params, x, dataclasses.replace(config, sharding=None))
+  specs = []
+  with quickly(), jax.set_mesh(mesh.make(SIZES)):
+    for way in adaptive.costs(config, 32, SIZES, RATES):
+      chosen = adaptive.as_chosen(config, way, SIZES)
+      specs.append(param_specs(param_shapes(chosen), chosen.sharding, SIZES))
+      found, _ = moe(params, x, chosen)
+      assert_close(jax.device_get(found), jax.device_get(y), way.name)
+  assert len(specs) == 3 and specs[0] == specs[1] == specs[2]
+
+
+def test_explain_says_specs_and_bytes_and_warns():
+  config = dataclasses.replace(
+    wide(), restrict=(use(restrict.expert_groups, num_groups=2, keep=1),),
+    dispatch=use(dispatch.ragged_all_to_all),
+  )  # fmt: skip
+  text = explaining.explain(
+    config, "fsdp=2,expert=4,tensor=2", (8, 512, 4096), devices_per_node=2
+  )
+  lines = text.splitlines()
+  (up,) = [line for line in lines if "up_EDF" in line]
+  assert "PartitionSpec('expert', 'fsdp', 'tensor')" in up
+  assert f"{8 * 4096 * 14336 * 4 // 16:,} bytes" in up
+  (x,) = [line for line in lines if line.startswith("x ")]
+  assert "PartitionSpec(('fsdp', 'expert'), None)" in x
+  assert f"{8 * 512 * 4096 * 4 // 8:,} bytes" in x
+  assert "expert_groups" not in text  # two nodes of four experts, two groups of four
+  near = explaining.explain(
+    config, "fsdp=2,expert=4,tensor=2", (8, 512, 4096), devices_per_node=1
+  )
+  assert "warning: expert_groups" in near and "use num_groups=4" in near
+  with pytest.raises(ValueError, match="sharding=None"):
+    explaining.explain(dataclasses.replace(config, sharding=None), "data=8", (8, 8))
