@@ -91,6 +91,11 @@ def _placement(config: Any, axes: tuple[str, ...], n: int) -> None:
       f"sharding.placement with dispatch={config.dispatch!r}, which exchanges no rows; "
       "use placement=None, or a strategy such as dispatch.all_to_all."
     )
+  if config.max_rows is not None:
+    raise ValueError(
+      f"max_rows={config.max_rows} with sharding.placement: it bounds the rows of "
+      "experts, not of their copies; use max_rows=None."
+    )
   if sorted(set(placement)) != list(range(E)) or len(placement) % n:
     raise ValueError(
       f"sharding.placement={shown(placement)} must hold every expert of {E} and be a "

@@ -45,8 +45,8 @@ def explain(
     shape: of the activations, `[T,D]` or `[...,S,D]`.
     dtype: of the activations.
     axes: names of mesh axes that are known.
-    devices_per_node: warns where expert groups (`restrict.expert_groups`) or routing
-      groups would be on several nodes; None: not known.
+    devices_per_node: warns where groups of experts (`restrict.expert_groups`) would be
+      on several nodes; None: not known.
 
   Raises:
     ValueError: a configuration without a table, or a mesh that cannot be parsed.

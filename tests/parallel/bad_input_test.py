@@ -93,6 +93,9 @@ CASES = [
    "data=2,expert=4", "must hold every expert of 8 and be a multiple of the 4 devices"),
   (dict(sharding=dataclasses.replace(EXPERT, placement=tuple(range(8))),
         dispatch=use(dispatch.sort)), "data=2,expert=4", "which exchanges no rows"),
+  (dict(sharding=dataclasses.replace(EXPERT, placement=tuple(range(8))), max_rows=0.5,
+        dispatch=use(dispatch.ragged_all_to_all)), "data=2,expert=4",
+   "not of their copies; use max_rows=None"),
 ]  # fmt: skip
 
 

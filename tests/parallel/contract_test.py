@@ -16,8 +16,12 @@ from tests._matrix import covering
 from tests.parallel import cases
 from tests.tolerance import assert_close
 
-pytestmark = pytest.mark.contract
 CELLS = covering(cases.FACTORS, cases.fits)
+# Other versions of jax run every tenth: what differs there is not the combination.
+ROWS = [
+  pytest.param(row, marks=[] if n % 10 else [pytest.mark.contract])
+  for n, row in enumerate(CELLS)
+]
 
 
 def named(row) -> str:
@@ -38,7 +42,7 @@ def check(row) -> None:
   assert np.abs(found["y"]).max() > 0.01
 
 
-@pytest.mark.parametrize("row", CELLS, ids=named)
+@pytest.mark.parametrize("row", ROWS, ids=named)
 def test_every_pair_equals_one_device(row):
   check(row)
 

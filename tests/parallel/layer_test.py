@@ -22,7 +22,6 @@ from tests._cases import quickly
 from tests.parallel.cases import MATMUL, RULES
 from tests.tolerance import assert_close
 
-pytestmark = pytest.mark.contract
 B, S, D, F, E = 8, 4, 8, 4, 8
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (B, S, D))
@@ -156,6 +155,7 @@ def test_a_bounded_buffer_counts_what_it_drops():
   assert np.isfinite(np.asarray(y)).all()
 
 
+@pytest.mark.contract
 def test_both_shells_and_no_mesh():
   config = dataclasses.replace(
     BASE, dispatch=use(dispatch.all_gather), balance=use(jmoe.balance.update)
