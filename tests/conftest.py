@@ -47,17 +47,20 @@ hypothesis.settings.load_profile("fixed")
 
 
 # A compiled program is some mappings of memory, of which Linux gives a process 65530;
-# XLA crashes where there are no more.  Memory in use tells, for less than a count.
-_PAGES, _ROOM = Path("/proc/self/statm"), (2 << 30) // 4096
-_held = [0]
+# XLA crashes where there are no more.  They are counted when more memory is in use.
+_PROCESS, _MOST, _GROWTH = Path("/proc/self"), 30_000, (256 << 20) // 4096
+_seen = [0]
 
 
 def pytest_runtest_teardown() -> None:
-  """Lets programs go when many have come since they last went."""
-  pages = int(_PAGES.read_text().split()[1]) if _PAGES.exists() else 0
-  if not _held[0]:
-    _held[0] = pages
-  if pages > _held[0] + _ROOM:
+  """Lets programs go where a process has too many."""
+  if not _PROCESS.exists():
+    return
+  pages = int((_PROCESS / "statm").read_text().split()[1])
+  if pages < _seen[0] + _GROWTH:
+    return
+  _seen[0] = pages
+  if (_PROCESS / "maps").read_bytes().count(b"\n") > _MOST:
     jax.clear_caches()
     gc.collect()
-    _held[0] = int(_PAGES.read_text().split()[1])
+    _seen[0] = int((_PROCESS / "statm").read_text().split()[1])
