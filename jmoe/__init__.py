@@ -38,6 +38,7 @@ from jmoe import join as join
 from jmoe import losses as losses
 from jmoe import noise as noise
 from jmoe import parallel as parallel
+from jmoe.parallel import adaptive as _adaptive  # noqa: F401  (after what it reads)
 from jmoe import restrict as restrict
 from jmoe import routers as routers
 from jmoe import score as score

@@ -44,3 +44,9 @@ def test_import_loads_nothing_beside_jax_and_flax():
   assert found["new"] == ["jmoe"], "what `import jmoe` loads beside jax and flax"
   extras = {"optax", "orbax", "grain", "tensorflow_datasets", "chex", "tqdm"}
   assert not extras & set(found["loaded"])
+
+
+@pytest.mark.parametrize("name", ["mesh", "adaptive", "explain", "TABLES"])
+def test_what_the_page_on_meshes_names_is_there(name):
+  code = f"import jmoe; jmoe.parallel.{name}"
+  subprocess.run([sys.executable, "-c", code], check=True)
