@@ -27,6 +27,11 @@ BLOCK = HOPPER_BLOCK
 DEPTH = 64  # of the contracted dimension in a step: 128 bytes of a 16-bit type
 
 
+def depth(dtype: Any) -> int:
+  """Of the contracted dimension in a step: 128 bytes, as wide as swizzled rows are."""
+  return 128 // jnp.dtype(dtype).itemsize
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
   """An output tile of two warpgroups.
@@ -153,6 +158,7 @@ def launch(
     updated: that many operands, the first ones, are written over by as many results,
       of equal shapes.  The body gets their refs twice.
   """
+  setattr(body, "__name__", name)  # noqa: B010  (profiles show it)
   threads: Any = dict(
     grid=(blocks,), grid_names=("sm",), num_threads=3, thread_name="wg"
   )

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
-from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
+from jmoe.kernels.hopper import BLOCK, Tile
 from jmoe.kernels.hopper_walk import Operand, Work, walk
 from jmoe.kernels.row_blocks import in_bands, used_blocks
 from jmoe.types import Groups
@@ -136,7 +136,7 @@ def row_kernel(
 
     walk(
       [*map(left, left_refs), *map(right, right_refs)],
-      Work(arguments, lambda _: pl.cdiv(D, DEPTH), make, step, len(rights)),
+      Work(arguments, lambda _: pl.cdiv(D, chip.depth(dtype)), make, step, len(rights)),
       tile=tile,
       count=used_ref[0] * bands,
       blocks=blocks,

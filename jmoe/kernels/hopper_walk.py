@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.kernels import hopper as chip
-from jmoe.kernels.hopper import DEPTH, Tile
+from jmoe.kernels.hopper import Tile
 
 _COPYING, _COMPUTING = 40, 232  # registers of a thread
 _COPIER = 2  # which warpgroup copies
@@ -26,9 +26,9 @@ class Operand:
   """What each step reads a tile of.
 
   Args:
-    width: of its tile, across the contracted dimension, of which a step reads `DEPTH`.
+    width: of its tile, across the contracted dimension, of which a step reads `depth`.
     axis: which of the two dimensions is contracted.
-    dtype: of a 16-bit type.
+    dtype: of 16 bits, or of eight with the last dimension contracted.
     source: (which output tile) -> the part of it in global memory that holds its tiles.
     origin: (which output tile) -> the first of them.
     shared: the thread blocks of a cluster read the same.
@@ -42,12 +42,16 @@ class Operand:
   shared: bool = False
 
   @property
+  def depth(self) -> int:
+    return chip.depth(self.dtype)
+
+  @property
   def shape(self) -> tuple[int, int]:
-    return (self.width, DEPTH) if self.axis == 1 else (DEPTH, self.width)
+    return (self.width, self.depth) if self.axis == 1 else (self.depth, self.width)
 
   @property
   def transforms(self) -> tuple[Any, ...]:
-    return chip.swizzled(self.dtype, DEPTH if self.axis == 1 else 64)
+    return chip.swizzled(self.dtype, self.depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +157,7 @@ def walk(
           for one, ref, origin, to in zip(
             operands, sources, origins, slots, strict=True
           ):
-            at = pl.ds((origin + k) * DEPTH, DEPTH)
+            at = pl.ds((origin + k) * one.depth, one.depth)
             plgpu.copy_gmem_to_smem(
               ref.at[:, at] if one.axis else ref.at[at, :],
               to.at[slot],
