@@ -171,13 +171,17 @@ def _built(
   def here(name: str, module: Any) -> rows.Row | rows.Missing:
     if why := module.missing(name):
       return rows.Missing(name, why)
-    return jax_rows.row(name, module.LAYERS[name], shape)
+    return said(jax_rows.row(name, module.LAYERS[name], shape))
+
+  def said(row: rows.Row | rows.Missing) -> rows.Row | rows.Missing:
+    print(f"{row.name}: {row.why or 'built'}", file=sys.stderr, flush=True)
+    return row
 
   for worker in workers.values():
     worker.send(do="build")
   modules = dict(_here(arguments))
   built = {name: here(name, module) for name, module in modules.items()}
-  built |= {name: worker.built(patience) for name, worker in workers.items()}
+  built |= {name: said(worker.built(patience)) for name, worker in workers.items()}
   for name, row in built.items():
     if row.why and any(said in row.why.lower() for said in _FULL):
       if name in modules:
