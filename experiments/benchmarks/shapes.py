@@ -50,6 +50,22 @@ def routing(shape: Shape, *, skew: float = 0.3, seed: int = 0) -> Any:
   return expert_TK.astype(np.int32), weight_TK.astype(np.float32)
 
 
+def balanced(shape: Shape, *, seed: int = 0) -> Any:
+  """As `routing`, but every expert has equally many tokens, of every E/k in a row.
+
+  Args:
+    shape: k divides the experts, and E/k the tokens.
+    seed: of which experts go together.
+  """
+  E, k = shape.num_experts, shape.k
+  rng = np.random.default_rng(seed)
+  rounds = np.tile(np.arange(E), (shape.tokens * k // E, 1))
+  expert_TK = rng.permuted(rounds, axis=1).reshape(-1, k)
+  weight_TK = rng.random((shape.tokens, k)) + 0.5
+  weight_TK /= weight_TK.sum(axis=1, keepdims=True)
+  return expert_TK.astype(np.int32), weight_TK.astype(np.float32)
+
+
 def seconds(
   call: Callable[[], Any], *, repeats: int = 5, inner: int = 5
 ) -> list[float]:

@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jmoe.kernels.devices import current_device
+from jmoe.kernels.devices import GPUS, current_device
 from jmoe.kernels.permute_rows.reference import take
 from jmoe.kernels.varying import search, together, zeros
 
 Axis = tuple[str, ...]
+# Pieces of what a GPU sends to each other one.  XLA's kernel gives every piece a block
+# of threads of its own: two H200s move 2.7 GB/s in one piece, and 123 in 512.
+PIECES = 512
+_LEAST = 16  # rows of a piece, on average
 
 
 def exchange(rows_ND: Array, count_nn: Array, num_rows: int, axis: Axis) -> Array:
@@ -45,9 +49,33 @@ def _exchange(rows_ND: Array, count_nn: Array, num_rows: int, axis: Axis) -> Arr
     return _standing_in(rows_ND, sent_n, from_n, received_n, num_rows, axis)
   earlier_nn = jnp.cumsum(count_nn, axis=0, dtype=jnp.int32) - count_nn
   room = zeros((num_rows, rows_ND.shape[1]), rows_ND.dtype, rows_ND)
-  arrays = (from_n, sent_n, earlier_nn[me], received_n)
+  pieces = _num_pieces(rows_ND.shape[0], sent_n.shape[0])
+  first_nP, size_nP = _cut(sent_n, pieces)
+  arrays = (
+    (from_n[:, None] + first_nP).reshape(-1),
+    size_nP.reshape(-1),
+    (earlier_nn[me][:, None] + first_nP).reshape(-1),
+    _cut(received_n, pieces)[1].reshape(-1),
+  )
   rows_ND, room, *arrays = together(rows_ND, room, *arrays)
   return lax.ragged_all_to_all(rows_ND, room, *arrays, axis_name=axis)
+
+
+def _num_pieces(num_rows: int, num_devices: int) -> int:
+  """Pieces for each receiver: a power of two; one where a message is one anyway."""
+  if current_device() not in GPUS:
+    return 1
+  most = max(1, min(PIECES, num_rows // (num_devices * _LEAST)))
+  return 1 << (most.bit_length() - 1)
+
+
+def _cut(count_n: Array, pieces: int) -> tuple[Array, Array]:
+  """i32[n,P] first row and size of the pieces of what each device is sent."""
+  step_n1 = -(-count_n[:, None] // pieces)
+  first_nP = jnp.minimum(
+    jnp.arange(pieces, dtype=jnp.int32) * step_n1, count_n[:, None]
+  )
+  return first_nP, jnp.minimum(step_n1, count_n[:, None] - first_nP)
 
 
 def _standing_in(rows_ND, sent_n, from_n, received_n, num_rows, axis) -> Array:

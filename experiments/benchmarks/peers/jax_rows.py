@@ -95,20 +95,20 @@ def _errors(
   worst = [0.0, 0.0]
   for t in rows.tokens(shape):
     matrices = [params[name][expert_TK[t]] for name in NAMES]
-    expected = _exact(x_TD[t], weight_TK[t], matrices, dy_TD[t])
+    expected = exact(x_TD[t], weight_TK[t], matrices, dy_TD[t])
     found = (y_TD[t], dx_TD[t], dweight_TK[t])
-    gaps = [_gap(one, other) for one, other in zip(found, expected, strict=True)]
+    gaps = [gap(one, other) for one, other in zip(found, expected, strict=True)]
     worst = [max(worst[0], gaps[0]), max(worst[1], *gaps[1:])]
   return {"error": worst[0], "gradient_error": worst[1]}
 
 
-def _gap(found: Any, expected: Any) -> float:
+def gap(found: Any, expected: Any) -> float:
   gap = jnp.linalg.norm(found.astype(jnp.float32) - expected)
   return float(gap / jnp.linalg.norm(expected))
 
 
 @jax.jit
-def _exact(x_D: Any, weight_K: Any, matrices: Any, dy_D: Any) -> Any:
+def exact(x_D: Any, weight_K: Any, matrices: Any, dy_D: Any) -> Any:
   """(y_D, dx_D, dweight_K) of a token in float32 at the highest precision."""
   gate_KDF, up_KDF, down_KFD = (m.astype(jnp.float32) for m in matrices)
 

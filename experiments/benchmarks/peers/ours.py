@@ -36,24 +36,28 @@ def layer(
   dispatch = jmoe.dispatch.sort if limit is None else jmoe.dispatch.buckets
 
   def call(params: Any, x_TD: Array, weight_TK: Array, expert_TK: Array) -> Array:
-    T, K = expert_TK.shape
-    nothing_TE = jnp.zeros((T, shape.num_experts), jnp.float32)
-    all_N = jnp.ones(T * K, bool)
-    routing = Routing(
-      token=jnp.repeat(jnp.arange(T, dtype=jnp.int32), K),
-      expert=expert_TK.reshape(-1),
-      weight=weight_TK.reshape(-1),
-      live=all_N,
-      queues=all_N,
-      probs=nothing_TE,
-      logits=nothing_TE,
-      k=K,
-    )
-    plan = assign(routing, Context(), capacity=limit)
+    plan = assign(routing(shape, weight_TK, expert_TK), Context(), capacity=limit)
     home = combine.weighted_sum(plan)
     return dispatch(x_TD, plan, Experts(experts, params), home)
 
   return call
+
+
+def routing(shape: Shape, weight_TK: Array, expert_TK: Array) -> Routing:
+  """Given choices as the layer has them."""
+  T, K = expert_TK.shape
+  nothing_TE = jnp.zeros((T, shape.num_experts), jnp.float32)
+  all_N = jnp.ones(T * K, bool)
+  return Routing(
+    token=jnp.repeat(jnp.arange(T, dtype=jnp.int32), K),
+    expert=expert_TK.reshape(-1),
+    weight=weight_TK.reshape(-1),
+    live=all_N,
+    queues=all_N,
+    probs=nothing_TE,
+    logits=nothing_TE,
+    k=K,
+  )
 
 
 def plain(

@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.benchmarks.peers.rows import Missing, Row
@@ -28,16 +29,18 @@ class Worker:
     module: full name; it has `LAYERS` of functions of torch operands, and `missing`.
     name: of the row, a key of `LAYERS`.
     shape: name of the layer's shape.
+    words: how the process is started instead, from the module of `-m` on.
   """
 
-  def __init__(self, module: str, name: str, shape: str):
+  def __init__(self, module: str, name: str, shape: str, words: Sequence[str] = ()):
     self.name = name
     self._rest = b""
+    words = words or (
+      *("experiments.benchmarks.peers.worker",),
+      *("--module", module, "--row", name, "--shape", shape),
+    )
     self._process = subprocess.Popen(
-      [
-        *(sys.executable, "-m", "experiments.benchmarks.peers.worker"),
-        *("--module", module, "--row", name, "--shape", shape),
-      ],
+      [sys.executable, "-m", *words],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},

@@ -83,6 +83,8 @@ def in_turn(
   rounds: int,
   turn: float = TURN,
   kinds: Sequence[str] = KINDS,
+  until: float = float("inf"),
+  after: Callable[[], None] = lambda: None,
 ) -> list[float]:
   """Milliseconds into the rows; FLOP/s of square products before each of them.
 
@@ -90,10 +92,17 @@ def in_turn(
   for long is slower than one that has rested, and so is its ceiling.  The order is
   another one in each round: what follows a slow row finds a cooler chip.  A row that
   fails says why, and the others go on.
+
+  Args:
+    rows, ceiling, rounds, turn, kinds: what, how often, and for how many seconds each.
+    until: of `time.monotonic`; no round begins later, but the first two.
+    after: called after each round that counts.
   """
   ceilings = []
   order = random.Random(0)
   for n in range(rounds + 1):
+    if n > 1 and time.monotonic() > until:
+      break
     for row in order.sample(rows, len(rows)):
       for kind in kinds:
         if row.why:
@@ -107,6 +116,8 @@ def in_turn(
         if n:  # the first round warms up
           ceilings.append(bound)
           row.ms.setdefault(kind, []).append(took)
+    if n:
+      after()
   return ceilings
 
 

@@ -1,0 +1,194 @@
+"""Rows of the table: layers over devices, compiled at once, compared and timed."""
+# SPDX-License-Identifier: Apache-2.0
+
+import concurrent.futures
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from experiments.benchmarks.mesh import errors, layer
+from experiments.benchmarks.mesh.layer import Way
+from experiments.benchmarks.peers import rows
+from experiments.benchmarks.shapes import Shape
+
+ALONE = "one GPU"
+ALL = "one GPU, all tokens"
+# What the compiler must be told to move rows behind products.
+HIDING: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A program to compile: a layer and its arrays.
+
+  Args:
+    name: of the row.
+    shape: of the layer, with the tokens of one device.
+    way: over devices; None: on one.
+    given: its arrays.
+    routings: with which it is timed.
+  """
+
+  name: str
+  shape: Shape
+  way: Way | None
+  given: layer.Operands
+  mesh: Any
+  routings: tuple[str, ...]
+
+
+def compiled(
+  jobs: Sequence[Job], *, threads: int, until: float
+) -> Iterator[tuple[Job, Any]]:
+  """Each job with its program, the first first, or with what was wrong.
+
+  Args:
+    jobs: what is compiled.
+    threads: programs at a time.
+    until: of `time.monotonic`; what has not begun by then is not.
+  """
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    made = [pool.submit(_compile, job, until) for job in jobs]
+    for job, future in zip(jobs, made, strict=True):
+      try:
+        yield job, future.result()
+      except Exception as error:  # of a compiler: any
+        yield job, rows.Missing(job.name, rows.reason(error))
+
+
+def _compile(job: Job, until: float) -> Any:
+  if time.monotonic() > until:
+    return rows.Missing(job.name, "no time was left to compile it")
+  begin = time.perf_counter()
+  if job.way is None:
+    function = layer.alone(job.shape)
+  else:
+    function = layer.sharded(job.shape, job.way, job.mesh)
+  arguments = job.given.arguments(*job.given.routed(job.routings[0]))
+  options = HIDING if job.way and jax.default_backend() == "gpu" else None
+  program = jax.jit(layer.step(function)).lower(*arguments)
+  program = program.compile(compiler_options=options)
+  memory: Any = program.memory_analysis()
+  needed = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+  )
+  stats = jax.devices()[0].memory_stats() or {}
+  free = stats.get("bytes_limit", float("inf")) - stats.get("bytes_in_use", 0)
+  beside = needed - memory.argument_size_in_bytes  # arguments are there
+  if beside > free:
+    why = f"needs {beside / 1e9:.0f} GB beside its arguments of {free / 1e9:.0f}"
+    return rows.Missing(job.name, why)
+  figures = {"gb": needed / 1e9, "compile_s": time.perf_counter() - begin}
+  return program, figures
+
+
+def row(job: Job, made: Any, routing: str) -> Any:
+  """A row that ran once and was compared with float32, or why there is none.
+
+  Args:
+    job: what was compiled.
+    made: its program and figures, from `compiled`.
+    routing: one of the job's.
+  """
+  program, figures = made
+  try:
+    arguments = job.given.arguments(*job.given.routed(routing))
+    results = program(*arguments)
+    figures = figures | errors.errors(job.given, arguments, results)
+    del results
+  except Exception as error:  # out of memory, or a backend that lacks a collective
+    return rows.Missing(job.name, rows.reason(error))
+
+  def timed(kind: str, budget: float) -> float:
+    del kind
+    return rows.span(lambda: program(*arguments), jax.block_until_ready, budget)
+
+  return rows.Row(job.name, timed, figures)
+
+
+def jobs(
+  shape: Shape, n: int, strategies: Sequence[str], overlaps: Sequence[int], *,
+  factor: float, room: float | None, routings: Sequence[str],
+) -> list[Job]:  # fmt: skip
+  """What is timed over n devices, of which the first is also timed alone.
+
+  Args:
+    shape: of the layer, with the tokens of one device.
+    n: devices; 1: the layer alone.
+    strategies: in the order in which they are compiled.
+    overlaps: chunks of `all_to_all`.
+    factor: of capacity where routing is skewed; balanced loads fill slots exactly.
+    room: of dropless buffers; None: for all rows that could come.
+    routings: some of `layer.ROUTINGS`.
+  """
+  made = []
+  here = layer.operands(shape, shape.tokens, None)
+  made.append(Job(ALONE, shape, None, here, None, tuple(routings)))
+  if n == 1:
+    return made
+  mesh = layer.mesh_of(n)
+  given = layer.operands(shape, n * shape.tokens, mesh)
+  for strategy in strategies:
+    if strategy not in layer.BUCKETS:
+      bound = None if strategy == "gather" else room
+      way = Way(strategy, room=bound)
+      made.append(Job(str(way), shape, way, given, mesh, tuple(routings)))
+      continue
+    for overlap in overlaps if strategy == "all_to_all" else (1,):
+      for routing in routings:
+        way = Way(strategy, overlap, 1.0 if routing == "balanced" else factor)
+        if not way.unfit(n):
+          made.append(Job(str(way), shape, way, given, mesh, (routing,)))
+  whole = dataclasses.replace(shape, tokens=n * shape.tokens)
+  all_here = layer.operands(whole, whole.tokens, None, params=here.params)
+  made.append(Job(ALL, whole, None, all_here, None, tuple(routings)))
+  return made
+
+
+def summed_up(
+  found: rows.Row, shape: Shape, n: int, alone_ms: dict[str, float], bound: float
+) -> dict[str, Any]:
+  """A row of the result.
+
+  Args:
+    found: the row, timed.
+    shape: with the tokens of one device.
+    n: devices.
+    alone_ms: medians of the rows on one GPU, by name.
+    bound: FLOP/s of the ceiling.
+  """
+  ms = statistics.median(found.ms["step"])
+  devices = 1 if found.name in (ALONE, ALL) else n
+  tokens = shape.tokens * (n if found.name == ALL else 1)
+  flops = dataclasses.replace(shape, tokens=tokens).flops(backward=True)
+  entry: dict[str, Any] = {"name": found.name, "devices": devices} | found.figures
+  entry |= {
+    "step_ms": found.ms["step"],
+    "tflops_per_gpu": flops / ms / 1e9,
+    "share_of_ceiling": flops / ms * 1e3 / bound,
+  }
+  if ALONE in alone_ms:
+    entry["share_of_one"] = alone_ms[ALONE] / ms * tokens / shape.tokens
+  if ALL in alone_ms:  # the same total work
+    entry["share_of_one_with_all"] = alone_ms[ALL] / n / ms * tokens / shape.tokens
+  return entry
+
+
+def shown(entry: dict[str, Any]) -> str:
+  """A row in one line."""
+  times = entry["step_ms"]
+  shares = [entry.get("share_of_one"), entry.get("share_of_one_with_all")]
+  said = " ".join("     -" if s is None else f"{s:6.3f}" for s in shares)
+  return (
+    f"  {entry['name']:<38}{statistics.median(times):9.2f} ms ({min(times):.2f} to "
+    f"{max(times):.2f}){entry['tflops_per_gpu']:6.0f} TFLOP/s, of one GPU {said}, of "
+    f"the ceiling {entry['share_of_ceiling']:.3f}; {entry['gb']:.1f} GB, dropped "
+    f"{entry['dropped']:.4f}, errors {entry['error']:.4f} "
+    f"{entry['gradient_error']:.4f} {entry['matrix_error']:.4f}"
+  )

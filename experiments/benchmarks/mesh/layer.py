@@ -1,0 +1,190 @@
+"""jmoe's layer from given choices over several devices, as functions of arrays.
+
+As in `peers.ours` the gate's product and the selection are not part of it.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import jmoe
+from experiments.benchmarks import shapes
+from experiments.benchmarks.peers import ours
+from experiments.benchmarks.shapes import Shape
+from jmoe import combine, dispatch
+from jmoe.assign import assign, capacity
+from jmoe.kernels.varying import over
+from jmoe.layer import Experts
+from jmoe.parallel import mesh as meshes
+from jmoe.types import Context
+from jmoe.use import use
+
+AXES = ("node", "expert")  # `hierarchical` takes a host for two nodes
+SPLIT = P(AXES)
+SHAPES = {
+  **shapes.SHAPES,
+  "dsv3-256": Shape(7168, 2048, 256, 8, 8192),  # DeepSeek-V3's whole layer
+}
+BUCKETS = ("all_to_all", "hierarchical")  # they need a capacity, and may drop
+DROPLESS = ("all_gather", "ragged_all_to_all", "deduplicated", "gather")
+ROUTINGS = ("balanced", "skewed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """How a layer runs over devices.
+
+  Args:
+    strategy: of `jmoe.dispatch`; "gather": matrices come to the tokens.
+    overlap: chunks, of a strategy with buckets.
+    factor: slots over the mean rows of an expert, of a strategy with buckets.
+    room: rows that a device's buffer holds, over the mean of a device; None: all that
+      could come.
+  """
+
+  strategy: str
+  overlap: int = 1
+  factor: float | None = None
+  room: float | None = None
+
+  def __str__(self) -> str:
+    said = [self.strategy]
+    if self.factor is not None:
+      said.append(f"capacity {self.factor:g}")
+    if self.overlap > 1:
+      said.append(f"overlap {self.overlap}")
+    if self.room is not None:
+      said.append(f"room {self.room:g}")
+    return ", ".join(said)
+
+  def unfit(self, n: int) -> str | None:
+    """Why it makes no sense over n devices, if it does not."""
+    if self.strategy == "hierarchical" and n < 4:
+      return f"of {n} devices no two nodes of several can be made"
+    return None
+
+
+def mesh_of(n: int) -> Mesh:
+  """The first n devices; from four on two nodes of them."""
+  nodes = 2 if n >= 4 else 1
+  sizes = {"node": nodes, "expert": n // nodes}
+  return meshes.make(sizes, axes=AXES, devices=jax.devices()[:n])
+
+
+def sharded(
+  shape: Shape, way: Way, mesh: Mesh
+) -> Callable[[Any, Array, Array, Array], tuple[Array, Array]]:
+  """`(params, x_TD, weight_TK, expert_TK) -> (y_TD, f32[n] share of what was dropped)`.
+
+  Args:
+    shape: of the layer; its tokens are those of one device.
+    way: how rows travel.
+    mesh: of `mesh_of`; experts and tokens are split over it.
+  """
+  gathers = way.strategy == "gather"
+  given: dict[str, Any] = {} if gathers else dict(axis=AXES)
+  limit = None
+  if way.strategy in BUCKETS:
+    limit = use(capacity.by_factor, factor=way.factor, multiple_of=way.overlap)
+    given["overlap"] = way.overlap
+  carry: Any = dispatch.sort if gathers else getattr(dispatch, way.strategy)
+  experts = use(jmoe.experts.glu, d_ff=shape.d_ff)
+  bound = None if way.room is None else int(way.room * shape.tokens * shape.k)
+
+  def local(params, x_TD, weight_TK, expert_TK):
+    if gathers:
+      params = jax.tree.map(lambda w: lax.all_gather(w, AXES, tiled=True), params)
+    plan = assign(
+      ours.routing(shape, weight_TK, expert_TK),
+      Context(),
+      capacity=limit,
+      max_rows=bound,
+      axes=() if gathers else AXES,
+    )
+    dropped = 1.0 - jnp.mean(plan.kept, dtype=jnp.float32)
+    home = combine.weighted_sum(plan)
+    x_TD, plan, home = jax.tree.map(lambda a: over(a, AXES), (x_TD, plan, home))
+    y_TD = carry(x_TD, plan, Experts(experts, params), home, **given)
+    return y_TD, over(dropped, AXES)[None]
+
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=(SPLIT,) * 4, out_specs=(SPLIT, SPLIT), check_vma=True
+  )
+
+
+def alone(shape: Shape) -> Callable[..., tuple[Array, Array]]:
+  """The dropless layer of one device, as `sharded` gives it."""
+  layer = ours.layer(shape)
+
+  def call(*given: Any) -> tuple[Array, Array]:
+    return layer(*given), jnp.zeros(1, jnp.float32)
+
+  return call
+
+
+def step(layer: Callable[..., tuple[Array, Array]]) -> Callable[..., Any]:
+  """Output, dropped share and the gradients of params, tokens and weights."""
+
+  def call(params, x_TD, weight_TK, dy_TD, expert_TK):
+    def forward(params, x_TD, weight_TK):
+      return layer(params, x_TD, weight_TK, expert_TK)
+
+    y_TD, pull, dropped = jax.vjp(forward, params, x_TD, weight_TK, has_aux=True)
+    y_TD, dy_TD = jax.lax.optimization_barrier((y_TD, dy_TD))  # as in `peers.jax_rows`
+    return y_TD, dropped, pull(dy_TD)
+
+  return call
+
+
+@dataclasses.dataclass
+class Operands:
+  """Of a layer over n devices: random arrays in their places."""
+
+  shape: Shape  # with the tokens of all devices
+  params: Any
+  x_TD: Array
+  dy_TD: Array
+  where: Any  # the sharding of all of them
+
+  def routed(self, kind: str) -> tuple[Any, Any]:
+    """(f32[T,K] weights, i32[T,K] experts), on the host."""
+    made = shapes.balanced if kind == "balanced" else shapes.routing
+    expert_TK, weight_TK = made(self.shape)
+    return weight_TK, expert_TK
+
+  def arguments(self, weight_TK: Any, expert_TK: Any) -> tuple[Any, ...]:
+    """Of a function from `step`."""
+    weight, expert = jax.device_put((weight_TK, expert_TK), self.where)
+    return self.params, self.x_TD, weight, self.dy_TD, expert
+
+
+def operands(
+  shape: Shape, tokens: int, mesh: Mesh | None, *, params: Any = None
+) -> Operands:
+  """Random arrays.
+
+  Args:
+    shape: of the layer.
+    tokens: of all devices.
+    mesh: of the devices; None: the first one.
+    params: what there is already.
+  """
+  whole = dataclasses.replace(shape, tokens=tokens)
+  where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  if mesh is not None:
+    where = NamedSharding(mesh, SPLIT)
+
+  def draw():
+    x_TD = ours.operands(whole)[1]
+    return x_TD, jax.random.normal(jax.random.key(9), x_TD.shape, x_TD.dtype)
+
+  if params is None:
+    params = jax.jit(lambda: ours.operands(whole)[0], out_shardings=where)()
+  x_TD, dy_TD = jax.jit(draw, out_shardings=where)()
+  return Operands(whole, params, x_TD, dy_TD, where)
