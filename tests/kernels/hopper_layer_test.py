@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,6 +13,8 @@ import pytest
 
 import jmoe
 from jmoe.kernels import devices
+from jmoe.kernels.grouped_ffn import activations
+from jmoe.types import Groups
 from jmoe.use import use
 from tests.kernels.hopper_cases import error, hopper, interpreted, lowers, on_cpu
 
@@ -106,21 +109,29 @@ def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
     assert error(one, np.asarray(other, np.float64)) < 2e-2
 
 
-def lowered(config, keys=("gate", "experts"), tokens=300):
-  """What a Hopper GPU runs for a layer's output, and gradients of x and of `keys`."""
+def lowered(config, tokens=300, learning=None):
+  """What a Hopper GPU runs for a layer's output, and gradients of x and parameters.
+
+  Args:
+    config: of the layer.
+    tokens: how many.
+    learning: the experts' parameters that are not held back; None: all.
+  """
   params = jax.eval_shape(
     lambda key: narrow(jmoe.moe_init(key, config)), jax.random.key(0)
   )
   x = jax.ShapeDtypeStruct((tokens, config.d_model), jnp.bfloat16)
 
-  def loss(some, x, params):
-    y, _ = jmoe.moe({**params, **some}, x, config, train=True)
+  def loss(params, x):
+    experts = {
+      name: a if learning is None or name in learning else jax.lax.stop_gradient(a)
+      for name, a in params["experts"].items()
+    }
+    y, _ = jmoe.moe({**params, "experts": experts}, x, config, train=True)
     return jnp.sum(y.astype(jnp.float32))
 
   with hopper():
-    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(
-      {key: params[key] for key in keys}, x, params
-    )
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, x)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -139,10 +150,52 @@ def test_a_layer_lowers_for_cuda_to_as_few_kernels(keep):
   assert text.count("output_operand_alias<") >= 2
 
 
+# What learns of the experts -> kernels beside hidden, down; back, dx; and gathers.
+LEARNING = {
+  (): (0, 3),
+  ("down_EFD",): (1, 3),
+  ("gate_EDF",): (1, 4),
+  ("up_EDF", "down_EFD"): (2, 4),
+}
+
+
 @lowers
-def test_matrices_that_do_not_learn_cost_nothing():
-  text = lowered(simple(), keys=("gate",))
-  assert text.count("@mosaic_gpu") == 4  # hidden, down; back, dx
+@pytest.mark.parametrize("names", LEARNING)
+def test_matrices_that_do_not_learn_cost_nothing(names):
+  """Nor the rows that only their gradients read."""
+  text = lowered(simple(), learning=names)
+  products, others = LEARNING[names]
+  assert text.count("@mosaic_gpu") == 4 + products
+  assert text.count("__gpu$xla.gpu.triton") == others
+
+
+@on_cpu
+def test_matrices_that_learn_do_as_among_others(as_hopper):
+  """And no other gets a gradient; of one expert with biases, bit for bit."""
+  from jmoe.kernels.grouped_ffn.hopper import Form, fused_ffn
+
+  R = np.random.default_rng(0)
+  draw = lambda *size: jnp.asarray(R.normal(size=size) / 8, jnp.bfloat16)  # noqa: E731
+  x, dy = draw(128, 128), draw(128, 128)
+  groups = Groups(jnp.array([0]), jnp.array([120]), 128)
+  all_of_them = [draw(1, 128, 128) for _ in range(3)] + [draw(1, 128) for _ in range(3)]
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def grads(params, learning):
+    def run(params):
+      held = jax.lax.stop_gradient(params)
+      some = [a if n in learning else held[n] for n, a in enumerate(params)]
+      *ups, down = zip(some[:3], some[3:], strict=True)
+      form = Form(activations.of(jax.nn.silu))
+      return fused_ffn(form, x, None, tuple(ups), down, groups)
+
+    return jax.vjp(run, params)[1](dy)[0]
+
+  whole = grads(all_of_them, tuple(range(6)))
+  found = grads(all_of_them, (1, 3, 5))
+  for n, (one, other) in enumerate(zip(found, whole, strict=True)):
+    assert np.any(np.asarray(other, np.float32))
+    np.testing.assert_array_equal(one, other if n in (1, 3, 5) else 0 * other)
 
 
 @lowers
