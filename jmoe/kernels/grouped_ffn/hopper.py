@@ -147,9 +147,11 @@ def _forward(form, *primals):
   keeps_hidden = form.keep != "inputs"
   *hidden, a_RF = _hidden(form, given, x_RD, hidden=keeps_hidden, product=True)
   hidden = named(tuple(hidden), "hidden")
-  x_RD = x_RD if form.keep == "rows" and given.layout is not None else None
-  learn = [(bool(matrix), bool(bias)) for matrix, bias in (*told.ups, told.down)]
-  kept = _Kept(given, x_RD, hidden, ups_learn=tuple(learn[:-1]), down_learns=learn[-1])
+  *ups, down = ((bool(w), bool(bias)) for w, bias in (*told.ups, told.down))
+  read = form.keep == "rows" and given.layout is not None and any(w for w, _ in ups)
+  kept = _Kept(
+    given, x_RD if read else None, hidden, ups_learn=tuple(ups), down_learns=down
+  )
   return _out(form, given, a_RF), kept
 
 
@@ -182,16 +184,19 @@ def _backward(form, kept, dy_RD):
     _of_bias(given.down[1], kept.down_learns[1], dy_RD, groups, given.weight_R),
   )
   x_RD = kept.x_RD
-  if x_RD is None and any(matrix for matrix, _ in kept.ups_learn):
+  if x_RD is None and any(w for w, _ in kept.ups_learn):
     # Not before `dy` and `a` are done with: two arrays fewer at the same time.
     before = dhs_RF[0] if d_down[0] is None else d_down[0]
     x, _ = lax.optimization_barrier((given.x, before))
     x_RD = dataclasses.replace(given, x=x).rows()
   d_ups = tuple(
-    (of(x_RD, dh_RF) if learn[0] else None, _of_bias(bias, learn[1], dh_RF, groups))
+    (
+      of(x_RD, dh_RF) if x_RD is not None and learn[0] else None,
+      _of_bias(bias, learn[1], dh_RF, groups),
+    )
     for dh_RF, (_, bias), learn in zip(dhs_RF, given.ups, kept.ups_learn, strict=True)
   )
-  made = [d_matrix for d_matrix, _ in d_ups if d_matrix is not None]
+  made = [d_w for d_w, _ in d_ups if d_w is not None]
   if made:
     dhs_RF, _ = lax.optimization_barrier((dhs_RF, made))
   pairs = [(dh_RF, w) for dh_RF, (w, _) in zip(dhs_RF, given.ups, strict=True)]
