@@ -130,6 +130,7 @@ class Plan:
   kept: Array  # bool[N]  live, and slot < rows of its queue
   load: Array  # i32[G,E] demand before capacity
   rows: Array  # i32[G,E] slots taken: min(load, capacity)
+  first: Array  # i32[G,E] where each queue begins in `order`
   cause: str = static(default="capacity")  # why an entry that is not kept was dropped
   capacity: int | tuple[int, ...] | None = static(default=None)  # slots; None: dropless
   max_rows: int | None = static(default=None)  # bound of a dropless buffer

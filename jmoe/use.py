@@ -70,6 +70,8 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     exchanges: of a dispatch: True if it carries rows over mesh axes to experts on other
       devices; then it takes `axis`, those axes, and `placement`.
     gspmd: of a dispatch: True if XLA splits it over a mesh, outside `shard_map`.
+    levels: of a priority: `(routing) -> int`, if it gives whole numbers, all of them
+      from `1 - levels` to 0: queues are then sorted by one key.
     fits: of a loss: `(config, **keywords) -> str | None`, a remedy if it does not fit.
   """
 

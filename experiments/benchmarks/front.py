@@ -22,6 +22,9 @@ the layer.  Without a GPU only the whole is timed, by the clock on the wall.
 compiles for an H200 that is only described and counts what would be launched.  A sort
 counts once there; on the chip it is a library's, with several launches.
 
+Beside the layers, the gate's product alone: float32 at the highest precision, and by
+bfloat16 parts (`benchmarks.front_gate`), with errors against float64.
+
 Scores, choices, weights, queues and layout are compared with loops in NumPy, four
 outputs with float32.
 
@@ -38,7 +41,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import parts, tracing
+from experiments.benchmarks import front_gate, parts, tracing
 from experiments.parser import Parser
 
 TARGET = 0.05  # of the layer
@@ -66,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     for kind, row in zip(KINDS, rows, strict=True):
       found.append({"name": name, "kind": kind, **row})
       _show(found[-1])
+  gate = front_gate.rows(arguments, here)
+  for row in gate:
+    front_gate.show(row)
   device = jax.devices()[0].device_kind
   words = ("tokens", "experts", "k", "d_model", "d_ff", "capacity", "rounds")
   given = (f" --{w.replace('_', '-')} {getattr(arguments, w):g}" for w in words)
@@ -78,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     "jax": jax.__version__,
     "target": TARGET,
     "rows": found,
+    "gate": gate,
   }
   if arguments.out:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

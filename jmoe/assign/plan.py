@@ -6,6 +6,7 @@ algorithm 1, for any number of choices, groups, priorities and capacities.
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from jax import Array
 
 from jmoe.assign.capacity import of_group, of_valid
 from jmoe.kernels.counting import places
+from jmoe.kernels.devices import GPUS, current_device
 from jmoe.kernels.varying import together
 from jmoe.types import Context, Plan, Routing, group_of, valid_or_all
-from jmoe.use import Use
+from jmoe.use import Use, fact
+
+_MOST = 2**31 - 1  # a sort key at most
 
 
 def assign(
@@ -58,8 +62,9 @@ def assign(
   priority_N = None
   if priority is not None and (limited or max_rows is not None):
     priority_N = priority(routing, context, key=key)
-  order, slot_N, load_GE = _queue(queue_N, G * E, priority_N)
-  load_GE = load_GE.reshape(G, E)
+  levels = None if priority_N is None else _levels(priority, routing, priority_N)
+  order, slot_N, bound = _queue(queue_N, G * E, priority_N, levels)
+  load_GE = jnp.diff(bound).reshape(G, E)
   if routing.capacity is not None:
     static, limit_GE = routing.capacity, load_GE
   elif capacity is not None:
@@ -77,25 +82,56 @@ def assign(
     kept=routing.live & (slot_N < rows_of_N),
     load=load_GE,
     rows=rows_GE,
+    first=bound[:-1].reshape(G, E),
     cause="buffer" if static is None else "capacity",
     capacity=static,
     max_rows=max_rows,
   )
 
 
-def _queue(queue_N: Array, num_queues: int, priority_N: Array | None):
-  """Entries in queue order, each one's place in its queue, and the queues' lengths."""
+def _levels(priority: Any, routing: Routing, priority_N: Array) -> int | None:
+  """Among how many whole numbers priorities are, if that is known."""
+  # What `functools.wraps` has copied onto another function is not its own.
+  if hasattr(priority.function, "__wrapped__") or priority_N.dtype != jnp.int32:
+    return None
+  levels = fact(priority, "levels")
+  return None if levels is None else levels(routing)
+
+
+def _queue(
+  queue_N: Array, num_queues: int, priority_N: Array | None, levels: int | None
+):
+  """Entries in queue order, each one's place in its queue, and where queues begin.
+
+  Args:
+    queue_N: i32[N] from 0 to `num_queues`, which is no queue.
+    num_queues: how many.
+    priority_N: i32[N] or f32[N], or None.
+    levels: the priorities are whole numbers from `1 - levels` to 0; None: they may not
+      be.
+  """
   N = queue_N.shape[0]
   index_N = jnp.arange(N, dtype=jnp.int32)
-  keys = (queue_N,) if priority_N is None else (queue_N, -priority_N)
-  by_queue, *_, order = jax.lax.sort(
-    (*keys, index_N), num_keys=len(keys), is_stable=True
-  )
-  queues = jnp.arange(num_queues + 1, dtype=by_queue.dtype)
+  levels = 1 if priority_N is None else levels
+  highest = (num_queues + 1) * (levels or _MOST) - 1
+  queues = jnp.arange(num_queues + 1, dtype=jnp.int32)
+  if levels is None or highest > _MOST:
+    assert priority_N is not None
+    by_queue, _, order = jax.lax.sort(
+      (queue_N, -priority_N, index_N), num_keys=2, is_stable=True
+    )
+  else:
+    # One key: what XLA gives to the library's radix sort on GPUs, where two are a
+    # network of its own, of thirty launches.  Half the bits are half the passes.
+    key_N = queue_N if priority_N is None else queue_N * levels - priority_N
+    narrow = current_device() in GPUS and highest < 1 << 16
+    key_N = key_N.astype(jnp.uint16) if narrow else key_N
+    by_queue, order = jax.lax.sort((key_N, index_N), num_keys=1, is_stable=True)
+    by_queue, queues = by_queue.astype(jnp.int32), queues * levels
   bound = places(by_queue, queues)
   # The inverse permutation by a second sort: a scatter would be slower on accelerators.
   _, place_N = jax.lax.sort((order, index_N), num_keys=1)
-  return order, place_N - bound[queue_N], jnp.diff(bound)
+  return order, place_N - bound[queue_N], bound
 
 
 def _limit(

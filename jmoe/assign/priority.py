@@ -21,6 +21,7 @@ def _needs_k(config) -> None:
     )
 
 
+@marked(levels=lambda routing: routing.k or 1)
 def by_choice_rank(routing: Routing, context: Context) -> Array:
   """All first choices before any second one, tokens in order.
 
@@ -37,7 +38,7 @@ def by_choice_rank(routing: Routing, context: Context) -> Array:
   return -(jnp.arange(N, dtype=jnp.int32) % routing.k)
 
 
-@marked(check=_needs_k, causal=False)
+@marked(check=_needs_k, causal=False, levels=lambda routing: routing.expert.shape[0])
 def by_confidence(routing: Routing, context: Context) -> Array:
   """Batch-priority routing: within a choice rank, the most confident tokens first.
 

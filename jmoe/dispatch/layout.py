@@ -59,8 +59,7 @@ def ragged(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layou
     block, dtype=jnp.int32
   )
   taken_BR = place_BR < rows_E[expert_B][:, None]
-  queue_E = running(plan.load[0]) - plan.load[0]
-  at_BR = queue_E[expert_B][:, None] + place_BR
+  at_BR = plan.first[0][expert_B][:, None] + place_BR
   row_N = start_E[plan.routing.expert] + plan.slot
   groups = Groups(start_E, rows_E, block)
   return _layout(plan, at_BR.reshape(-1), taken_BR.reshape(-1), row_N, groups)
@@ -84,9 +83,7 @@ def equal(plan: Plan, block: int | None = None, *, alignment: int = 1) -> Layout
   stride = max(block, -(-G * C // block) * block)
   place = jnp.arange(stride, dtype=jnp.int32)
   g, c = jnp.minimum(place // max(C, 1), G - 1), place % max(C, 1)
-  bound = running(plan.load.reshape(-1))
-  queue_EG = (bound - plan.load.reshape(-1)).reshape(G, E).T
-  at = queue_EG[:, g] + c  # [E, stride]
+  at = plan.first.T[:, g] + c  # [E, stride]
   taken = (place < G * C) & (c < plan.rows.T[:, g])
   start_E = jnp.arange(E, dtype=jnp.int32) * stride
   group_N = group_of(plan.routing.token, plan.routing.group_size)

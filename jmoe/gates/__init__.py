@@ -1,8 +1,8 @@
 """Gates: `(params, x_TD, context, *, previous_logits) -> logits_TE`, in float32.
 
 The only learned part of routing.  Matmuls and their gradients run at
-`Precision.HIGHEST` in at least float32: the default is bf16 passes on TPU and TF32 on
-GPU, which reroutes tokens.
+`Precision.HIGHEST` in at least float32, or as exactly by `kernels.split_product`: the
+default is bf16 passes on TPU and TF32 on GPU, which reroutes tokens.
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -50,11 +50,17 @@ def places(sorted_N: Array, values_Q: Array, *, side: str = "left") -> Array:
   last = jnp.iinfo(sorted_N.dtype).max
   end = first_W.shape[0] * width - N
   windows_WN = jnp.pad(sorted_N, (0, end), constant_values=last).reshape(-1, width)
-  within_Q = _below(windows_WN[window_Q], values_Q, side)
-  return window_Q * width + within_Q
+  # The windows before it are as many elements, one more of each place in a window: in
+  # the same sum, since an addition afterwards is a launch of its own.
+  return _below(windows_WN[window_Q], values_Q, side, window_Q)
 
 
-def _below(sorted_QN: Array, values_Q: Array, side: str) -> Array:
+def _below(
+  sorted_QN: Array, values_Q: Array, side: str, more_Q: Array | None = None
+) -> Array:
   values_Q1 = values_Q[:, None]
   below_QN = sorted_QN < values_Q1 if side == "left" else sorted_QN <= values_Q1
-  return jnp.sum(below_QN, axis=1, dtype=jnp.int32)
+  count_QN = below_QN.astype(jnp.int32)
+  if more_Q is not None:
+    count_QN += more_Q[:, None]
+  return jnp.sum(count_QN, axis=1, dtype=jnp.int32)

@@ -8,6 +8,7 @@ import pytest
 
 from jmoe import capacity, priority, routers
 from jmoe.assign import assign
+from jmoe.kernels import devices
 from jmoe.types import Context
 from jmoe.use import use
 from tests import _cases as cases, oracle
@@ -30,6 +31,16 @@ def routed(logits, k=1, **context):
 def to_experts(ids) -> np.ndarray:
   """Logits that send token t to expert ids[t]."""
   return 5.0 * np.eye(E)[np.asarray(ids)]
+
+
+def ranks(routing, context):
+  """`by_choice_rank` that says nothing of its values."""
+  return priority.by_choice_rank(routing, context)
+
+
+def confidence(routing, context):
+  """`by_confidence` that says nothing of its values."""
+  return priority.by_confidence(routing, context)
 
 
 SKEWED = to_experts([0] * 9 + [1] * 3 + [2])
@@ -129,3 +140,49 @@ def test_confidence_ranks_tokens_by_their_first_choice_within_a_rank():
   second = np.argsort(-np.asarray(found)[:, 1]).tolist()
   assert first == second == [1, 2, 0]
   assert int(found[:, 0].min()) > int(found[:, 1].max())
+
+
+ROUTED = routed(np.random.default_rng(0).normal(size=(T, E)), k=2, group_size=5)
+QUEUES = [(priority.by_choice_rank, ranks), (priority.by_confidence, confidence)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "hopper"])
+@pytest.mark.parametrize(("known", "unknown"), QUEUES)
+def test_queues_by_one_key_are_those_by_two(known, unknown, device):
+  context = Context(group_size=5)
+  values = np.asarray(known(ROUTED, context))
+  assert -known.levels(ROUTED) < values.min() and values.max() <= 0
+  slots = use(capacity.fixed, slots=2)
+  plans = []
+  with devices.as_if(device):
+    for member in (known, unknown):
+      plans.append(assign(ROUTED, context, capacity=slots, priority=use(member)))
+  for one, other in zip(*(jax.tree.leaves(plan) for plan in plans), strict=True):
+    np.testing.assert_array_equal(one, other)
+  begins = np.cumsum(plans[0].load.reshape(-1)) - plans[0].load.reshape(-1)
+  np.testing.assert_array_equal(plans[0].first.reshape(-1), begins)
+
+
+@pytest.mark.parametrize(
+  ("member", "tokens", "device", "keys"),
+  [
+    (priority.by_choice_rank, 9, "hopper", ["uint16"]),
+    (priority.by_choice_rank, 9, "cpu", ["int32"]),
+    (priority.by_confidence, 40_000, "gpu", ["int32"]),  # 4 queues x 80,000 entries
+    (priority.by_confidence, 2**29, "gpu", ["int32", "int32"]),  # more than 2**31
+    (priority.by_weight, 9, "hopper", ["int32", "float32"]),
+  ],
+)
+def test_a_sort_has_as_few_keys_and_bits_as_it_can(member, tokens, device, keys):
+  """With one key XLA:GPU takes a library's radix sort; fewer bits are fewer passes."""
+
+  def planned(scores):
+    routing = routers.top_k(scores, scores, scores, k=2, context=Context())
+    slots = use(capacity.fixed, slots=2)
+    return assign(routing, Context(), capacity=slots, priority=use(member))
+
+  with devices.as_if(device):
+    found = jax.make_jaxpr(planned)(jax.ShapeDtypeStruct((tokens, E), jnp.float32))
+  sorts = [e for e in found.eqns if e.primitive.name == "sort"]
+  given = [[v.aval.dtype.name for v in e.invars[: e.params["num_keys"]]] for e in sorts]
+  assert given == [keys, ["int32"]]  # the second one is the inverse

@@ -66,8 +66,13 @@ def test_results_are_checked_and_written(tmp_path, monkeypatch, capsys):
     front, "ready", lambda given: (None, {name: ready(given)[1][name]})
   )
   assert front.main([*TINY, "--score", "sigmoid", "--out", str(out)]) == 0
-  rows = json.loads(out.read_text())["rows"]
+  found = json.loads(out.read_text())
+  rows = found["rows"]
   assert [row["kind"] for row in rows] == ["forward", "step"]
+  assert [row["kind"] for row in found["gate"]] == ["forward", "step"] * 2
+  for row in found["gate"]:
+    assert row["errors"].pop("d tokens", 0) < 1e-2  # in bfloat16
+    assert 0 < max(row["errors"].values()) < 1e-6
   assert all(row["clock"] and row["ms"] > 0 and not row["wrong"] for row in rows)
   assert "by the clock" in capsys.readouterr().out
 

@@ -106,21 +106,29 @@ def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
     assert error(one, np.asarray(other, np.float64)) < 2e-2
 
 
-def lowered(config, keys=("gate", "experts"), tokens=300):
-  """What a Hopper GPU runs for a layer's output, and gradients of x and of `keys`."""
+def lowered(config, tokens=300, learning=None):
+  """What a Hopper GPU runs for a layer's output, and gradients of x and parameters.
+
+  Args:
+    config: of the layer.
+    tokens: how many.
+    learning: the experts' parameters that are not held back; None: all.
+  """
   params = jax.eval_shape(
     lambda key: narrow(jmoe.moe_init(key, config)), jax.random.key(0)
   )
   x = jax.ShapeDtypeStruct((tokens, config.d_model), jnp.bfloat16)
 
-  def loss(some, x, params):
-    y, _ = jmoe.moe({**params, **some}, x, config, train=True)
+  def loss(params, x):
+    experts = {
+      name: a if learning is None or name in learning else jax.lax.stop_gradient(a)
+      for name, a in params["experts"].items()
+    }
+    y, _ = jmoe.moe({**params, "experts": experts}, x, config, train=True)
     return jnp.sum(y.astype(jnp.float32))
 
   with hopper():
-    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(
-      {key: params[key] for key in keys}, x, params
-    )
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, x)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -139,10 +147,23 @@ def test_a_layer_lowers_for_cuda_to_as_few_kernels(keep):
   assert text.count("output_operand_alias<") >= 2
 
 
+# What learns of the experts -> kernels beside hidden, down; back, dx; and gathers.
+LEARNING = {
+  (): (0, 3),
+  ("down_EFD",): (1, 3),
+  ("gate_EDF",): (1, 4),
+  ("up_EDF", "down_EFD"): (2, 4),
+}
+
+
 @lowers
-def test_matrices_that_do_not_learn_cost_nothing():
-  text = lowered(simple(), keys=("gate",))
-  assert text.count("@mosaic_gpu") == 4  # hidden, down; back, dx
+@pytest.mark.parametrize("names", LEARNING)
+def test_matrices_that_do_not_learn_cost_nothing(names):
+  """Nor the rows that only their gradients read."""
+  text = lowered(simple(), learning=names)
+  products, others = LEARNING[names]
+  assert text.count("@mosaic_gpu") == 4 + products
+  assert text.count("__gpu$xla.gpu.triton") == others
 
 
 @lowers

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jmoe.kernels import devices
+from jmoe.types import Groups
 from tests.kernels.hopper_cases import BLOCK, Case, error, interpreted, lowers, on_cpu
 
 # loads, depth, width, stride
@@ -80,6 +81,42 @@ def test_interpreted_models_that_share_a_program_are_right():
     case.bias = jnp.zeros_like(case.bias)
     _, _, _, db = case.expected()
     check(case, [*(x[n] for x in found), db])
+
+
+@on_cpu
+def test_matrices_that_learn_get_their_gradient_and_no_other_does():
+  """Of one expert with biases, beside plain float32."""
+  from jmoe.kernels.grouped_ffn import activations
+  from jmoe.kernels.grouped_ffn.hopper import Form, fused_ffn
+
+  R = np.random.default_rng(0)
+  draw = lambda *size: jnp.asarray(R.normal(size=size) / 8, jnp.bfloat16)  # noqa: E731
+  x, dy = draw(128, 128), draw(128, 128)
+  params = [draw(1, 128, 128) for _ in range(3)] + [draw(1, 128) for _ in range(3)]
+  learning = (1, 3, 5)  # a matrix and the other ones' biases
+
+  def run(params):
+    held = jax.lax.stop_gradient(params)
+    some = [a if n in learning else held[n] for n, a in enumerate(params)]
+    *ups, down = zip(some[:3], some[3:], strict=True)
+    form = Form(activations.of(jax.nn.silu), num_sms=2)
+    groups = Groups(jnp.array([0]), jnp.array([128]), 128)
+    return fused_ffn(form, x, None, tuple(ups), down, groups)
+
+  def plain(params):
+    w, b = params[:3], params[3:]
+    hidden = [x.astype(jnp.float32) @ w[n][0] + b[n][0] for n in range(2)]
+    return (jax.nn.silu(hidden[0]) * hidden[1]) @ w[2][0] + b[2][0]
+
+  with interpreted():
+    found = jax.jit(lambda params: jax.vjp(run, params)[1](dy)[0])(params)
+  wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+  expected = jax.vjp(plain, wide)[1](dy.astype(jnp.float32))[0]
+  for n, (one, other) in enumerate(zip(found, expected, strict=True)):
+    if n in learning:
+      assert error(one, np.asarray(other, np.float64)) < 1e-2
+    else:
+      assert not np.any(np.asarray(one, np.float32))
 
 
 @lowers

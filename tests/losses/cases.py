@@ -120,7 +120,8 @@ def plan(found, given, *, num_rows, group_size) -> tuple[Plan, Context]:
     modality=given["modality"],
     num_rows=num_rows,
   )
-  return Plan(routing, idle_N, idle_N, idle_N < 0, none_GE, none_GE), context
+  queues = (none_GE, none_GE, none_GE)
+  return Plan(routing, idle_N, idle_N, idle_N < 0, *queues), context
 
 
 def sizes(case: Case) -> dict:

@@ -108,7 +108,9 @@ class _Kept:
   given: _Given
   x_RD: Array | None
   hidden: tuple[Array, ...]  # [R,F]; none if they are made anew
-  learns: bool = static(default=True)  # whether a gradient of the matrices is needed
+  # Whether the gradient of a matrix, and of its bias, is needed: of each in turn.
+  ups_learn: tuple[tuple[bool, bool], ...] = static(default=())
+  down_learns: tuple[bool, bool] = static(default=(True, True))
 
 
 def _hidden(form: Form, given: _Given, x_RD: Array, **results: bool):
@@ -145,9 +147,12 @@ def _forward(form, *primals):
   keeps_hidden = form.keep != "inputs"
   *hidden, a_RF = _hidden(form, given, x_RD, hidden=keeps_hidden, product=True)
   hidden = named(tuple(hidden), "hidden")
-  x_RD = x_RD if form.keep == "rows" and given.layout is not None else None
-  learns = any(jax.tree.leaves((told.ups, told.down)))
-  return _out(form, given, a_RF), _Kept(given, x_RD, hidden, learns=learns)
+  *ups, down = ((bool(w), bool(bias)) for w, bias in (*told.ups, told.down))
+  read = form.keep == "rows" and given.layout is not None and any(w for w, _ in ups)
+  kept = _Kept(
+    given, x_RD if read else None, hidden, ups_learn=tuple(ups), down_learns=down
+  )
+  return _out(form, given, a_RF), kept
 
 
 def _backward(form, kept, dy_RD):
@@ -173,20 +178,26 @@ def _backward(form, kept, dy_RD):
   dhs_RF = tuple(h[:, cut] for h in found[: len(hidden)])
   a_RF = found[len(hidden)][:, cut]
   d_weight = _of_weight(given, dy_RD, found[len(hidden) + 1 :])
-  d_ups, d_down = ((None, None),) * len(hidden), (None, None)
-  if kept.learns:
-    of = functools.partial(matrices, groups=groups, num_sms=form.num_sms)
-    d_down = of(a_RF, dy_RD), _of_bias(given.down[1], dy_RD, groups, given.weight_R)
-    x_RD = kept.x_RD
-    if x_RD is None:
-      # Not before `dy` and `a` are done with: two arrays fewer at the same time.
-      x, _ = lax.optimization_barrier((given.x, d_down[0]))
-      x_RD = dataclasses.replace(given, x=x).rows()
-    d_ups = tuple(
-      (of(x_RD, dh_RF), _of_bias(bias, dh_RF, groups))
-      for dh_RF, (_, bias) in zip(dhs_RF, given.ups, strict=True)
+  of = functools.partial(matrices, groups=groups, num_sms=form.num_sms)
+  d_down = (
+    of(a_RF, dy_RD) if kept.down_learns[0] else None,
+    _of_bias(given.down[1], kept.down_learns[1], dy_RD, groups, given.weight_R),
+  )
+  x_RD = kept.x_RD
+  if x_RD is None and any(w for w, _ in kept.ups_learn):
+    # Not before `dy` and `a` are done with: two arrays fewer at the same time.
+    before = dhs_RF[0] if d_down[0] is None else d_down[0]
+    x, _ = lax.optimization_barrier((given.x, before))
+    x_RD = dataclasses.replace(given, x=x).rows()
+  d_ups = tuple(
+    (
+      of(x_RD, dh_RF) if x_RD is not None and learn[0] else None,
+      _of_bias(bias, learn[1], dh_RF, groups),
     )
-    made = [d_matrix for d_matrix, _ in d_ups]
+    for dh_RF, (_, bias), learn in zip(dhs_RF, given.ups, kept.ups_learn, strict=True)
+  )
+  made = [d_w for d_w, _ in d_ups if d_w is not None]
+  if made:
     dhs_RF, _ = lax.optimization_barrier((dhs_RF, made))
   pairs = [(dh_RF, w) for dh_RF, (w, _) in zip(dhs_RF, given.ups, strict=True)]
   dx = rows(pairs, groups, transpose=True, num_sms=form.num_sms)
@@ -205,9 +216,13 @@ def _of_weight(given: _Given, dy_RD: Array, dots: tuple[Array, ...]) -> Array | 
 
 
 def _of_bias(
-  bias_EF: Array | None, dy_RF: Array, groups: Groups, weight_R: Array | None = None
+  bias_EF: Array | None,
+  learns: bool,
+  dy_RF: Array,
+  groups: Groups,
+  weight_R: Array | None = None,
 ) -> Array | None:
-  if bias_EF is None:
+  if bias_EF is None or not learns:
     return None
   if weight_R is not None:
     dy_RF = dy_RF.astype(jnp.float32) * weight_R[:, None]

@@ -21,7 +21,11 @@ from jax.custom_batching import sequential_vmap
 from jmoe.kernels.grouped_matmul.reference import expert_of_rows
 from jmoe.types import Groups
 
-_VMEM = 13 * 2**20  # of the 16 MiB that a kernel may use on the smallest chips
+# Bytes of the 16 MiB that a kernel may use on the smallest chips, by an estimate
+# that is 3 MiB short of what the compiler finds for some tiles of 512 rows.
+_VMEM = 27 * 2**19
+_VMEM_TALL = 13 * 2**20  # of tiles of more rows than
+_TALL = 256
 _LANES = 128
 _MOST_TILES = 4096  # beyond, what finds the tile of an expert without rows is inexact
 
@@ -168,7 +172,7 @@ def rows_tile(
 
   def fits(tk: int, tn: int) -> bool:
     buffers = 2 * size * (block * tk + tk * tn + block * tn)
-    return buffers + 8 * block * tn <= _VMEM
+    return buffers + 8 * block * tn <= _most(block)
 
   tk, tn = _best(depth, cols, cost, fits)
   return block, tk, tn
@@ -187,10 +191,14 @@ def matrices_tile(
   def fits(tk: int, tn: int) -> bool:
     # Rows are masked in float32 before they are multiplied.
     buffers = (2 * size + 4) * block * (tk + tn)
-    return buffers + (2 * size + 4) * tk * tn <= _VMEM
+    return buffers + (2 * size + 4) * tk * tn <= _most(block)
 
   tk, tn = _best(depth, cols, cost, fits)
   return block, tk, tn
+
+
+def _most(block: int) -> int:
+  return _VMEM if block <= _TALL else _VMEM_TALL
 
 
 def _best(depth: int, cols: int, cost: Any, fits: Any) -> tuple[int, int]:
