@@ -9,24 +9,29 @@ import numpy as np
 import pytest
 
 import jmoe
-from jmoe.kernels import devices
+from jmoe.kernels import devices, pieces
+from jmoe.types import Groups
 from jmoe.use import use
-from tests.kernels.hopper_cases import error, interpreted, on_cpu
+from tests.kernels.hopper_cases import (
+  as_hopper as as_hopper,
+  error,
+  hopper,
+  lowers,
+  on_cpu,
+)
 
-T, E, D, F = 200, 5, 256, 256
-# Tokens of experts 0, 1, 3; all go to 2, whose two blocks lie on both sides of the cut
-# of eight blocks; none goes to 4.
-LOADS = (130, 10, 60)
+D, F = 256, 256
+LOADS = (10, 130, 0)  # the second one's blocks lie on both sides of the cut
+T, E = sum(LOADS), len(LOADS)
 
 
 def config(function=jmoe.experts.glu, **keywords):
-  base = jmoe.simple(D, F, num_experts=E, k=2)
+  base = jmoe.simple(D, F, num_experts=E, k=1)
   return dataclasses.replace(base, experts=use(function, d_ff=F, **keywords))
 
 
 def grads(config):
-  first = jnp.repeat(jnp.asarray((0, 1, 3)), jnp.asarray(LOADS), total_repeat_length=T)
-  forced = jnp.stack([first, jnp.full(T, 2)], axis=1)
+  forced = jnp.repeat(jnp.arange(E), jnp.asarray(LOADS), total_repeat_length=T)[:, None]
 
   def call(params, x):
     def loss(params, x):
@@ -51,10 +56,9 @@ def operands(config, dtype=jnp.bfloat16):
 
 CASES = {
   "glu": {},
-  "glu, made anew": {"keep": "inputs"},
-  "mlp with biases, rows kept": {
+  "mlp with biases, made anew": {
     "function": jmoe.experts.mlp,
-    "keep": "rows",
+    "keep": "inputs",
     "bias": True,
   },
 }
@@ -62,22 +66,78 @@ CASES = {
 
 @on_cpu
 @pytest.mark.parametrize("name", CASES)
-def test_an_interpreted_layer_in_pieces_is_the_same(name, monkeypatch):
-  """Values and all gradients, bit by bit but for sums of a weight's gradient."""
-  from jmoe.kernels import hopper, permute_rows
-
-  monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
-  monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
-  found = {}
-  for pieces in (1, 2):
-    made = config(pieces=pieces, **CASES[name])
-    given = operands(made)
-    with devices.as_if("hopper"), interpreted():
-      found[pieces] = jax.jit(grads(made))(*given)
+def test_an_interpreted_layer_in_pieces_is_that_of_a_cpu(name, as_hopper):
+  """Values and all gradients; blocks that no kernel writes hold NaN here."""
+  made = config(pieces=2, **CASES[name])
+  given = operands(made)
+  found = jax.jit(grads(made))(*given)
   with devices.as_if("cpu"):
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), given)
     expected = jax.jit(grads(made))(*wide)
-  leaves = map(jax.tree.leaves, (found[1], found[2], expected))
-  for whole, pieces, other in zip(*leaves, strict=True):
-    assert error(pieces, np.asarray(other, np.float64)) < 2e-2
-    assert error(pieces, np.asarray(whole, np.float64)) < 1e-3
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert error(one, np.asarray(other, np.float64)) < 2e-2
+
+
+def kernels(made, tokens=300):
+  """The text of a layer and its gradients, lowered as for a Hopper GPU."""
+  params, _ = jax.eval_shape(lambda: operands(made))
+  x = jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16)
+
+  def loss(params, x):
+    y, _ = jmoe.moe(params, x, made, train=True)
+    return jnp.sum(y.astype(jnp.float32))
+
+  with hopper():
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, x)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@lowers
+def test_pieces_lower_for_cuda_and_are_written_in_place():
+  """One more of hidden, down, back and d down; of the second ones all but down."""
+  text = kernels(config(pieces=2))
+  assert text.count("@mosaic_gpu") == 7 + 4
+  calls = [line for line in text.splitlines() if "@mosaic_gpu" in line]
+  assert sum("output_operand_alias<" in call for call in calls) == 4
+
+
+@lowers
+def test_pieces_that_cannot_be_are_refused():
+  for n in (0, 3):
+    with pytest.raises(ValueError, match=f"pieces={n}.* have 1 to 2"):
+      kernels(config(pieces=n))
+  odd = dataclasses.replace(config(), experts=use(jmoe.experts.glu, d_ff=200, pieces=2))
+  with pytest.raises(ValueError, match="d_ff=200 must be multiples of 64"):
+    kernels(odd)
+
+
+@pytest.mark.parametrize("total, n", [(2880, 2), (768, 3), (130, 2), (64, 1)])
+def test_columns_are_all_there_and_of_whole_tiles(total, n):
+  found = pieces.columns(total, n, tile=128)
+  ends = [at.first + at.size for at in found]
+  assert [at.first for at in found] == [0, *ends[:-1]] and ends[-1] == total
+  assert len(found) <= n and all(end % 128 == 0 for end in ends[:-1])
+
+
+def test_pieces_are_put_side_by_side_under_vmap_too():
+  whole = jnp.arange(24.0).reshape(2, 3, 4)
+
+  def joined(a):
+    one, two = pieces.Columns(0, 3, 4), pieces.Columns(3, 1, 4)
+    return pieces.put(pieces.put(None, a[:, :3], one), a[:, 3:], two)
+
+  assert (jax.vmap(joined)(whole) == whole).all() and (
+    joined(whole[0]) == whole[0]
+  ).all()
+  assert "scatter" not in str(jax.make_jaxpr(jax.vmap(joined))(whole))
+
+
+def test_a_part_finds_its_rows_of_each_expert():
+  """One on both sides of the cut, one before it, one after it, and an empty one."""
+  part = pieces.Part(256, 256, 512)
+  groups = Groups(jnp.asarray([0, 128, 384, 512]), jnp.asarray([5, 200, 9, 0]), 128)
+  found = part.groups(groups)
+  assert found.rows.tolist() == [0, 72, 9, 0] and found.start.tolist()[1:3] == [0, 128]
+  # of two models, whose parts and buffers lie one behind the other
+  rows = jnp.asarray([0, 255, 256, 511])
+  assert part.in_whole(rows).tolist() == [256, 511, 768, 1023]

@@ -14,15 +14,15 @@ not kept, and at no time do two arrays [R,D] stand beside the hidden ones.  Kept
 backward pass are the tokens and the h_n (`keep="hidden"`), the rows too ("rows"), or
 only the tokens ("inputs").  The algebra is SonicMoE's (arXiv 2512.14080).
 
-In pieces (`Form.pieces`) the large arrays need not be there as a whole:
+In pieces (`Form.pieces`) the large arrays of both peaks are not there as a whole:
 
-  x rows into h_n          some rows after the others; h_n and `a` are written in place
-  y, dx and their sums     some columns after the others
-  x rows into d w_n        some columns, which are rows of the gradient
+  x rows into h_n and `a`  some rows after the others; results are written in place
+  y and its sums           some columns after the others
   `a` and d down           some columns of `a`, which are rows of the gradient
 
-so that nothing is read twice but the tokens, in the first line.  Only the rows of `dy`
-are whole: `da` needs every column of them, and d down every row.
+so that nothing is read twice but the tokens, in the first line.  Whole are the rows of
+`dy`: `da` needs every column of them, and d down every row; and in the end, when `a` is
+gone, those of x and dx.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -47,7 +47,7 @@ from jmoe.kernels.grouped_ffn.hopper_kernels import (
 from jmoe.kernels.grouped_ffn.reference import Matrix
 from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
 from jmoe.kernels.hopper import BLOCK
-from jmoe.kernels.pieces import Columns, after, columns, parts, put
+from jmoe.kernels.pieces import after, columns, parts, put
 from jmoe.kernels.row_blocks import expert_of_rows, sums
 from jmoe.types import Groups, Layout, pytree, static
 
@@ -113,11 +113,11 @@ class _Given:
   groups: Any
   weight_R: Any
 
-  def rows(self, columns: Columns | None = None) -> Array:
-    """`[R,D]` in the experts' order, or some columns."""
+  def rows(self) -> Array:
+    """`[R,D]` in the experts' order."""
     if self.layout is None:
       return self.x
-    return permute_rows.spread(self.x, self.layout, columns)
+    return permute_rows.spread(self.x, self.layout)
 
 
 @pytree
@@ -168,32 +168,22 @@ def _hidden(
 
 
 def _out(form: Form, given: _Given, a_RF: Array) -> Array:
-  """The rows, or with `form.sums` the tokens."""
-  w_EFD, c_ED = given.down
+  """The rows, or with `form.sums` the tokens.
 
-  def of(operands, at):
-    return rows(
-      operands, given.groups, c_ED, given.weight_R, num_sms=form.num_sms, columns=at
-    )
-
-  layout = given.layout if form.sums else None
-  return _home(form, layout, ((a_RF, w_EFD),), of, w_EFD.shape[2])
-
-
-def _home(form: Form, layout: Layout | None, operands, of, D: int) -> Array:
-  """`of(operands, columns)`, rows, or with a layout the sums of each token's.
-
-  In pieces: rows are made when those of the piece before are summed.
+  In pieces: some columns of the rows are made when those before are summed.
   """
-  if layout is None:
-    return of(operands, Columns(0, D, D))
-  whole = None
-  for at in columns(D, form.pieces):
-    whole, operands = after(whole, operands)
-    y_RC = of(operands, at)
-    whole = put(whole, permute_rows.summed(y_RC, layout).astype(y_RC.dtype), at)
-  assert whole is not None
-  return whole
+  w_EFD, c_ED = given.down
+  of = functools.partial(rows, num_sms=form.num_sms)
+  if not form.sums:
+    return of(((a_RF, w_EFD),), given.groups, c_ED, given.weight_R)
+  y_TD = None
+  for at in columns(w_EFD.shape[2], form.pieces):
+    y_TD, a_RF = after(y_TD, a_RF)
+    y_RC = of(((a_RF, w_EFD),), given.groups, c_ED, given.weight_R, columns=at)
+    y_TC = permute_rows.summed(y_RC, given.layout).astype(y_RC.dtype)
+    y_TD = put(y_TD, y_TC, at)
+  assert y_TD is not None
+  return y_TD
 
 
 def _forward(form, *primals):
@@ -227,10 +217,9 @@ def _backward(form, kept, dy):
     d_ups, dhs_RF = _of_ups(form, kept, dhs_RF, d_down[0])
   pairs = [(dh_RF, w) for dh_RF, (w, _) in zip(dhs_RF, given.ups, strict=True)]
 
-  def of(pairs, at):
-    return rows(pairs, groups, transpose=True, num_sms=form.num_sms, columns=at)
-
-  dx = _home(form, given.layout, pairs, of, given.x.shape[1])
+  dx = rows(pairs, groups, transpose=True, num_sms=form.num_sms)
+  if given.layout is not None:
+    dx = permute_rows.summed(dx, given.layout).astype(dx.dtype)
   return dx, None, d_ups, d_down, None, d_weight
 
 
@@ -249,7 +238,9 @@ def _through_down(form: Form, kept: _Kept, hidden: Sequence[Array], dy_RD: Array
   weight = () if given.weight_R is None else (given.weight_R,)
   hidden = [padded(h, 1) for h in hidden]
   dots, d_matrix = [], None
-  pieces = form.pieces + 1 if kept.learns and form.pieces > 1 else 1
+  pieces = form.pieces if kept.learns else 1
+  if pieces > 1 and F >= 1024:
+    pieces += 1  # so wide, `a` is what is largest beside the rows of `dy`
   for at in columns(down.shape[1], pieces, tile=BLOCK):
     d_matrix, hidden = after(d_matrix, hidden)
     of_columns = foldable(functools.partial(kernel, columns=at))
@@ -267,30 +258,19 @@ def _through_down(form: Form, kept: _Kept, hidden: Sequence[Array], dy_RD: Array
 
 
 def _of_ups(form: Form, kept: _Kept, dhs_RF: Sequence[Array], d_down: Array):
-  """(gradients of the matrices `ups` and their biases, those of the hidden arrays).
-
-  In pieces: some columns of the rows are gathered when those before have become rows
-  of the gradients.
-  """
+  """(gradients of the matrices `ups` and their biases, those of the hidden arrays)."""
   given, groups = kept.given, kept.given.groups
-  pieces = form.pieces if kept.x_RD is None else 1
-  made: Any = [None] * len(dhs_RF)
-  for at in columns(given.x.shape[1], pieces):
-    x_RC = kept.x_RD
-    if x_RC is None:
-      # Not before `dy` and `a` are done with: two arrays fewer at the same time.
-      d_down, made, x = after(d_down, made, given.x)
-      x_RC = dataclasses.replace(given, x=x).rows(at)
-    made = [
-      matrices(x_RC, dh_RF, groups, num_sms=form.num_sms, columns=at, into=before)
-      for dh_RF, before in zip(dhs_RF, made, strict=True)
-    ]
-  dhs_RF, made = after(dhs_RF, made)
-  biases = [
-    _of_bias(bias, dh_RF, groups)
-    for dh_RF, (_, bias) in zip(dhs_RF, given.ups, strict=True)
-  ]
-  return tuple(zip(made, biases, strict=True)), dhs_RF
+  x_RD = kept.x_RD
+  if x_RD is None:
+    # Not before `dy` and `a` are done with: two arrays fewer at the same time.
+    _, x = after(d_down, given.x)
+    x_RD = dataclasses.replace(given, x=x).rows()
+  d_ups = tuple(
+    (matrices(x_RD, dh, groups, num_sms=form.num_sms), _of_bias(bias, dh, groups))
+    for dh, (_, bias) in zip(dhs_RF, given.ups, strict=True)
+  )
+  dhs_RF, _ = after(dhs_RF, [d_matrix for d_matrix, _ in d_ups])
+  return d_ups, dhs_RF
 
 
 def _of_weight(given: _Given, dy_RD: Array, dots: list[Array]) -> Array | None:

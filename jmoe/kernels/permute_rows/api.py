@@ -10,7 +10,6 @@ from jax import Array
 
 from jmoe.kernels.devices import current_device, has_triton
 from jmoe.kernels.permute_rows import reference
-from jmoe.kernels.pieces import Columns
 from jmoe.kernels.varying import together
 from jmoe.types import Layout
 
@@ -31,24 +30,19 @@ def take(rows: Array, index: Array) -> Array:
 
 
 @jax.named_scope("rows")
-def spread(x_TD: Array, layout: Layout, columns: Columns | None = None) -> Array:
+def spread(x_TD: Array, layout: Layout) -> Array:
   """`[R,D]` the token of every row of the expert buffer; padding rows are zero.
 
   Args:
     x_TD: tokens.
     layout: where each of them goes.
-    columns: of the tokens, which alone the rows have; None: all.
   """
-  D = x_TD.shape[1]
-  columns = columns or Columns(0, D, D)
   if layout.k is None or not _served(x_TD) or not layout.num_rows:
-    end = columns.first + columns.size
-    return take(x_TD[:, columns.first : end], layout.token)
+    return take(x_TD, layout.token)
   from jmoe.kernels.permute_rows import triton  # imports Pallas
 
   row_TK = layout.row.reshape(layout.num_tokens, layout.k)
-  x_TD, row_TK, token_R = together(x_TD, row_TK, layout.token)
-  return triton.spread(x_TD, row_TK, token_R, columns)
+  return triton.spread(*together(x_TD, row_TK, layout.token))
 
 
 @jax.named_scope("rows")

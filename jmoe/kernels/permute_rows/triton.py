@@ -11,7 +11,6 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jmoe.kernels.pieces import Columns
 from jmoe.kernels.varying import struct
 
 _MOST = 1024  # columns of a step
@@ -30,23 +29,17 @@ def take(rows_ND: Array, index_R: Array, *, interpret: bool = False) -> Array:
 
 
 def spread(
-  x_TD: Array,
-  row_TK: Array,
-  token_R: Array,
-  columns: Columns | None = None,
-  *,
-  interpret: bool = False,
+  x_TD: Array, row_TK: Array, token_R: Array, *, interpret: bool = False
 ) -> Array:
-  """Each token's columns at each of its places; zero where no token goes.
+  """Each token's row at each of its places; zero where no token goes.
 
   A program reads a token once and writes it k times: in the order of the rows it would
   be read k times, mostly from memory.
   """
   (T, D), R = x_TD.shape, token_R.shape[0]
-  columns = columns or Columns(0, D, D)
   return _call(
-    functools.partial(_spread, num_tokens=T, first=columns.first),
-    (struct((R, columns.size), x_TD.dtype, x_TD),),
+    functools.partial(_spread, num_tokens=T),
+    (struct((R, D), x_TD.dtype, x_TD),),
     name="spread_rows",
     interpret=interpret,
     programs=T + pl.cdiv(R, _LOOKED_AT),
@@ -86,7 +79,7 @@ def _take(index_ref, rows_ref, out_ref, *, num_rows: int):
     plt.store(out_ref.at[r, cols], found, mask=inside)
 
 
-def _spread(row_ref, token_ref, x_ref, out_ref, *, num_tokens: int, first: int):
+def _spread(row_ref, token_ref, x_ref, out_ref, *, num_tokens: int):
   t = pl.program_id(0)
   (R, D), k = out_ref.shape, row_ref.shape[1]
 
@@ -94,7 +87,7 @@ def _spread(row_ref, token_ref, x_ref, out_ref, *, num_tokens: int, first: int):
   def _():
     places = [row_ref[t, j] for j in range(k)]
     for cols, inside in _columns(D):
-      found = plt.load(x_ref.at[t, first + cols], mask=inside, other=0.0)
+      found = plt.load(x_ref.at[t, cols], mask=inside, other=0.0)
       for row in places:
         there = row < R
         row = jnp.where(there, row, 0)
@@ -102,9 +95,9 @@ def _spread(row_ref, token_ref, x_ref, out_ref, *, num_tokens: int, first: int):
 
   @pl.when(t >= num_tokens)
   def _():
-    begin = (t - num_tokens) * _LOOKED_AT
+    first = (t - num_tokens) * _LOOKED_AT
     for n in range(_LOOKED_AT):
-      row = jnp.minimum(begin + n, R - 1)
+      row = jnp.minimum(first + n, R - 1)
       nobody = token_ref[row] >= num_tokens
       for cols, inside in _columns(D):
         zero = jnp.zeros(cols.shape, out_ref.dtype)
