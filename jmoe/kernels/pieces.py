@@ -31,12 +31,12 @@ class Columns:
 
 
 def columns(total: int, pieces: int, tile: int | None = None) -> list[Columns]:
-  """At most that many, of whole tiles but for the last."""
+  """At most that many, of whole tiles but for the last, none narrower than 128."""
   tile = tile or (256 if total >= 512 else 128)
-  size = -(-total // (tile * pieces)) * tile if pieces > 1 else total
-  return [
-    Columns(first, min(size, total - first), total) for first in range(0, total, size)
-  ]
+  size = -(-total // (tile * pieces)) * tile
+  firsts = [n for n in range(0, total, size) if not n or total - n >= 128]
+  ends = [*firsts[1:], total]
+  return [Columns(n, end - n, total) for n, end in zip(firsts, ends, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
