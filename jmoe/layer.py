@@ -50,11 +50,19 @@ class Experts(NamedTuple):
   def weighs(self) -> bool:
     """Whether they multiply their rows by `Rows.weight`.
 
-    So that they need not keep their outputs for the weights' gradient.  What
-    `functools.wraps` has copied onto another function is not its own.
+    So that they need not keep their outputs for the weights' gradient.
     """
+    return self._says("weighs")
+
+  @property
+  def sums(self) -> bool:
+    """Whether they bring their rows home themselves, where `Rows.sums` asks for it."""
+    return self._says("sums")
+
+  def _says(self, name: str) -> bool:
+    # What `functools.wraps` has copied onto another function is not its own.
     function = self.use.function
-    return getattr(function, "weighs", False) and not hasattr(function, "__wrapped__")
+    return getattr(function, name, False) and not hasattr(function, "__wrapped__")
 
 
 def moe(

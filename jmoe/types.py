@@ -184,6 +184,7 @@ class Rows:
   layout: Layout | None = None  # lazy: row r is x[layout.token[r]]
   scale: Array | None = None  # f32[R] multiplies the expert's INPUT
   weight: Array | None = None  # f32[R] multiplies its OUTPUT; given to who `weighs`
+  sums: bool = static(default=False)  # [T,D] is asked for; of who `sums`
 
   def gathered(self) -> Array:
     """The rows as an array `[R,D]`; padding rows are zero."""

@@ -59,6 +59,8 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     takes_best: of a router: True if it chooses the k highest of what it selects by.
     weighs: of experts: True if they multiply their outputs by `Rows.weight`, whenever
       there is one; a function that adds to their outputs must not have it.
+    sums: of experts that weigh: True if they give `[T,D]`, the sums of each token's
+      rows, whenever `Rows.sums` says so.
     constant: of a gate: True if every token gets the same logits.
     within: of a restriction: True if it ranks experts, so it is asked after the others
       and given their mask.

@@ -110,8 +110,9 @@ def through(
   """Out, through the experts, and home: what strategies on one device share.
 
   Experts with a true attribute `weighs`, as those of a layer may have, get the weights
-  with their rows, and what they give is summed as it is.  A function around them has
-  none: then the weights come on the way home.
+  with their rows, and what they give is summed as it is; those with a true `sums` do
+  that themselves, and then need not make all rows at once.  A function around them has
+  neither: then the weights come on the way home.
   """
   layout = named(layout, "routing")
   scale, weight = None, None
@@ -119,6 +120,8 @@ def through(
     scale = spread(way.input_scale, layout)
   elif way.sums and getattr(experts, "weighs", False):
     weight = spread(way.weight, layout)
+  if weight is not None and getattr(experts, "sums", False):
+    return experts(Rows(x_TD, layout.groups, layout, None, weight, sums=True))
   rows_RD = experts(Rows(x_TD, layout.groups, layout, scale, weight))
   if weight is not None:
     return summed_home(rows_RD, layout)  # dropped assignments have no row

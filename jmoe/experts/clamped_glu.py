@@ -43,7 +43,7 @@ def _check(
   in_range("clamped_glu: alpha", alpha, least=-math.inf)
 
 
-@marked(init=_init, check=_check, weighs=True, matrices=3)
+@marked(init=_init, check=_check, weighs=True, sums=True, matrices=3)
 def clamped_glu(
   params: Params,
   rows: Rows,
@@ -69,7 +69,7 @@ def clamped_glu(
   Keywords of `use`: also `d_ff`, `initializer=use(initializers.fan_in)`.
 
   Returns:
-    `[R,D]` in the rows' dtype.
+    `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`.
   """
   weights = {name: w.astype(rows.x.dtype) for name, w in params.items()}
   up = weights["gate_up_EDF"], weights["gate_up_bias_EF"]

@@ -41,7 +41,7 @@ def _init(
   return params
 
 
-@marked(init=_init, check=check, weighs=True, matrices=3)
+@marked(init=_init, check=check, weighs=True, sums=True, matrices=3)
 def glu(
   params: Params,
   rows: Rows,
@@ -49,6 +49,7 @@ def glu(
   activation: Callable[[Array], Array] = jax.nn.silu,
   matmul: Callable[..., Array] | None = None,
   keep: str = "hidden",
+  pieces: int | None = None,
 ) -> Array:
   """`(activation(x gate) * (x up)) down` with the matrices of each row's expert.
 
@@ -61,18 +62,19 @@ def glu(
     matmul: a grouped matmul, as `use(kernels.grouped_matmul, implementation=...)`;
       None takes the best form for the device, fused where there is one.
     keep: for the backward pass, "rows", "hidden" or "inputs"; see `grouped_ffn`.
+    pieces: in how many large arrays are made on a Hopper; see `grouped_ffn`.
 
   Keywords of `use`: also `d_ff`, `bias=False`, `initializer=use(initializers.fan_in)`.
 
   Returns:
-    `[R,D]` in the rows' dtype.
+    `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`.
   """
   weights = {name: w.astype(rows.x.dtype) for name, w in params.items()}
   gate = weights["gate_EDF"], weights.get("gate_bias_EF")
   up = weights["up_EDF"], weights.get("up_bias_EF")
   down = weights["down_EFD"], weights.get("down_bias_ED")
   hidden = use(_gated, activation=activation)
-  return grouped_ffn(rows, (gate, up), down, hidden, matmul, keep=keep)
+  return grouped_ffn(rows, (gate, up), down, hidden, matmul, keep=keep, pieces=pieces)
 
 
 @marked(gated=True)

@@ -12,7 +12,7 @@ from jmoe.types import Params, Rows
 from jmoe.use import marked
 
 
-@marked(init=init_mlp, check=check, weighs=True, matrices=2)
+@marked(init=init_mlp, check=check, weighs=True, sums=True, matrices=2)
 def mlp(
   params: Params,
   rows: Rows,
@@ -20,6 +20,7 @@ def mlp(
   activation: Callable[[Array], Array] = jax.nn.gelu,
   matmul: Callable[..., Array] | None = None,
   keep: str = "hidden",
+  pieces: int | None = None,
 ) -> Array:
   """`activation(x up + b) down + c` with the matrices of each row's expert.
 
@@ -32,13 +33,14 @@ def mlp(
     matmul: a grouped matmul, as `use(kernels.grouped_matmul, implementation=...)`;
       None takes the best form for the device, fused where there is one.
     keep: for the backward pass, "rows", "hidden" or "inputs"; see `grouped_ffn`.
+    pieces: in how many large arrays are made on a Hopper; see `grouped_ffn`.
 
   Keywords of `use`: also `d_ff`, `bias=False`, `initializer=use(initializers.fan_in)`.
 
   Returns:
-    `[R,D]` in the rows' dtype.
+    `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`.
   """
   weights = {name: w.astype(rows.x.dtype) for name, w in params.items()}
   up = weights["up_EDF"], weights.get("up_bias_EF")
   down = weights["down_EFD"], weights.get("down_bias_ED")
-  return grouped_ffn(rows, (up,), down, activation, matmul, keep=keep)
+  return grouped_ffn(rows, (up,), down, activation, matmul, keep=keep, pieces=pieces)

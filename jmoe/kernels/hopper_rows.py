@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.kernels import hopper as chip
 from jmoe.kernels.hopper import BLOCK, Tile
 from jmoe.kernels.hopper_walk import Operand, Work, walk
+from jmoe.kernels.pieces import Columns, Part
 from jmoe.kernels.row_blocks import in_bands, used_blocks
 from jmoe.types import Groups
 
@@ -60,6 +61,8 @@ def row_kernel(
   scratch: Mapping[str, Any] | None = None,
   num_sms: int | None = None,
   updated: int = 0,
+  columns: Columns | None = None,
+  part: Part | None = None,
 ) -> tuple[Array, ...]:
   """A kernel that makes `sums` arrays `[R,F]` of products, and `finish`es them.
 
@@ -81,12 +84,16 @@ def row_kernel(
     scratch: shared memory and barriers by name.
     num_sms: multiprocessors to use; None: all.
     updated: that many of `others`, the first ones, are written over by results.
+    columns: of the matrices; None: all.  Places count from the first of them.
+    part: of the buffer, which `groups` and `lefts` are of; None: all.  Places are
+      those of the buffer.
   """
   (R, D), dtype = lefts[0].shape, lefts[0].dtype
   F = rights[0].shape[1 if transpose else 2]
-  columns = pl.cdiv(F, tile.cols)
-  tile = tile.that_fits(columns)
-  bands = columns // tile.cluster
+  columns = columns or Columns(0, F, F)
+  wide = pl.cdiv(columns.size, tile.cols)
+  tile = tile.that_fits(wide)
+  bands = wide // tile.cluster
   sms = num_sms or chip.multiprocessors()
   blocks, used = max(1, sms // tile.cluster), used_blocks(groups, R, BLOCK)
 
@@ -106,7 +113,7 @@ def row_kernel(
       return expert_ref[which], block_ref[which] * BLOCK, column
 
     def make(group, which, scratch, over):
-      place = _place(tile, group, which)
+      place = _place(tile, group, which, part)
 
       def with_sums(*totals):
         begun = begin(place, other_refs)
@@ -117,7 +124,7 @@ def row_kernel(
       pl.run_scoped(with_sums, *[chip.accumulator(*tile.own)] * sums)
 
     def step(k, group, which, scratch, tiles, totals):
-      place = _place(tile, group, which)
+      place = _place(tile, group, which, part)
       during(k, place, scratch, other_refs)
       products(place, tiles, totals)
 
@@ -129,7 +136,8 @@ def row_kernel(
 
     def right(ref):
       def source(which):
-        e, across = which[0], pl.ds(which[2] * tile.cols, tile.cols)
+        first = columns.first + which[2] * tile.cols
+        e, across = which[0], pl.ds(first, tile.cols)
         return ref.at[e, across, :] if transpose else ref.at[e, :, across]
 
       return Operand(tile.cols, int(transpose), dtype, source)
@@ -150,8 +158,9 @@ def row_kernel(
   return kernel(*operands, used.expert, used.block, used.used)
 
 
-def _place(tile: Tile, group: Array, which: Any) -> Place:
+def _place(tile: Tile, group: Array, which: Any, part: Part | None) -> Place:
   (rows, cols), (expert, row, column) = tile.own, which
+  row = part.in_whole(row) if part else row
   col, own = column * tile.cols, pl.ds(0, rows)
   if tile.by_cols and not tile.alternating:
     own, col = pl.ds(group * cols, cols), col + group * cols

@@ -43,6 +43,19 @@ def hopper():
   return stack
 
 
+@pytest.fixture
+def as_hopper(monkeypatch):
+  """A Hopper GPU of two multiprocessors, interpreted; what is Triton's is plain jax."""
+  from jmoe.kernels import hopper, permute_rows
+  from jmoe.kernels.top_k import api as choices
+
+  monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
+  monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
+  monkeypatch.setattr(choices, "_served", lambda values, k: False)
+  with devices.as_if("hopper"), interpreted():
+    yield
+
+
 class Case:
   """Rows of some experts, their matrices, and a cotangent.
 

@@ -13,20 +13,13 @@ import pytest
 import jmoe
 from jmoe.kernels import devices
 from jmoe.use import use
-from tests.kernels.hopper_cases import error, hopper, interpreted, lowers, on_cpu
-
-
-@pytest.fixture
-def as_hopper(monkeypatch):
-  """A Hopper GPU of two multiprocessors, interpreted; what is Triton's is plain jax."""
-  from jmoe.kernels import hopper, permute_rows
-  from jmoe.kernels.top_k import api as choices
-
-  monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
-  monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
-  monkeypatch.setattr(choices, "_served", lambda values, k: False)
-  with devices.as_if("hopper"), interpreted():
-    yield
+from tests.kernels.hopper_cases import (
+  as_hopper as as_hopper,
+  error,
+  hopper,
+  lowers,
+  on_cpu,
+)
 
 
 def with_free(limited: bool) -> jmoe.MoEConfig:

@@ -24,6 +24,7 @@ from jmoe.types import Rows
 from jmoe.use import Use, fact, nearest
 
 KEEPS = ("rows", "hidden", "inputs")
+_LARGE = 2**28  # bytes of rows from which on they are made in pieces
 
 
 def grouped_ffn(
@@ -34,6 +35,7 @@ def grouped_ffn(
   matmul: Callable[..., Array] | None = None,
   *,
   keep: str = "hidden",
+  pieces: int | None = None,
 ) -> Array:
   """`weight (hidden(x up_0 + b_0, x up_1 + b_1, ...) down + c)` of each row's expert.
 
@@ -48,15 +50,22 @@ def grouped_ffn(
       "rows" [R,D] and the hidden arrays [R,F], "hidden" those arrays alone (rows are
       gathered anew; only the fused form on Hopper can, others keep the rows), or
       "inputs": neither, all of it is computed anew.
+    pieces: in how many the fused form on Hopper makes the arrays [R,D] and what goes
+      into `down`, where `rows.sums`: fewer bytes at a time, a few launches more.  None
+      takes two where [R,D] is of 256 MiB or more, and one inside `shard_map`; other
+      forms have none.
 
   Returns:
     `[R,D]` in x's dtype; rows of no expert hold no meaning.  Their gradient must be
-    zero, as `carry.home` makes it.
+    zero, as `carry.home` makes it.  If `rows.sums`, the sums of each token's rows,
+    `[T,D]`.
 
   Raises:
-    ValueError: an unknown `keep`.
+    ValueError: an unknown `keep`, or `pieces` that the fused form cannot make.
   """
   check_keep(keep)
+  if rows.sums and rows.layout is None:
+    raise ValueError("experts: rows.sums without a layout; give Rows(layout=...)")
   E = down[0].shape[0]
   groups, weight_R = first(rows.groups, E), rows.weight
   if weight_R is not None:
@@ -73,8 +82,11 @@ def grouped_ffn(
     x, layout = rows.x, rows.layout
     if rows.scale is not None or groups is not rows.groups:
       x, layout = of_first(rows.gathered(), rows.groups, E), None
+    sums = rows.sums and layout is not None
+    pieces = _pieces(pieces, rows, ups, down, whole=not sums)
     arrays = together(x, layout, ups, down, groups, weight_R)
-    return fused_ffn(Form(activation, keep), *arrays)
+    y: Any = fused_ffn(Form(activation, keep, sums, pieces), *arrays)
+    return y if sums else _home(rows, y)
 
   def plain(rows, ups, down) -> Any:
     x_RD = of_first(rows.gathered(), rows.groups, E)
@@ -88,7 +100,47 @@ def grouped_ffn(
     )
 
   call = jax.checkpoint(plain) if keep == "inputs" else plain
-  return call(rows, ups, down)
+  return _home(rows, call(rows, ups, down))
+
+
+def _home(rows: Rows, y_RD: Array) -> Array:
+  """Rows, or if these ask for it the sums of each token's."""
+  if not rows.sums:
+    return y_RD
+  from jmoe.dispatch import carry
+
+  assert rows.layout is not None
+  return carry.summed_home(y_RD, rows.layout)
+
+
+def _pieces(
+  given: int | None, rows: Rows, ups: tuple[Matrix, ...], down: Matrix, *, whole: bool
+) -> int:
+  """How many; `whole` where the fused form gives rows, which are made at once."""
+  F, D = down[0].shape[1:]
+  reason = None
+  if whole:
+    reason = "rows are asked for, not their sums per token; use pieces=1"
+  elif differs(rows, ups, down):
+    reason = "nothing can be written in place inside shard_map; use pieces=1"
+  elif D % 64 or F % 64:
+    reason = f"d_model={D} and d_ff={F} must be multiples of 64; use pieces=1"
+  if given is None:
+    assert rows.layout is not None or whole
+    large = not whole and _bytes(rows) >= _LARGE
+    return 2 if large and reason is None else 1
+  most = min(D, F) // 128
+  if reason is None and not 1 <= given <= max(most, 1):
+    reason = f"widths of {D} and {F} have 1 to {max(most, 1)}"
+  if reason is not None and given != 1:
+    raise ValueError(f"experts: pieces={given}; {reason}")
+  return given
+
+
+def _bytes(rows: Rows) -> int:
+  """Of all rows as an array."""
+  assert rows.layout is not None
+  return rows.layout.num_rows * rows.x.shape[1] * rows.x.dtype.itemsize
 
 
 def check_keep(keep: Any) -> None:

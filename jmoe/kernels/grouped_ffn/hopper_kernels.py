@@ -24,6 +24,7 @@ from jmoe.kernels.hopper_rows import (
   whole_tiles,
 )
 from jmoe.kernels.hopper_tiles import choose
+from jmoe.kernels.pieces import Columns, Part
 from jmoe.types import Groups
 
 Activation = Callable[[Array], tuple[Array, Array]]  # x -> its value, its derivative
@@ -40,13 +41,16 @@ def hidden_kernel(
   hidden: bool,
   product: bool,
   tile: Tile | None = None,
+  part: Part | None = None,
+  made: int = 0,
 ) -> tuple[Array, ...]:
   """What is asked for of `h_n = x w_n + b_n` and `weight f(h_0) h_1`, `[R,F]` each.
 
   Args:
     groups: aligned to `hopper.BLOCK`.
     x_RD: rows.
-    arrays: `ups` matrices [E,D,F], then if `biased` as many [E,F], then perhaps f32[R].
+    arrays: `ups` matrices [E,D,F], then if `biased` as many [E,F], then perhaps f32[R],
+      then what the part before gave.
     ups: one or two; with one the product is `weight f(h_0)`.
     biased: whether there are biases.
     activation: f.
@@ -54,19 +58,26 @@ def hidden_kernel(
     hidden: give the first arrays.
     product: give the last one.
     tile: of each of the first arrays; None: that of the table in `hopper_tiles`.
+    part: of the buffer, which `groups` and the rows are of; None: all of it.  The
+      weights and what is given are of all of it.
+    made: how many arrays the part before gave; they are written over, not inside
+      `shard_map`.
   """
   (R, D), F = x_RD.shape, arrays[0].shape[2]
+  R = R // part.size * part.total if part else R
+  arrays, earlier = arrays[: len(arrays) - made], arrays[len(arrays) - made :]
   kernel = "hidden" if ups == 2 else "rows"
   tile = tile or choose(kernel, width=F, depth=D, operands=1 + ups)
 
   biases = [whole_tiles(a, tile) for a in arrays[ups : ups + ups * biased]]
-  others = (*biases, *arrays[ups + ups * biased :])
+  others = (*earlier, *biases, *arrays[ups + ups * biased :])
 
   def products(place, tiles, totals):
     for total, w in zip(totals, tiles[1:], strict=True):
       multiply(tile, place, total, tiles[0], w)
 
   def begin(place, others):
+    others = others[made:]
     biases, weights = others[: ups * biased], others[ups * biased :]
     return (
       [values_of_columns(place, ref) for ref in biases],
@@ -99,6 +110,8 @@ def hidden_kernel(
     out=(chip.struct((R, F), x_RD.dtype, x_RD),) * (ups * hidden + product),
     name="ffn_hidden",
     num_sms=num_sms,
+    updated=made,
+    part=part,
   )
 
 
@@ -118,6 +131,7 @@ def back_kernel(
   activation: Activation,
   num_sms: int | None,
   tile: Tile | None = None,
+  columns: Columns | None = None,
 ) -> tuple[Array, ...]:
   """Gradients of the hidden arrays, what went into `down`, and the weight's gradient.
 
@@ -133,12 +147,18 @@ def back_kernel(
     activation: of the first of them.
     num_sms: multiprocessors to use; None: all.
     tile: None: that of the table in `hopper_tiles`.
+    columns: of the hidden arrays, which alone are written over, and of what went into
+      `down`; None: all.
 
   Returns:
-    `[R,F]` `ups + 1` times, and f32[R] if there is a weight.
+    `[R,F]` `ups` times, `[R,F]` or these columns of it, and if there is a weight
+    f32[R], their part of its gradient.
   """
   (R, D), F, dtype = dy_RD.shape, down_EFD.shape[1], dy_RD.dtype
-  tile = tile or choose("back", width=F, depth=D)
+  columns = columns or Columns(0, F, F)
+  tile = tile or choose("back", width=columns.size, depth=D)
+  # What a tile past the last column writes, the next piece would read.
+  assert columns.first + columns.size == F or columns.size % tile.cols == 0, columns
   assert tile.alternating or not tile.by_cols, tile  # who makes a row sums it alone
   steps = pl.cdiv(D, DEPTH)
   # The hidden arrays come in pieces, some while the product is made.
@@ -152,7 +172,7 @@ def back_kernel(
     (r, c), slot = pieces[p], p % slots
     for n, ref in enumerate(others[:ups]):
       plgpu.copy_gmem_to_smem(
-        place.of(ref, r, 64, c, 64),
+        place.of(ref, r, 64, columns.first + c, 64),
         held.at[place.group, slot, n],
         arrived.at[place.group, slot],
       )
@@ -192,17 +212,19 @@ def back_kernel(
       mine[-1][...] = a.astype(dtype)
       plgpu.commit_smem()
 
-      for ref, result in zip(mine, results, strict=False):
-        plgpu.copy_smem_to_gmem(ref, place.of(result, r, 64, c, 64))
+      firsts = (*[columns.first] * ups, 0)
+      for ref, result, first in zip(mine, results, firsts, strict=False):
+        plgpu.copy_smem_to_gmem(ref, place.of(result, r, 64, first + c, 64))
     for ref in results[ups + 1 :]:
       for r, dot in dots.items():
         ref[place.column, pl.ds(place.row + r, 64)] = dot
 
-  out = (chip.struct((R, F), dtype, dy_RD),) * (ups + 1)
+  widths = (*[F] * ups, columns.size)
+  out = tuple(chip.struct((R, width), dtype, dy_RD) for width in widths)
   weighed = len(arrays) > ups
   if weighed:  # a partial sum of each column of tiles
-    columns = pl.cdiv(F, tile.cols)
-    out += (chip.struct((columns, R), jnp.float32, dy_RD),)
+    tiles = pl.cdiv(columns.size, tile.cols)
+    out += (chip.struct((tiles, R), jnp.float32, dy_RD),)
   # What a warpgroup reads of the hidden arrays, then their gradients in the same
   # places, and what went into `down`: [warpgroup, slot, which, rows, cols].
   held = plgpu.SMEM(
@@ -226,5 +248,6 @@ def back_kernel(
     name="ffn_back",
     num_sms=num_sms,
     updated=ups,
+    columns=columns,
   )
   return *found, jnp.sum(last, axis=0) if weighed else last

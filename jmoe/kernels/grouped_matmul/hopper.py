@@ -33,6 +33,7 @@ from jmoe.kernels.hopper_rows import (
 )
 from jmoe.kernels.hopper_tiles import choose
 from jmoe.kernels.hopper_walk import Operand, Work, walk
+from jmoe.kernels.pieces import Columns
 from jmoe.kernels.row_blocks import in_bands, sums
 from jmoe.types import Groups
 
@@ -91,6 +92,7 @@ def rows(
   num_sms: int | None = None,
   dtype: Any = None,
   tile: Tile | None = None,
+  columns: Columns | None = None,
 ) -> Array:
   """`weight_r bias_e(r) + sum over pairs of x_r w_e(r)`; `[R,F]`.
 
@@ -103,8 +105,13 @@ def rows(
     num_sms: multiprocessors to use; None: all.
     dtype: of the result; None: the operands'.
     tile: None: that of the table in `hopper_tiles`.
+    columns: of the result, which alone are made; None: all.
   """
   cols = pairs[0][1].shape[1 if transpose else 2]
+  if columns is not None:
+    cols = columns.size
+    if bias_EF is not None:
+      bias_EF = bias_EF[:, columns.first : columns.first + cols]
   kernel = functools.partial(
     _rows_kernel,
     pairs=len(pairs),
@@ -112,6 +119,7 @@ def rows(
     num_sms=num_sms,
     out=dtype or pairs[0][0].dtype,
     tile=tile,
+    columns=columns,
   )
   operands = [x for pair in pairs for x in (padded(pair[0], 1), padded(pair[1], 1, 2))]
   if bias_EF is not None:
@@ -127,10 +135,26 @@ def matrices(
   *,
   num_sms: int | None = None,
   tile: Tile | None = None,
+  columns: Columns | None = None,
+  into: Array | None = None,
 ) -> Array:
-  """`[E,D,F]` the sum of `x_r y_r^T` over each expert's rows; zero without any."""
+  """`[E,D,F]` the sum of `x_r y_r^T` over each expert's rows; zero without any.
+
+  Args:
+    x_RD: rows, or some columns of them.
+    y_RF: rows.
+    groups: aligned to `BLOCK`.
+    num_sms: multiprocessors to use; None: all.
+    tile: None: that of the table in `hopper_tiles`.
+    columns: which ones x has of D; None: all.  Only their rows of a matrix are made.
+    into: what other columns gave, and where these are written; not inside `shard_map`.
+  """
   D, F = x_RD.shape[1], y_RF.shape[1]
   kernel = functools.partial(_matrices_kernel, num_sms=num_sms, tile=tile)
+  if columns is not None and not columns.whole:
+    others = [] if into is None else [into]
+    kernel = functools.partial(kernel, columns=columns)
+    return foldable(kernel)(groups, x_RD, padded(y_RF, 1), *others)[:, :, :F]
   return foldable(kernel)(groups, padded(x_RD, 1), padded(y_RF, 1))[:, :D, :F]
 
 
@@ -151,11 +175,14 @@ def _rows_kernel(
   num_sms: int | None,
   out: Any,
   tile: Tile | None,
+  columns: Columns | None,
 ) -> Array:
   """Operands are rows and matrices of each pair in turn, then biases, then weights."""
   operands, others = operands[: 2 * pairs], operands[2 * pairs :]
   lefts, rights = operands[::2], operands[1::2]
   (R, D), F = lefts[0].shape, rights[0].shape[1 if transpose else 2]
+  columns = columns if columns and not columns.whole else Columns(0, F, F)
+  F = columns.size
   tile = tile or choose("rows", width=F, depth=D, operands=len(operands))
 
   others = tuple(whole_tiles(a, tile) if n == 0 else a for n, a in enumerate(others))
@@ -191,6 +218,7 @@ def _rows_kernel(
     out=(chip.struct((R, F), out, operands),),
     name="grouped_matmul_transposed" if transpose else "grouped_matmul",
     num_sms=num_sms,
+    columns=columns,
   )
   return made
 
@@ -199,11 +227,13 @@ def _matrices_kernel(
   groups: Groups,
   x_RD: Array,
   y_RF: Array,
-  *,
+  *into: Array,
   num_sms: int | None,
   tile: Tile | None,
+  columns: Columns | None = None,
 ) -> Array:
   R, D = x_RD.shape
+  columns = columns or Columns(0, D, D)
   F, E = y_RF.shape[1], groups.start.shape[0]
   tile, dtype = tile or choose("matrices", width=F), x_RD.dtype
   rows, cols = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.cols)
@@ -215,7 +245,9 @@ def _matrices_kernel(
   # An expert without rows points inside the buffer, and its sum is not used.
   start_E = jnp.minimum(groups.start, R - BLOCK)
 
-  def body(x_ref, y_ref, start_ref, rows_ref, w_ref):
+  def body(*refs):
+    x_ref, y_ref, start_ref, rows_ref, w_ref = refs[len(into) :]
+
     def arguments(t):
       """(expert, row and column of tiles)."""
       e = lax.div(t, jnp.int32(tall * cols))
@@ -235,7 +267,7 @@ def _matrices_kernel(
 
       def with_sum(total):
         over((total,))
-        top = row * tile.rows + own(group).start
+        top = columns.first + row * tile.rows + own(group).start
 
         def place(r, rows, c, cols):
           left = col * tile.cols + c
@@ -271,8 +303,13 @@ def _matrices_kernel(
       scratch={"staged": chip.staging(rows_own, dtype)},
     )
 
-  out = chip.struct((E, D, F), dtype, x_RD)
   kernel = chip.launch(
-    body, out, blocks=blocks, cluster=tile.cluster, name="grouped_matmul_matrices"
+    body,
+    (chip.struct((E, columns.total, F), dtype, x_RD),),
+    blocks=blocks,
+    cluster=tile.cluster,
+    name="grouped_matmul_matrices",
+    updated=len(into),
   )
-  return kernel(x_RD, y_RF, start_E, groups.rows)
+  (made,) = kernel(*into, x_RD, y_RF, start_E, groups.rows)
+  return made
