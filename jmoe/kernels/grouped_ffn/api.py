@@ -64,6 +64,7 @@ def grouped_ffn(
     ValueError: an unknown `keep`, or `pieces` that the fused form cannot make.
   """
   check_keep(keep)
+  check_pieces(pieces)
   if rows.sums and rows.layout is None:
     raise ValueError("experts: rows.sums without a layout; give Rows(layout=...)")
   E = down[0].shape[0]
@@ -126,12 +127,10 @@ def _pieces(
   elif D % 64 or F % 64:
     reason = f"d_model={D} and d_ff={F} must be multiples of 64; use pieces=1"
   if given is None:
-    assert rows.layout is not None or whole
-    large = not whole and _bytes(rows) >= _LARGE
-    return 2 if large and reason is None else 1
-  most = min(D, F) // 128
-  if reason is None and not 1 <= given <= max(most, 1):
-    reason = f"widths of {D} and {F} have 1 to {max(most, 1)}"
+    return 2 if reason is None and _bytes(rows) >= _LARGE else 1
+  most = max(min(D, F) // 128, 1)
+  if reason is None and given > most:
+    reason = f"d_model={D} and d_ff={F} have at most {most}"
   if reason is not None and given != 1:
     raise ValueError(f"experts: pieces={given}; {reason}")
   return given
@@ -147,6 +146,12 @@ def check_keep(keep: Any) -> None:
   """Raises unless it is one of `KEEPS`."""
   if keep not in KEEPS:
     raise ValueError(f"experts: keep={keep!r}; {nearest(str(keep), KEEPS)}")
+
+
+def check_pieces(pieces: int | None) -> None:
+  """Raises unless it is None or positive."""
+  if pieces is not None and pieces < 1:
+    raise ValueError(f"experts: pieces={pieces!r}; give None or 1, 2, ...")
 
 
 def _in_registers(hidden: Any, ups: tuple[Matrix, ...]) -> Any:
