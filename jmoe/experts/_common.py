@@ -8,14 +8,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe import initializers
-from jmoe.kernels.grouped_ffn import check_keep
+from jmoe.kernels.grouped_ffn import check_keep, check_pieces
 from jmoe.use import Use, use
 
 
-def check(config: Any, *, d_ff: int, keep: str = "hidden", **_: Any) -> None:
-  """Raises unless d_ff is a positive whole number and `keep` is known."""
+def check(
+  config: Any, *, d_ff: int, keep: str = "hidden", pieces: int | None = None, **_: Any
+) -> None:
+  """Raises unless numbers are positive whole ones and `keep` is known."""
   del config
   check_keep(keep)
+  check_pieces(pieces)
   if isinstance(d_ff, bool) or not isinstance(d_ff, int) or d_ff < 1:
     raise ValueError(f"experts: d_ff={d_ff!r} must be a whole number of at least 1.")
 

@@ -52,8 +52,9 @@ def grouped_ffn(
       "inputs": neither, all of it is computed anew.
     pieces: in how many the fused form on Hopper makes the arrays [R,D] and what goes
       into `down`, where `rows.sums`: fewer bytes at a time, a few launches more.  None
-      takes two where [R,D] is of 256 MiB or more, and one inside `shard_map`; other
-      forms have none.
+      takes two where that was seen to save memory (rows of 256 MiB or more, wider than
+      the hidden arrays, more than E*D of them), and one inside `shard_map`; other forms
+      have none.
 
   Returns:
     `[R,D]` in x's dtype; rows of no expert hold no meaning.  Their gradient must be
@@ -64,6 +65,7 @@ def grouped_ffn(
     ValueError: an unknown `keep`, or `pieces` that the fused form cannot make.
   """
   check_keep(keep)
+  check_pieces(pieces)
   if rows.sums and rows.layout is None:
     raise ValueError("experts: rows.sums without a layout; give Rows(layout=...)")
   E = down[0].shape[0]
@@ -126,27 +128,36 @@ def _pieces(
   elif D % 64 or F % 64:
     reason = f"d_model={D} and d_ff={F} must be multiples of 64; use pieces=1"
   if given is None:
-    assert rows.layout is not None or whole
-    large = not whole and _bytes(rows) >= _LARGE
-    return 2 if large and reason is None else 1
-  most = min(D, F) // 128
-  if reason is None and not 1 <= given <= max(most, 1):
-    reason = f"widths of {D} and {F} have 1 to {max(most, 1)}"
+    return 2 if reason is None and _outweighs(rows, down) else 1
+  most = max(min(D, F) // 128, 1)
+  if reason is None and given > most:
+    reason = f"d_model={D} and d_ff={F} have at most {most}"
   if reason is not None and given != 1:
     raise ValueError(f"experts: pieces={given}; {reason}")
   return given
 
 
-def _bytes(rows: Rows) -> int:
-  """Of all rows as an array."""
+def _outweighs(rows: Rows, down: Matrix) -> bool:
+  """Whether rows are most of the memory, beside hidden arrays and gradients.
+
+  With fewer rows than E*D a hidden array is smaller than a matrix's gradient, in whose
+  place XLA puts it until that is made.
+  """
   assert rows.layout is not None
-  return rows.layout.num_rows * rows.x.shape[1] * rows.x.dtype.itemsize
+  (E, F, D), R = down[0].shape, rows.layout.num_rows
+  return D > F and R > E * D and R * D * rows.x.dtype.itemsize >= _LARGE
 
 
 def check_keep(keep: Any) -> None:
   """Raises unless it is one of `KEEPS`."""
   if keep not in KEEPS:
     raise ValueError(f"experts: keep={keep!r}; {nearest(str(keep), KEEPS)}")
+
+
+def check_pieces(pieces: int | None) -> None:
+  """Raises unless it is None or positive."""
+  if pieces is not None and pieces < 1:
+    raise ValueError(f"experts: pieces={pieces!r}; give None or 1, 2, ...")
 
 
 def _in_registers(hidden: Any, ups: tuple[Matrix, ...]) -> Any:
