@@ -93,13 +93,15 @@ def test_matrices_that_learn_get_their_gradient_and_no_other_does():
   draw = lambda *size: jnp.asarray(R.normal(size=size) / 8, jnp.bfloat16)  # noqa: E731
   x, dy = draw(128, 128), draw(128, 128)
   params = [draw(1, 128, 128) for _ in range(3)] + [draw(1, 128) for _ in range(3)]
+  silu = activations.of(jax.nn.silu)
+  assert silu is not None
   learning = (1, 3, 5)  # a matrix and the other ones' biases
 
   def run(params):
     held = jax.lax.stop_gradient(params)
     some = [a if n in learning else held[n] for n, a in enumerate(params)]
     *ups, down = zip(some[:3], some[3:], strict=True)
-    form = Form(activations.of(jax.nn.silu), num_sms=2)
+    form = Form(silu, num_sms=2)
     groups = Groups(jnp.array([0]), jnp.array([128]), 128)
     return fused_ffn(form, x, None, tuple(ups), down, groups)
 

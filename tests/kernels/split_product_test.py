@@ -151,7 +151,7 @@ def test_it_is_the_same_under_transformations():
 )
 def test_gpus_multiply_parts_of_bfloat16_tokens_only(tokens, matrix, split):
   """Forward, the tokens' gradient and the matrix's, each as few products."""
-  given = [jax.ShapeDtypeStruct((T, D), tokens), jax.ShapeDtypeStruct((D, E), matrix)]
+  given = [jnp.zeros((T, D), tokens), jnp.zeros((D, E), matrix)]
 
   def both(x, w):
     y, pull = jax.vjp(lambda x, w: product(SUBSCRIPTS, x, w), x, w)
