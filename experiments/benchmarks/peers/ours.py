@@ -26,13 +26,16 @@ def layer(
   *,
   capacity_factor: float | None = None,
   keep: str = "hidden",
+  pieces: int | None = None,
   matmul: Any = None,
 ) -> Callable[[Any, Array, Array, Array], Array]:
   """`(params, x_TD, weight_TK, expert_TK) -> y_TD`; `matmul` is that of `glu`."""
   limit = None
   if capacity_factor is not None:
     limit = use(capacity.by_factor, factor=capacity_factor)
-  experts = use(jmoe.experts.glu, d_ff=shape.d_ff, keep=keep, matmul=matmul)
+  experts = use(
+    jmoe.experts.glu, d_ff=shape.d_ff, keep=keep, pieces=pieces, matmul=matmul
+  )
   dispatch = jmoe.dispatch.sort if limit is None else jmoe.dispatch.buckets
 
   def call(params: Any, x_TD: Array, weight_TK: Array, expert_TK: Array) -> Array:
@@ -135,6 +138,7 @@ def operands(shape: Shape, dtype: Any = jnp.bfloat16) -> tuple[Any, Array]:
 # Name -> what gives this library's layer, or one that is made of ragged products.
 LAYERS = {
   "jmoe dropless": layer,
+  "jmoe dropless, in one piece": functools.partial(layer, pieces=1),
   "jmoe capacity 1.25": functools.partial(layer, capacity_factor=1.25),
   "plain, jmoe.ragged_dot": functools.partial(plain, ragged_dot=jmoe.ragged_dot),
   "plain, jax.lax.ragged_dot": functools.partial(plain, ragged_dot=jax.lax.ragged_dot),
