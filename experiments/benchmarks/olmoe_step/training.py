@@ -37,6 +37,9 @@ def config(size: Size, keep: str, *, loop: bool = False) -> ModelConfig:
   sparse = olmoe.layer(
     d_model=size.d_model, d_ff=size.d_ff, num_experts=size.experts, k=size.k
   )
+  # In one piece: less memory in one layer is little in sixteen, and takes 3% longer.
+  experts = sparse.experts.replace(pieces=1)
+  sparse = dataclasses.replace(sparse, experts=experts)
   block = dataclasses.replace(block, attention=attention, ff=sparse)
   made = dataclasses.replace(
     made,
