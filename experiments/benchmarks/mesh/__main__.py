@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser.parse_args(argv)
   arguments.words = list(sys.argv[1:] if argv is None else argv)
   if arguments.dry:
-    _pretend(arguments.gpus)
+    pretend(arguments.gpus)
   # Other processes may share the GPUs: nobody takes all memory at once.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   share = "0.80" if arguments.liger_site else "0.92"
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
   return session.run()
 
 
-def _pretend(gpus: int) -> None:
+def pretend(gpus: int) -> None:
   """As many host devices; before jax makes a backend."""
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   import jax
