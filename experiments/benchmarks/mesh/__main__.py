@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--routings", default="balanced,skewed", metavar="A,B")
   add("--overlaps", default="1,2", metavar="N,M", help="chunks of all_to_all")
   add("--factor", type=float, default=1.25, help="of capacity, skewed routing")
-  add("--room", type=float, help="of dropless buffers over the mean; all rows if left "
-      "out")  # fmt: skip
+  add("--room", type=float, default=2.0, help="rows of a dropless buffer over the mean")
   add("--parts", default="links,layer,liger", metavar="A,B")
   add("--rounds", type=int, default=10)
   add("--threads", type=int, default=6, help="programs compiled at a time")

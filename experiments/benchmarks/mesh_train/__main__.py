@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
   add("--model", default="olmoe-1b-7b", metavar="NAME")
   add("--mesh", metavar="AXES", help="of data, fsdp, expert; expert alone if left out")
   add("--strategy", default="all_gather", metavar="NAME", help="of sparse layers")
-  add("--room", type=float, help="rows of a device's buffer over the mean; all that "
-      "could come if left out")  # fmt: skip
+  add(
+    "--room", type=float, default=2.0, help="rows of a device's buffer, over the mean"
+  )
   add("--rows", type=int, help="of a GPU; the model's own if left out")
   add("--seq", type=int, default=4096)
   add("--keep", help="nothing, attention, hidden, most, all")

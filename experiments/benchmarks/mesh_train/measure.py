@@ -6,6 +6,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from jmoe.parallel import mesh as meshes
 _STEPS = 4  # queued between two looks at the clock
 
 
-def _made(arguments: argparse.Namespace, gpus: int, layers: int | None) -> Any:
+def _made(
+  arguments: argparse.Namespace, sizes: Mapping[str, int], layers: int | None
+) -> Any:
   """(model, weights of its losses, rows of the batch)."""
+  gpus = arguments.gpus
   model, weights, rows, keep = models.MODELS[arguments.model]
   keep = arguments.keep or keep
-  room = None if arguments.room is None else min(1.0, arguments.room / gpus)
+  experts = sizes.get("expert", 1)
+  room = arguments.room / experts if arguments.room < experts else None
   model = models.configured(
     model, strategy=arguments.strategy, keep=keep, layers=layers, room=room
   )
@@ -43,7 +48,7 @@ def step(
     until: of `time.monotonic`; no round begins later, but the first.
   """
   gpus = arguments.gpus
-  model, weights, rows = _made(arguments, gpus, arguments.layers)
+  model, weights, rows = _made(arguments, sizes, arguments.layers)
   count = models.counts(model, rows, arguments.seq)
   mesh = meshes.make(sizes, devices=jax.devices()[:gpus])
   print(
@@ -152,7 +157,7 @@ def checkpoint(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str
   import orbax.checkpoint as ocp
 
   gpus = arguments.gpus
-  model, weights, rows = _made(arguments, gpus, arguments.checkpoint_layers)
+  model, weights, rows = _made(arguments, sizes, arguments.checkpoint_layers)
   _, like = training.shapes(model)
   mesh = meshes.make(sizes, devices=jax.devices()[:gpus])
   half = {"fsdp": gpus // 2} if gpus > 2 else {"expert": 1}
