@@ -35,7 +35,7 @@ class Peer:
       self.why = "--liger-site is not given"
     elif not (site / "liger_cute_kernels").is_dir():
       self.why = f"--liger-site {site} has no folder liger_cute_kernels"
-    if self.why:
+    if site is None or self.why:
       return
     words = (
       *("experiments.benchmarks.mesh.liger_worker", "--world", str(n)),
