@@ -81,22 +81,23 @@ def _planned(arguments: argparse.Namespace) -> int:
   names = step.possible(question)
   if arguments.strategy is not None and arguments.strategy not in names:
     raise ValueError(step.refusal(question, arguments.strategy))
-  if arguments.compile:
-    from experiments.planning import compiled
-
-    compiled.check(question)
   ranked = step.ranked(question)
   here = [p for p in ranked if p.question.mesh == mesh]
   chosen = here[0]
   if arguments.strategy is not None:
     chosen = next(p for p in here if p.strategy == arguments.strategy)
+  if arguments.compile:
+    from experiments.planning import compiled
+
+    compiled.check(question, chosen.strategy)
   batch = step.largest_batch(question, chosen.strategy)
   report.show(question, chosen, batch)
   report.show_ranking(question, ranked)
   if arguments.compile:
     from experiments.planning import compiled
 
-    compiled.show(question, compiled.measured(question))
+    found = compiled.measured(question, chosen.strategy)
+    compiled.show(question, chosen.strategy, found)
   return 0 if any(p.fits for p in ranked) or batch else 3
 
 

@@ -4,6 +4,7 @@ Needs the libtpu that the installed jax pins (the extra `aot`) and JAX_PLATFORMS
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import math
 import os
 import time
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh
 
 from experiments import extras, program
 from experiments.planning import hlo, memory, sharded, step, work
@@ -41,7 +42,7 @@ class Compiled(NamedTuple):
     return self.arguments + self.outputs + self.temporaries - self.aliased
 
 
-def check(question: Question) -> None:
+def check(question: Question, strategy: str) -> None:
   """Raises unless the step can be compiled for the topology.
 
   Raises:
@@ -53,28 +54,32 @@ def check(question: Question) -> None:
       f"--compile: {question.topology.name} has no TPUs, and only those can be "
       "compiled for without the chips; leave --compile out."
     )
-  for axis in ("expert", "tensor", "context"):
-    if question.mesh.sizes[axis] > 1:
-      raise ValueError(
-        f"--compile: the training step does not run over {axis}="
-        f"{question.mesh.sizes[axis]}; use data and fsdp, or leave --compile out."
-      )
+  if question.mesh.context > 1:
+    raise ValueError(
+      f"--compile: attention is not written for context={question.mesh.context}; use "
+      "other axes, or leave --compile out."
+    )
+  if strategy not in sharded.STRATEGIES:
+    raise ValueError(
+      f"--compile: layers have no strategy {strategy!r}; use --strategy with one of "
+      f"{', '.join(sharded.STRATEGIES)}, or leave --compile out."
+    )
   extras.check("libtpu", "aot", needed_by="--compile")
 
 
-def measured(question: Question) -> Compiled:
+def measured(question: Question, strategy: str) -> Compiled:
   """Compiles the step of a run on a mesh of the topology; minutes.
 
   Raises:
     ValueError, MissingExtra: see `check`; or the compiler has no such topology.
   """
-  check(question)
+  check(question, strategy)
   run, began = question.run, time.monotonic()
   mesh = mesh_of(question.topology, question.mesh.sizes)
   try:
-    compiled = lowered(run, mesh).compile()
+    compiled = lowered(run, mesh, strategy, question.factor).compile()
   except jax.errors.JaxRuntimeError as error:
-    plan = step.plan(question, step.LOCAL)
+    plan = step.plan(question, strategy)
     raise ValueError(
       f"--compile: the compiler refuses the step: {str(error).splitlines()[0][:300]} "
       f"(planned: {plan.memory.peak / _GIB:.1f} GiB); use fewer rows, more devices, or "
@@ -82,7 +87,11 @@ def measured(question: Question) -> Compiled:
     ) from error
   used: Any = compiled.memory_analysis()
   local = memory.Local(
-    run, question.mesh, question.topology, _tokens(question), step.LOCAL_OUTCOME
+    run,
+    question.mesh,
+    question.topology,
+    _tokens(question),
+    step.outcome_of(question, strategy),
   )
   ff = work.one_sparse(run.model)
   sizes_E, filled = np.zeros(1, np.int64), 1.0
@@ -135,11 +144,13 @@ def mesh_of(topology: Topology, sizes: dict[str, int]) -> Mesh:
   return Mesh(np.array(found).reshape(shape), names)
 
 
-def lowered(run: Any, mesh: Mesh) -> Any:
+def lowered(run: Any, mesh: Mesh, strategy: str, factor: float = 1.25) -> Any:
   """The step of a run as its job makes it, on shapes with shardings."""
+  model = sharded.spread(run.model, strategy, factor)
+  run = dataclasses.replace(run, model=model)
   made = program.program(run, byte_lengths=np.ones(1, np.int32), num_domains=1)
   state = jax.eval_shape(made.init)
-  rows = NamedSharding(mesh, P(sharded.token_axes(mesh)))
+  rows = sharded.rows(mesh)
   shape = (run.data.batch, run.data.seq)
   batch = {
     name: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows) for name in _FEATURES
@@ -158,9 +169,9 @@ def _tokens(question: Question) -> int:
   return run.data.batch * run.data.seq // (mesh.rows * mesh.context)
 
 
-def show(question: Question, found: Compiled) -> None:
+def show(question: Question, strategy: str, found: Compiled) -> None:
   """Prints the compiler's figures beside the plan for the same step."""
-  plan = step.plan(question, step.LOCAL)
+  plan = step.plan(question, strategy)
   flops = work.of(question.run)
   planned = flops.multiplied(found.filled) / question.mesh.devices
   print(f"compiled by jax {jax.__version__} in {found.seconds:.0f} s, beside the plan")

@@ -1,15 +1,15 @@
 """What sparse layers send between devices, by strategy.
 
 Every strategy is a function of a `Layer` that returns its collectives and what it does
-to the work of a device; `STRATEGIES` is the table.  Bytes are those that leave a device
-(see `topology.seconds`).  A layer sends rows out and home, and their gradients back the
-same way; a block that keeps its input alone sends them out once more.
+to the work of a device; `STRATEGIES` is the table.  What is sent is counted in
+`jmoe.parallel.costs`, where layers that choose for themselves count it too; how many
+devices a token goes to, and what the busiest one gets, follow from the skew.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -17,6 +17,7 @@ from experiments.config import Run
 from experiments.planning import drops, work
 from experiments.planning.mesh import Mesh
 from jmoe.config import MoEConfig
+from jmoe.parallel import costs
 
 
 class Exchange(NamedTuple):
@@ -72,13 +73,33 @@ class Layer:
     """Scalars of all experts."""
     return work.expert_params(self.config) / self.tensor
 
-  def both_ways(self, collective: str, size: float, axis="expert") -> list[Exchange]:
-    """Out, home, the gradients of both, and out again."""
-    calls = 5 if self.again else 4
-    what = "rows to experts and home"
-    return [
-      Exchange(what, collective, axis, calls * self.repeat, calls * self.repeat * size)
-    ]
+  @property
+  def room(self) -> float:
+    """Rows that a dropless buffer holds, over a device's share: all that could come."""
+    share = 1.0 if self.config.max_rows is None else self.config.max_rows
+    return max(1.0, share * self.devices)
+
+  def sizes(self, **known: Any) -> costs.Sizes:
+    """As the cost functions of strategies take them."""
+    return costs.Sizes(
+      self.tokens,
+      self.k,
+      self.config.d_model,
+      self.itemsize,
+      self.devices,
+      self.inside,
+      self.factor,
+      **known,
+    )
+
+  def sent(self, found: Sequence[costs.Sent], axis: str = "expert") -> list[Exchange]:
+    """Of all layers in a step."""
+    exchanges = []
+    for s in found:
+      calls = (s.calls + s.again * self.again) * self.repeat
+      where = f"{axis} ({s.part})" if s.part else axis
+      exchanges.append(Exchange(s.what, s.collective, where, calls, calls * s.size))
+    return exchanges
 
 
 class Outcome(NamedTuple):
@@ -89,6 +110,7 @@ class Outcome(NamedTuple):
   buffer: float  # bytes beside the layer's own while it runs
   own: int  # over how many devices experts are divided while they multiply
   note: str = ""
+  room: float | None = None  # rows that buffers hold, over its share; None: as `rows`
 
 
 Strategy = Callable[[Layer], Outcome | str]  # or why there is none
@@ -96,89 +118,73 @@ Strategy = Callable[[Layer], Outcome | str]  # or why there is none
 
 def gather(layer: Layer) -> Outcome | str:
   """Experts come to the tokens: each device gathers the matrices of a whole layer."""
-  n = layer.devices
-  part = layer.matrices * (n - 1) / n
-  come, go = part * min(layer.stored, layer.itemsize), part * layer.stored
-  gathers = 2 if layer.again else 1
-  return Outcome(
-    [
-      Exchange("experts", "all_gather", "expert", gathers * layer.repeat,
-               gathers * layer.repeat * come),
-      Exchange("experts' gradients", "reduce_scatter", "expert", layer.repeat,
-               layer.repeat * go),
-    ],
-    rows=1.0, buffer=0.0, own=1,
-  )  # fmt: skip
+  come = layer.matrices * min(layer.stored, layer.itemsize)
+  found = costs.gathered(come, layer.matrices * layer.stored, layer.devices)
+  return Outcome(layer.sent(found), rows=1.0, buffer=0.0, own=1)
 
 
 def all_gather(layer: Layer) -> Outcome | str:
   """Every device sees all tokens, runs its experts, and sums are scattered."""
-  n = layer.devices
-  size = layer.tokens * (n - 1) * layer.config.d_model * layer.itemsize
-  gathers = 3 if layer.again else 2
-  in_all, home = gathers * layer.repeat, 2 * layer.repeat
+  sizes = layer.sizes()
   return Outcome(
-    [
-      Exchange("tokens", "all_gather", "expert", in_all, in_all * size),
-      Exchange("sums", "reduce_scatter", "expert", home, home * size),
-    ],
-    rows=drops.busiest(layer.chance_E, n),
-    buffer=2 * size, own=n,
-  )  # fmt: skip
+    layer.sent(costs.all_gather(sizes)),
+    rows=drops.busiest(layer.chance_E, layer.devices),
+    buffer=2 * sizes.token * (layer.devices - 1),
+    own=layer.devices,
+    room=layer.room,
+  )
 
 
 def all_to_all(layer: Layer) -> Outcome | str:
   """Equal slots of every expert are exchanged; what finds none is dropped."""
-  n = layer.devices
-  size = layer.factor * layer.rows_out * (n - 1) / n
   return Outcome(
-    layer.both_ways("all_to_all", size),
-    rows=layer.slots, buffer=2 * layer.factor * layer.rows_out, own=n,
+    layer.sent(costs.all_to_all(layer.sizes())),
+    rows=layer.slots,
+    buffer=2 * layer.factor * layer.rows_out,
+    own=layer.devices,
     note=f"buckets of factor {layer.factor:g}",
-  )  # fmt: skip
+  )
 
 
 def ragged_all_to_all(layer: Layer) -> Outcome | str:
   """Only the rows that are chosen; the device that gets most sets the pace."""
-  n = layer.devices
-  busiest = drops.busiest(layer.chance_E, n)
-  size = busiest * layer.rows_out * (n - 1) / n
+  busiest = drops.busiest(layer.chance_E, layer.devices)
   return Outcome(
-    layer.both_ways("ragged_all_to_all", size),
-    rows=busiest, buffer=2 * busiest * layer.rows_out, own=n,
+    layer.sent(costs.ragged_all_to_all(layer.sizes(busiest=busiest))),
+    rows=busiest,
+    buffer=2 * layer.room * layer.rows_out,
+    own=layer.devices,
+    room=layer.room,
     note=f"busiest device {busiest:.2f} of the mean",
-  )  # fmt: skip
+  )
 
 
 def hierarchical(layer: Layer) -> Outcome | str:
   """Inside a host first, then between hosts in messages that many times larger."""
-  n, inside = layer.devices, layer.inside
-  if not 1 < inside < n:
+  if not 1 < layer.inside < layer.devices:
     return "the expert axis lies within one host or slice"
-  outside = n // inside
-  size = layer.factor * layer.rows_out
-  near = layer.both_ways("all_to_all", size * (inside - 1) / inside, "expert (inside)")
-  far = layer.both_ways(
-    "all_to_all", size * (outside - 1) / outside, "expert (between)"
-  )
   return Outcome(
-    near + far, rows=layer.slots, buffer=3 * size, own=n,
+    layer.sent(costs.hierarchical(layer.sizes())),
+    rows=layer.slots,
+    buffer=3 * layer.factor * layer.rows_out,
+    own=layer.devices,
     note=f"buckets of factor {layer.factor:g}",
-  )  # fmt: skip
+  )
 
 
 def deduplicated(layer: Layer) -> Outcome | str:
   """A token once for each device that has any of its experts; one sum comes home."""
   n = layer.devices
-  chance_E = layer.chance_E
-  sent = drops.distinct(chance_E, n)
-  busiest = drops.busiest(chance_E, n)
-  size = layer.tokens * sent * layer.config.d_model * layer.itemsize
+  sent, busiest = drops.distinct(layer.chance_E, n), drops.busiest(layer.chance_E, n)
+  sizes = layer.sizes(busiest=busiest, distinct=sent)
   return Outcome(
-    layer.both_ways("all_to_all", busiest * size * (n - 1) / n),
-    rows=busiest, buffer=2 * busiest * size, own=n,
+    layer.sent(costs.deduplicated(sizes)),
+    rows=busiest,
+    buffer=2 * n * sizes.token,
+    own=n,
+    room=layer.room,
     note=f"{sent:.2f} of {layer.k:g} rows a token are sent",
-  )  # fmt: skip
+  )
 
 
 def expert_tensor(layer: Layer) -> Outcome | str:
@@ -187,9 +193,10 @@ def expert_tensor(layer: Layer) -> Outcome | str:
   width = work.expert_width(layer.config)
   if n % 2 or width % 2:
     return f"neither expert={n} nor d_ff={width} may be odd"
-  size = 2 * layer.factor * layer.rows_out * (n - 1) / n
+  # Each device has as many slots, for half of the hidden layer of twice the experts.
+  sizes = layer.sizes()._replace(factor=2 * layer.factor)
   return Outcome(
-    layer.both_ways("all_to_all", size),
+    layer.sent(costs.all_to_all(sizes)),
     rows=layer.slots, buffer=4 * layer.factor * layer.rows_out, own=n,
     note=f"buckets of factor {layer.factor:g}, pairs of devices share experts",
   )  # fmt: skip

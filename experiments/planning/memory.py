@@ -131,7 +131,9 @@ def buffer_rows(local: Local, ff: MoEConfig) -> tuple[float, float]:
   """(rows R of the expert buffer, experts of a device while they multiply)."""
   outcome = local.outcome
   own = ff.num_experts / (outcome.own if outcome else 1)
-  share = outcome.rows if outcome else 1.0
+  share = 1.0
+  if outcome is not None:
+    share = outcome.rows if outcome.room is None else outcome.room
   choices = local.tokens * work.cost.experts_per_token(ff)
   if ff.capacity is not None:
     slots = capacity_slots(ff, local.tokens)
@@ -142,10 +144,11 @@ def buffer_rows(local: Local, ff: MoEConfig) -> tuple[float, float]:
 
 
 def group_sizes(local: Local, ff: MoEConfig) -> np.ndarray:
-  """i64[E] rows of experts, filled up to whole tiles: half a tile more on average."""
-  mean = local.tokens * work.cost.experts_per_token(ff) / ff.num_experts
+  """i64[e] rows of a device's experts, filled up: half a tile more on average."""
+  own = local.outcome.own if local.outcome else 1
+  mean = local.tokens * own * work.cost.experts_per_token(ff) / ff.num_experts
   block = max(block_size(mean), devices.row_alignment(local.run.model.dtype, mean))
-  more = np.arange(ff.num_experts) % 2
+  more = np.arange(ff.num_experts // own) % 2
   return (int(mean) // block + more).astype(np.int64) * block
 
 
@@ -236,13 +239,17 @@ def _sparse(local: Local, ff: MoEConfig) -> tuple[float, float]:
 
   Of rows [R,D] three: what went in, the gradient of what came out, and that of what
   went in.  Of hidden arrays [R,F] what the activation takes, what it gives, and the
-  gradients of what it takes.
+  gradients of what it takes.  Hopper's kernels make rows anew and write gradients over
+  what they have read: one, and the hidden arrays of a forward pass.
   """
   tensor = local.mesh.tensor
   R, own = buffer_rows(local, ff)
   matrices = work.expert_params(ff) * own / ff.num_experts / tensor * local.gathered
   hidden = R * work.expert_width(ff) / tensor
-  arrays = 3 * R * ff.d_model + (2 * _num_up(ff) + 1) * hidden
+  if local.topology.chip.kernels == "hopper" and local.itemsize == 2:
+    arrays = R * ff.d_model + (_num_up(ff) + 1) * hidden
+  else:
+    arrays = 3 * R * ff.d_model + (2 * _num_up(ff) + 1) * hidden
   shared = (2 * _num_up(ff) + 1) * local.tokens * work.dense_width(ff) / tensor
   return matrices, (arrays + shared) * local.itemsize
 

@@ -7,14 +7,12 @@ import math
 from experiments.config import Run, sparse_layers
 from experiments.planning.topology import Topology
 from jmoe.config import ModelConfig
-from jmoe.use import nearest
-
-AXES = ("data", "fsdp", "expert", "tensor", "context")  # the slowest first
+from jmoe.parallel import mesh as meshes
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices along each axis."""
+  """Devices along each axis of `jmoe.parallel.mesh.AXES`, the slowest first."""
 
   data: int = 1
   fsdp: int = 1
@@ -24,7 +22,7 @@ class Mesh:
 
   @property
   def sizes(self) -> dict[str, int]:
-    return {axis: getattr(self, axis) for axis in AXES}
+    return {axis: getattr(self, axis) for axis in meshes.AXES}
 
   @property
   def devices(self) -> int:
@@ -44,36 +42,12 @@ def parse(text: str, topology: Topology) -> Mesh:
   """The mesh of a text.
 
   Raises:
-    ValueError: on one line, what is wrong with it and what would do.
+    ValueError: on one line, what is wrong with it and what would do; see
+      `jmoe.parallel.mesh`.
   """
-  sizes: dict[str, int] = {}
-  for part in text.split(","):
-    axis, equals, size = (piece.strip() for piece in part.partition("="))
-    if axis not in AXES:
-      raise ValueError(f"--mesh {text}: axis {axis!r}; {nearest(axis, AXES)}")
-    if axis in sizes:
-      raise ValueError(f"--mesh {text}: axis {axis!r} is given twice; give it once.")
-    if not equals or not size.isdecimal() or not int(size):
-      raise ValueError(
-        f"--mesh {text}: {axis}={size!r} is no size; give a whole number from 1 up, as "
-        f"in {axis}=2."
-      )
-    sizes[axis] = int(size)
-  mesh = Mesh(**sizes)
-  if mesh.devices != topology.devices:
-    raise ValueError(
-      f"--mesh {text} has {mesh.devices} devices, --topology {topology.name} has "
-      f"{topology.devices}; {_remedy(sizes, topology.devices)}"
-    )
-  return mesh
-
-
-def _remedy(sizes: dict[str, int], devices: int) -> str:
-  for axis in ("data", "fsdp", *sizes):
-    rest = math.prod(size for other, size in sizes.items() if other != axis)
-    if devices % rest == 0:
-      return f"use {axis}={devices // rest}."
-  return f"use sizes whose product is {devices}."
+  sizes = meshes.parse(text)
+  meshes.check_product(sizes, topology.devices)
+  return Mesh(**sizes)
 
 
 def check(run: Run, mesh: Mesh) -> None:
@@ -95,6 +69,11 @@ def check(run: Run, mesh: Mesh) -> None:
           f"--mesh tensor={mesh.tensor} does not divide {what}={size}; use "
           f"{_near(size, mesh.tensor)}."
         )
+  if run.model.d_model % mesh.fsdp:
+    raise ValueError(
+      f"--mesh fsdp={mesh.fsdp} does not divide d_model={run.model.d_model}; use "
+      f"{_near(run.model.d_model, mesh.fsdp)}."
+    )
   if run.data.batch % mesh.rows:
     below = run.data.batch // mesh.rows * mesh.rows
     choices = " or ".join(str(n) for n in (below, below + mesh.rows) if n)
@@ -110,7 +89,7 @@ def check(run: Run, mesh: Mesh) -> None:
 
 
 def _divided_by_tensor(model: ModelConfig) -> list[tuple[str, int]]:
-  found: list[tuple[str, int]] = []
+  found = [("vocab_size", model.vocab_size)]
   for blocks, _ in model.segments:
     for block in blocks:
       heads = block.attention.num_kv_heads or block.attention.num_heads

@@ -25,7 +25,6 @@ from experiments.planning.topology import Topology
 # with 13.1 GiB alive at one time OLMoE's step asked a v5e for 15.2 of its 16.
 USABLE = 0.85
 LOCAL = "local"  # the strategy where no axis divides experts
-LOCAL_OUTCOME = Outcome([], 1.0, 0.0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +128,7 @@ def refusals(question: Question) -> dict[str, str]:
 def plan(question: Question, strategy: str) -> Plan:
   """The plan of one strategy."""
   run, mesh, topology = question.run, question.mesh, question.topology
-  layer, outcome = _layer(question), None
-  if layer is not None:
-    buckets = layer.config.capacity is not None
-    outcome = Outcome([], layer.slots if buckets else 1.0, 0.0, 1)
-    if strategy != LOCAL:
-      found = exchanges.STRATEGIES[strategy](layer)
-      assert not isinstance(found, str), found
-      outcome = found
+  outcome = outcome_of(question, strategy)
   state = state_of(run)
   parameters = dense.of_parameters(run, mesh, state.params)
   rows = dense.of_activations(run, mesh) + (outcome.exchanges if outcome else [])
@@ -146,6 +138,19 @@ def plan(question: Question, strategy: str) -> Plan:
   times = _times(question, outcome, used, parameters + hidden, rows)
   note = outcome.note if outcome else "no sparse layer"
   return Plan(question, strategy, used, parameters + hidden + rows, times, note)
+
+
+def outcome_of(question: Question, strategy: str) -> Outcome | None:
+  """What a strategy does to a step; None of a dense model."""
+  layer = _layer(question)
+  if layer is None:
+    return None
+  if strategy == LOCAL:
+    buckets = layer.config.capacity is not None
+    return Outcome([], layer.slots if buckets else 1.0, 0.0, 1)
+  found = exchanges.STRATEGIES[strategy](layer)
+  assert not isinstance(found, str), found
+  return found
 
 
 def _layer(question: Question) -> exchanges.Layer | None:

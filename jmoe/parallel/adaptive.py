@@ -2,18 +2,21 @@
 
 Tutel's adaptive parallelism (arXiv 2206.03382, section 3.1): parameters lie split by
 experts and by hidden layers, and whether matrices come to the tokens, tokens go to the
-experts, or tokens go to experts that share their hidden layers is chosen by shape.
-Nothing moves when the choice changes: specs of parameters are the same for all.
+experts and by which exchange, or tokens go to experts that share their hidden layers is
+chosen by shape.  Nothing moves when the choice changes: specs of parameters are the
+same for all.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jmoe import dispatch
+from jmoe.parallel import costs as costs_of
 from jmoe.parallel.rules import Rules, product
 from jmoe.use import Use, fact, use
 
@@ -23,6 +26,9 @@ class Rates(NamedTuple):
 
   flops: float
   link: float
+  # Collective ("all_gather", "reduce_scatter", "all_reduce", "all_to_all",
+  # "ragged_all_to_all") -> the share of the links that it reaches; 1 if not listed.
+  shares: Mapping[str, float] = types.MappingProxyType({})
 
 
 class Choice(NamedTuple):
@@ -44,9 +50,9 @@ def costs(
 ) -> list[Choice]:
   """All ways to run a layer, the cheapest first; among equals the simplest.
 
-  The time of the products plus that of the bytes that a device receives, nothing hidden
-  behind anything: all ways multiply as much, so that bytes decide, but for devices that
-  share a hidden layer and so its tokens.
+  The time of the products plus that of the bytes that leave a device
+  (`jmoe.parallel.costs`), nothing hidden behind anything: all ways multiply as much, so
+  that bytes decide, but for devices that share a hidden layer and so its tokens.
 
   Args:
     config: a layer with a table; its capacity, if any, counts as rows.
@@ -56,7 +62,7 @@ def costs(
     dtype: of what travels.
 
   Returns:
-    A choice for each way that the table allows.
+    A choice for each way and strategy that the table allows.
   """
   rules: Rules = config.sharding
   experts, tensor = rules.axes("expert", sizes), rules.axes("d_ff", sizes)
@@ -67,12 +73,11 @@ def costs(
   item = jnp.dtype(dtype).itemsize
   n, t = product(experts, sizes), product(tensor, sizes)
   fsdp = product(rules.axes("d_model", sizes), sizes)
-  k = float(config.k or 1)
+  k, factor = float(config.k or 1), 1.0
   if config.capacity is not None:
-    k *= config.capacity.kwargs.get("factor", 1.0)
+    factor = config.capacity.kwargs.get("factor", 1.0)
   weights = E * D * F * matrices * item
-  local = dispatch.sort if config.capacity is None else dispatch.buckets
-  sends = dispatch.deduplicated if config.capacity is None else dispatch.all_to_all
+  local = use(dispatch.sort if config.capacity is None else dispatch.buckets)
 
   def choice(name: str, gathered: tuple[str, ...], used: Use) -> Choice:
     """The way that gathers matrices over some axes, which then split tokens."""
@@ -81,22 +86,40 @@ def costs(
     hidden = t if not set(tensor) <= set(gathered) else 1
     over = product(gathered, sizes) * fsdp
     whole = weights / (n * t * fsdp) * over
-    # There, back for the backward pass, and gradients on their way home.
-    received = 3 * (whole - whole / over)
+    sent = costs_of.gathered(whole, whole, over)
     if fact(used, "exchanges") and n > 1:
-      each = min(k, n) if used.function is dispatch.deduplicated else k
-      received += 4 * T * each * D * item * (n - 1) / n
+      inside = sizes[experts[-1]]
+      layer = costs_of.Sizes(T, k, D, item, n, inside, factor)
+      sent += costs_of.STRATEGIES[used.name](layer)
     if hidden > 1:
-      received += 2 * 2 * T * D * item * (hidden - 1) / hidden
-    flops = 3 * 2 * T * k * D * F * matrices / hidden
-    return Choice(name, tokens, used, flops / rates.flops + received / rates.link)
+      part = 2 * T * D * item * (hidden - 1) / hidden
+      sent.append(costs_of.Sent("partial sums", "all_reduce", part, 2, 0))
+    flops = 3 * 2 * T * k * factor * D * F * matrices / hidden
+    away = costs_of.seconds(sent, rates.link, rates.shares)
+    return Choice(name, tokens, used, flops / rates.flops + away)
 
-  found = [choice("data", (*experts, *tensor), use(local))]
+  found = [choice("data", (*experts, *tensor), local)]
   if n > 1:
-    found.append(choice("expert", tensor, use(sends)))
+    found += [choice("expert", tensor, used) for used in strategies(config, sizes)]
   if t > 1:
-    found.append(choice("expert_tensor", (), use(sends)))
+    carriers = strategies(config, sizes) if n > 1 else [local]
+    found += [choice("expert_tensor", (), used) for used in carriers]
   return sorted(found, key=lambda c: c.seconds)
+
+
+def strategies(config: Any, sizes: Mapping[str, int]) -> list[Use]:
+  """The exchanges that a layer may run with over its expert axes, simplest first."""
+  found = []
+  if config.capacity is not None:
+    found.append(dispatch.all_to_all)
+    if len(config.sharding.axes("expert", sizes)) > 1:
+      found.append(dispatch.hierarchical)
+  found.append(dispatch.all_gather)
+  if config.k is not None:
+    found.append(dispatch.deduplicated)
+  if config.k is not None or config.capacity is None:
+    found.append(dispatch.ragged_all_to_all)
+  return [use(function) for function in found]
 
 
 def choose(

@@ -29,8 +29,24 @@ def test_many_tokens_fetch_matrices_and_few_go_to_them():
   assert few[0].name == "expert_tensor"
   names = {"data", "expert", "expert_tensor"}
   assert {c.name for c in many} == {c.name for c in few} == names
-  limited = adaptive.choose(wide(capacity_factor=1.0), 512, SIZES, RATES)
-  assert limited.dispatch == use(dispatch.all_to_all)
+  limited = adaptive.costs(wide(capacity_factor=1.0), 512, SIZES, RATES)
+  carriers = {c.dispatch for c in limited if c.name == "expert"}
+  assert use(dispatch.all_to_all) in carriers and use(dispatch.all_gather) in carriers
+  assert not any(c.dispatch == use(dispatch.all_to_all) for c in few)  # it would drop
+
+
+def test_the_exchange_is_chosen_by_choices_devices_and_what_links_reach():
+  """k choices on two devices: their tokens come at once; on many: they are sent out."""
+
+  def first(sizes, k, **shares):
+    config = jmoe.simple(2048, 768, num_experts=128, k=k, sharding=EXPERT_TENSOR)
+    found = adaptive.costs(config, 2**18, sizes, RATES._replace(shares=shares))
+    return next(c for c in found if c.name == "expert").dispatch
+
+  assert first({"expert": 2}, 8, ragged_all_to_all=0.9) == use(dispatch.all_gather)
+  assert first({"expert": 64}, 16) == use(dispatch.deduplicated)
+  slow = dict(ragged_all_to_all=0.01)
+  assert first({"expert": 64}, 2, **slow) == use(dispatch.all_gather)
 
 
 def test_the_cost_of_gathering_is_the_bytes_of_the_matrices():
@@ -38,7 +54,7 @@ def test_the_cost_of_gathering_is_the_bytes_of_the_matrices():
   found = {c.name: c.seconds for c in adaptive.costs(config, 4096, sizes, RATES)}
   matrices = 8 * 3 * 4096 * 14336 * 2
   flops = 3 * 2 * (4096 / 4) * 2 * 3 * 4096 * 14336
-  received = 3 * matrices * 3 / 4
+  received = 2 * matrices * 3 / 4  # there, and their gradients home
   assert found["data"] == pytest.approx(flops / 1e15 + received / 1e11)
 
 
@@ -49,12 +65,17 @@ def test_switching_moves_no_parameter_and_changes_no_number():
   y, _ = moe(params, x, dataclasses.replace(config, sharding=None))
   specs = []
   with quickly(), jax.set_mesh(mesh.make(SIZES)):
+    seen = set()
     for way in adaptive.costs(config, 32, SIZES, RATES):
       chosen = adaptive.as_chosen(config, way, SIZES)
       specs.append(param_specs(param_shapes(chosen), chosen.sharding, SIZES))
+      if way.name in seen:  # exchanges have tests of their own
+        continue
+      seen.add(way.name)
       found, _ = moe(params, x, chosen)
       assert_close(jax.device_get(found), jax.device_get(y), way.name)
-  assert len(specs) == 3 and specs[0] == specs[1] == specs[2]
+  assert len(seen) == 3 and len(specs) == 7
+  assert all(spec == specs[0] for spec in specs)
 
 
 def test_explain_says_specs_and_bytes_and_warns():

@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from experiments.benchmarks.mesh import layer
 from experiments.benchmarks.peers import ours
@@ -40,18 +42,23 @@ def test_messages_are_cut_on_gpus_alone_and_small_ones_less():
 @pytest.mark.parametrize("strategy", ["all_to_all", "ragged_all_to_all"])
 def test_shards_run_the_kernels_of_hopper_and_nothing_dense(strategy):
   factor = 1.25 if strategy == "all_to_all" else None
-  mesh = layer.mesh_of(2)
+  given: Any = {}
+  if jax.__version_info__ >= (0, 11):  # Pallas asks what it compiles for
+    gpu = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=132, platform="cuda")
+    given["abstract_device"] = gpu
+  mesh: Any = jax.sharding.AbstractMesh((1, 2), layer.AXES, **given)
   step = layer.step(layer.sharded(SHAPE, layer.Way(strategy, factor=factor), mesh))
   whole = Shape(256, 128, 8, 2, 2048)
-  params, x = jax.eval_shape(lambda: ours.operands(whole))
-  weight, expert = (
-    jax.ShapeDtypeStruct((2048, 2), t) for t in (jnp.float32, jnp.int32)
+  at = NamedSharding(mesh, layer.SPLIT)
+
+  def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+
+  params, x = jax.tree.map(
+    lambda a: struct(a.shape, a.dtype), jax.eval_shape(lambda: ours.operands(whole))
   )
-  with (
-    devices.as_if("hopper"),
-    jax.set_mesh(mesh),
-    jax.numpy_dtype_promotion("standard"),
-  ):
+  weight, expert = (struct((2048, 2), t) for t in (jnp.float32, jnp.int32))
+  with devices.as_if("hopper"), jax.numpy_dtype_promotion("standard"):
     traced = jax.jit(step).trace(params, x, weight, x, expert)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
   # Two products into the hidden layer and one out of it, and their gradients.

@@ -10,9 +10,12 @@ import pytest
 from jax.sharding import Mesh as Devices
 
 from experiments import configs, program
-from experiments.planning import models, sharded, sharding, step, topology
+from experiments.benchmarks.shapes import SHAPES
+from experiments.planning import memory, models, sharded, sharding, step, topology
 from experiments.planning.mesh import Mesh
 from experiments.settings import with_settings
+from jmoe.kernels import devices
+from jmoe.presets import olmoe
 
 V5E = topology.parse("v5e:16x16")
 TINY = with_settings(configs.load("tiny"), ["data.batch=8", "model.remat=True"])
@@ -77,3 +80,22 @@ def test_blocks_keep_the_more_the_more_is_named():
   # The output of attention; then two arrays [R,F] of at least 4096 rows.
   assert kept[1] >= 4 * 2 * one and kept[2] - kept[1] >= 4 * 2 * 2 * one
   assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize(
+  ("name", "gb"), [("qwen3", 5.38), ("olmoe", 4.92), ("mixtral", 9.07), ("dsv3", 7.67)]
+)
+def test_a_layer_on_an_h200_is_planned_as_its_compiler_says(name, gb):
+  """The figures of `benchmarks.compiled_gpu`, forward and all gradients."""
+  shape = SHAPES[name]
+  ff = olmoe.layer(
+    d_model=shape.d_model, d_ff=shape.d_ff, num_experts=shape.num_experts, k=shape.k
+  )
+  model = dataclasses.replace(TINY.model, dtype="bfloat16")
+  run = dataclasses.replace(TINY, model=model, param_dtype="bfloat16")
+  chips = topology.parse("gpu:1xH200")
+  with devices.as_if("hopper"):
+    local = memory.Local(run, Mesh(), chips, shape.tokens, None)
+    matrices, arrays = memory._sparse(local, ff)
+  tokens = 4 * shape.tokens * shape.d_model * 2  # in and out, and their gradients
+  assert 2 * matrices + arrays + tokens == pytest.approx(gb * 1e9, rel=0.04)

@@ -67,7 +67,7 @@ def test_a_run_of_ones_own_is_planned_too(capsys):
   ("change", "words"),
   [
     ({"--config": "mixtrl:8x7b"}, "did you mean 'mixtral:8x7b'"),
-    ({"--mesh": "data=3"}, "has 3 devices"),
+    ({"--mesh": "data=3"}, "is 3 devices, but there are 256"),
     ({"--topology": "v9:2x2"}, "unknown; use"),
     ({"--mesh": "expert=256"}, "does not divide num_experts=64"),
     ({"--set": "data.batch=100"}, "not divisible by data*fsdp*expert=256"),
@@ -77,7 +77,11 @@ def test_a_run_of_ones_own_is_planned_too(capsys):
     ({"--skew": "-1"}, "give a number of 0 to 10"),
     ({"--capacity-factor": "nan"}, "--capacity-factor"),
     ({"--topology": "gpu:32x8xH200", "--compile": ""}, "has no TPUs"),
-    ({"--mesh": "fsdp=32,expert=8", "--compile": ""}, "does not run over expert=8"),
+    ({"--mesh": "fsdp=128,context=2", "--compile": ""}, "for context=2"),
+    (
+      {"--mesh": "fsdp=32,expert=8", "--strategy": "expert+tensor", "--compile": ""},
+      "layers have no strategy 'expert+tensor'",
+    ),
   ],
 )
 def test_bad_input_is_one_line(capsys, change, words):

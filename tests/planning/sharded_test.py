@@ -4,21 +4,21 @@ One step of one device and one of eight are compiled here, for both questions.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh as Devices, NamedSharding, PartitionSpec as P
 
 from experiments import configs, data, program
 from experiments.planning import sharded, step, topology
 from experiments.planning.mesh import Mesh
 from experiments.settings import with_settings
+from jmoe.parallel import mesh as meshes
 
 RUN = with_settings(
   configs.load("tiny"),
-  # Losses of each device's own tokens are not those of all tokens together.
-  ["data.seq=64", "data.batch=64", "data.eval_context=8", "loss_weights=()"]
-  + ["model.remat=True"],
+  ["data.seq=64", "data.batch=64", "data.eval_context=8", "model.remat=True"],
 )
 MADE = program.program(RUN, byte_lengths=np.ones(258, np.int32), num_domains=1)
 
@@ -31,19 +31,24 @@ def alone():
   return lowered.compile()
 
 
-def test_a_step_over_data_and_fsdp_is_the_step_of_one_device(alone):
+def test_a_step_over_data_fsdp_and_experts_is_the_step_of_one_device(alone):
   state, rng = MADE.init(), np.random.default_rng(0)
   shape = (RUN.data.batch, RUN.data.seq)
   batch = {name: np.ones(shape, np.int32) for name in data.shapes(*shape)}
   batch["inputs"], batch["targets"] = rng.integers(0, 258, (2, *shape), np.int32)
   one, metrics, _ = alone(state, batch)
 
-  mesh = Devices(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+  mesh = meshes.make("data=2,fsdp=2,expert=2")
+  model = sharded.spread(RUN.model, "all_gather", 1.25)
+  made = program.program(
+    dataclasses.replace(RUN, model=model),
+    byte_lengths=np.ones(258, np.int32),
+    num_domains=1,
+  )
   places = jax.tree.map(lambda x: x.sharding, sharded.placed(state, mesh))
-  rows = NamedSharding(mesh, P(sharded.token_axes(mesh)))
   with sharded.over(mesh):
-    together, other, _ = jax.jit(MADE.train_step)(
-      jax.device_put(state, places), jax.device_put(batch, rows)
+    together, other, _ = jax.jit(made.train_step)(
+      jax.device_put(state, places), jax.device_put(batch, sharded.rows(mesh))
     )
   assert any(not s.is_fully_replicated for s in jax.tree.leaves(places))
   for name in ("loss", "gradient_norm"):

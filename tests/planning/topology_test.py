@@ -46,15 +46,15 @@ def test_unknown_topologies_are_answered_with_known_ones(text, words):
 @pytest.mark.parametrize(
   ("text", "words"),
   [
-    ("data=2,fsdp=2", "has 4 devices, --topology v5e:16x16 has 256; use data=128."),
+    ("data=2,fsdp=2", "is 4 devices, but there are 256; data=128 or fsdp=128 would do"),
     ("date=256", "axis 'date'; did you mean 'data'"),
-    ("data=16,data=16", "'data' is given twice"),
-    ("data=-1", "data='-1' is no size"),
-    ("data", "data='' is no size"),
+    ("data=16,data=16", "'data' is listed twice"),
+    ("data=-1", "data='-1' must be a whole number"),
+    ("data", "'data' has no size"),
   ],
 )
 def test_a_mesh_that_does_not_fit_is_answered_with_one_that_does(text, words):
-  with pytest.raises(ValueError, match="--mesh") as error:
+  with pytest.raises(ValueError, match="^mesh: ") as error:
     meshes.parse(text, V5E)
   assert words in str(error.value)
 
@@ -68,6 +68,7 @@ def test_a_mesh_says_its_axes():
 @pytest.mark.parametrize(
   ("mesh", "words"),
   [
+    (Mesh(fsdp=3), "d_model=2048; use 2 or 4."),
     (Mesh(expert=12), "num_experts=64; use 8 or 16."),
     (Mesh(tensor=32), "num_kv_heads=16; use 16."),
     (Mesh(data=7), "data.batch=8 is not divisible by data*fsdp*expert=7; use --set "

@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--routings", default="balanced,skewed", metavar="A,B")
   add("--overlaps", default="1,2", metavar="N,M", help="chunks of all_to_all")
   add("--factor", type=float, default=1.25, help="of capacity, skewed routing")
-  add("--room", type=float, help="of dropless buffers over the mean; all rows if left "
-      "out")  # fmt: skip
+  add("--room", type=float, default=2.0, help="rows of a dropless buffer over the mean")
   add("--parts", default="links,layer,liger", metavar="A,B")
   add("--rounds", type=int, default=10)
   add("--threads", type=int, default=6, help="programs compiled at a time")
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser.parse_args(argv)
   arguments.words = list(sys.argv[1:] if argv is None else argv)
   if arguments.dry:
-    _pretend(arguments.gpus)
+    pretend(arguments.gpus)
   # Other processes may share the GPUs: nobody takes all memory at once.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   share = "0.80" if arguments.liger_site else "0.92"
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
   return session.run()
 
 
-def _pretend(gpus: int) -> None:
+def pretend(gpus: int) -> None:
   """As many host devices; before jax makes a backend."""
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   import jax

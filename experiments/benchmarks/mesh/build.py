@@ -136,7 +136,8 @@ def jobs(
   given = layer.operands(shape, n * shape.tokens, mesh)
   for strategy in strategies:
     if strategy not in layer.BUCKETS:
-      bound = None if strategy == "gather" else room
+      # More than all rows of all devices never come.
+      bound = None if strategy == "gather" or room is None or room >= n else room
       way = Way(strategy, room=bound)
       made.append(Job(str(way), shape, way, given, mesh, tuple(routings)))
       continue

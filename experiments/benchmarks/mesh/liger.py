@@ -1,11 +1,15 @@
 """liger-cute-kernels' expert-parallel layer as a row, one process for each GPU.
 
-`--liger-site DIR` is a folder with its wheel (0.8.5) and that of apache-tvm-ffi
-unpacked; torch and nvidia-nvshmem are taken from the machine if DIR has none.  Of the
-wheel `libliger_cute_kernels_sm100f.so` may be left out on Hopper, and .dist-info must
-not be:
+`--liger-site DIR` is a folder with its wheel and those it needs unpacked; torch is
+taken from the machine, of any CUDA.  The wheel wants libcudart.so.12 and NVSHMEM 3.6.5.
+On Hopper `libliger_cute_kernels_sm100f.so` may be left out, and of NVSHMEM all but
+`libnvshmem_host.so.3` and `nvshmem_bootstrap_uid.so.3`.
 
-  pip download --no-deps -d W liger-cute-kernels==0.8.5 apache-tvm-ffi
+  get="pip download --no-deps --python-version 3.12 --only-binary=:all: -d W"
+  $get --platform manylinux_2_35_x86_64 liger-cute-kernels==0.8.5
+  $get --platform manylinux_2_28_x86_64 apache-tvm-ffi
+  $get --platform manylinux2014_x86_64 nvidia-nvshmem-cu12==3.6.5
+  $get --platform manylinux2014_x86_64 nvidia-cuda-runtime-cu12
   for w in W/*.whl; do unzip -q -d DIR $w; done
 """
 # SPDX-License-Identifier: Apache-2.0
@@ -31,15 +35,20 @@ class Peer:
       self.why = "--liger-site is not given"
     elif not (site / "liger_cute_kernels").is_dir():
       self.why = f"--liger-site {site} has no folder liger_cute_kernels"
-    if self.why:
+    if site is None or self.why:
       return
     words = (
       *("experiments.benchmarks.mesh.liger_worker", "--world", str(n)),
       *("--shape", json.dumps(dataclasses.asdict(shape)), *["--dry"] * dry),
     )
     before = dict(os.environ)
+    site = site.resolve()
     path = [str(site), os.getcwd(), *filter(None, [before.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    found = [str(lib) for lib in site.glob("nvidia/*/lib")]
+    found += [str(site / "tvm_ffi" / "lib")]
+    known = filter(None, [before.get("LD_LIBRARY_PATH")])
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([*found, *known])
     # NVLink multicast stays off; the heap of rows is made once.
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")

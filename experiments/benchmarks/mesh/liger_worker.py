@@ -31,10 +31,13 @@ def main() -> int:
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
   others = _others(arguments) if arguments.rank == 0 else []
+  waiting = [False]  # whether a request has no answer yet
   try:
-    return _serve(arguments, answers)
+    return _serve(arguments, answers, waiting)
   except BaseException as error:  # of somebody else's code: any
     if arguments.rank == 0:
+      if not waiting[0]:
+        sys.stdin.readline()
       _answer(answers, {"why": rows.reason(error)})
     return 1
   finally:
@@ -61,7 +64,7 @@ def _answer(answers: Any, answer: dict[str, Any]) -> None:
   answers.flush()
 
 
-def _serve(arguments: argparse.Namespace, answers: Any) -> int:
+def _serve(arguments: argparse.Namespace, answers: Any, waiting: list[bool]) -> int:
   """Requests, told to all ranks; a rank that fails ends all of them."""
   import torch  # pyright: ignore[reportMissingImports]
   import torch.distributed as dist  # pyright: ignore[reportMissingImports]
@@ -78,6 +81,7 @@ def _serve(arguments: argparse.Namespace, answers: Any) -> int:
     asked: list[Any] = [None]
     if rank == 0:
       line = sys.stdin.readline()
+      waiting[0] = bool(line)
       asked = [json.loads(line) if line else None]
     dist.broadcast_object_list(asked, 0)
     if asked[0] is None:
@@ -88,6 +92,7 @@ def _serve(arguments: argparse.Namespace, answers: Any) -> int:
       answer = {"ms": bench.timed(asked[0]["kind"], asked[0]["budget"])}
     if rank == 0:
       _answer(answers, answer)
+      waiting[0] = False
 
 
 class _Bench:

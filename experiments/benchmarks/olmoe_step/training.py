@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -83,6 +84,8 @@ def train_step(
   blueprint: states.Blueprint,
   chunk: int | None,
   in_backward: bool,
+  loss_weights: Mapping[str, float] = olmoe.LOSS_WEIGHTS,
+  cross_entropy: Callable[..., Array] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
   """(the state one step later, loss of the next tokens and with routing losses).
 
@@ -92,6 +95,9 @@ def train_step(
     blueprint: of a model without loops if `in_backward`.
     chunk: tokens whose logits exist at once.
     in_backward: update each block as soon as its gradient exists, not all at the end.
+    loss_weights: of the routing losses.
+    cross_entropy: `(model, x_BSD, target_BS, weight_BS, chunk=) -> f32[]`; None: the
+      model's own.
   """
   params, moments = state["params"], state["moments"]
   corrections = OPTIMIZER.corrections(state["step"] + 1)
@@ -112,8 +118,11 @@ def train_step(
     target_BS = jnp.roll(tokens_BS, -1, axis=1)
     scored_BS = jnp.ones(tokens_BS.shape, jnp.float32).at[:, -1].set(0.0)
     weight_BS = scored_BS / jnp.sum(scored_BS)
-    loss, _ = model.cross_entropy(x_BSD, target_BS, weight_BS, chunk=chunk)
-    return loss + total_loss(infos, olmoe.LOSS_WEIGHTS), loss
+    if cross_entropy is None:
+      loss, _ = model.cross_entropy(x_BSD, target_BS, weight_BS, chunk=chunk)
+    else:
+      loss = cross_entropy(model, x_BSD, target_BS, weight_BS, chunk=chunk)
+    return loss + total_loss(infos, dict(loss_weights)), loss
 
   (total, loss), (blocks, grads) = jax.value_and_grad(objective, (0, 1), has_aux=True)(
     of_blocks, of_rest[0]

@@ -1,0 +1,138 @@
+"""Training steps of a whole model on all GPUs of a host, and what a checkpoint costs.
+
+  python -m experiments.benchmarks.mesh_train --gpus 8 --out FILE.json
+  python -m experiments.benchmarks.mesh_train --gpus 8 --model qwen3-30b-a3b
+  python -m experiments.benchmarks.mesh_train --gpus 4 --dry
+
+Random tokens, rows of 4096, AdamW with parameters and moments in bfloat16, the state
+donated; experts, and with `--mesh fsdp=2,expert=4` matrices too, split over the GPUs.
+The step takes turns with 8192^3 products on one GPU, the ceiling.  FLOPs are 6 for each
+token and active parameter, without the embedding, and causal attention.  The loss must
+begin near the logarithm of the vocabulary and fall on the one batch.  Memory of a GPU
+stands beside the planner's (`experiments.plan`), which is given the state as it is.
+
+Then a model of `--checkpoint-layers` layers is saved from all GPUs and restored on half
+of them, over another mesh: its arrays must be the same bits and its next loss as close
+as sums in another order are.
+
+Exit codes: 0 done, 2 bad arguments, 3 a result was wrong.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.parser import Parser, run
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  parser = Parser(
+    prog="python -m experiments.benchmarks.mesh_train",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--gpus", type=int, default=2)
+  add("--model", default="olmoe-1b-7b", metavar="NAME")
+  add("--mesh", metavar="AXES", help="of data, fsdp, expert; expert alone if left out")
+  add("--strategy", default="all_gather", metavar="NAME", help="of sparse layers")
+  add(
+    "--room", type=float, default=2.0, help="rows of a device's buffer, over the mean"
+  )
+  add("--rows", type=int, help="of a GPU; the model's own if left out")
+  add("--seq", type=int, default=4096)
+  add("--keep", help="nothing, attention, hidden, most, all")
+  add("--layers", type=int, help="of the model; its own if left out")
+  add("--rounds", type=int, default=5, help="of ceiling and steps")
+  add("--checkpoint-layers", type=int, default=2, help="0: no checkpoint")
+  add("--folder", type=Path, help="for the checkpoint; a temporary one if left out")
+  add("--limit", type=float, default=570, help="seconds that all of it may take")
+  add("--dry", action="store_true", help="host devices and a tiny model, no GPU")
+  add("--out", type=Path, help="JSON file for the figures, written as they come")
+  arguments = parser.parse_args(argv)
+  arguments.words = list(sys.argv[1:] if argv is None else argv)
+  if arguments.dry:
+    from experiments.benchmarks.mesh.__main__ import pretend
+
+    pretend(arguments.gpus)
+    arguments.model, arguments.seq = "tiny", 32
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+  try:
+    asked = _asked(arguments)
+  except ValueError as error:
+    parser.error(str(error))
+  return _run(arguments, *asked)
+
+
+def _asked(arguments: argparse.Namespace) -> Any:
+  """(name of the model, mesh sizes); what cannot be is refused."""
+  import jax
+
+  from experiments.benchmarks.mesh_train import model as models
+  from experiments.benchmarks.olmoe_step import training
+  from jmoe.parallel import mesh as meshes
+
+  if arguments.model not in models.MODELS:
+    raise ValueError(f"--model {arguments.model}: use {', '.join(models.MODELS)}")
+  if arguments.strategy not in models.STRATEGIES:
+    known = ", ".join(models.STRATEGIES)
+    raise ValueError(f"--strategy {arguments.strategy}: use one of {known}")
+  if arguments.keep is not None and arguments.keep not in training.KEEPS:
+    raise ValueError(f"--keep {arguments.keep}: use {', '.join(training.KEEPS)}")
+  gpus, there = arguments.gpus, len(jax.devices())
+  if not 1 <= gpus <= there:
+    raise ValueError(f"--gpus {gpus}: {there} devices are here")
+  sizes = meshes.parse(
+    arguments.mesh or f"expert={gpus}", axes=("data", "fsdp", "expert")
+  )
+  meshes.check_product(sizes, gpus)
+  return (sizes,)
+
+
+def _run(arguments: argparse.Namespace, sizes: dict[str, int]) -> int:
+  import jax
+
+  from experiments.benchmarks.mesh_train import measure
+
+  found: dict[str, Any] = {
+    "what": "a training step over the GPUs of a host",
+    "command": " ".join(
+      ["python -m experiments.benchmarks.mesh_train", *arguments.words]
+    ),
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "mesh": sizes,
+  }
+  begin = time.monotonic()
+
+  def save(**more: Any) -> None:
+    found.update(more)
+    if out := arguments.out:
+      out.parent.mkdir(parents=True, exist_ok=True)
+      out.write_text(json.dumps(found, indent=1) + "\n")
+
+  # What could fail last goes first: a step takes long, a checkpoint does not.
+  right = True
+  until = begin + arguments.limit
+  step = measure.step(arguments, sizes, until=until)
+  save(step=step)
+  right &= step["right"]
+  if arguments.checkpoint_layers and arguments.gpus > 1:
+    if time.monotonic() > begin + 0.8 * arguments.limit:
+      save(checkpoint={"why": "no time was left"})
+    else:
+      checkpoint = measure.checkpoint(arguments, sizes)
+      save(checkpoint=checkpoint)
+      right &= checkpoint["right"]
+  print(f"took {time.monotonic() - begin:.0f} s", flush=True)
+  return 0 if right else 3
+
+
+if __name__ == "__main__":
+  run(main)
