@@ -123,12 +123,11 @@ def _sum(array: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> i
     return (_sum(first, start, shape) + _sum(rest, later, shape)) % 2**64
   strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
   first = sum(s * n for s, n in zip(strides, start, strict=True))
-  array = np.ascontiguousarray(array)
-  bits = array.view(f"u{array.dtype.itemsize}").astype(np.uint64)
+  bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+  bits = bits.reshape(array.shape).astype(np.uint64)
   with np.errstate(over="ignore"):
-    x = bits + (_places(array.shape, tuple(strides)) + np.uint64(first)) * np.uint64(
-      0x9E3779B97F4A7C15
-    )
+    place = _places(array.shape, tuple(strides)) + np.uint64(first)
+    x = bits + place * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return int(np.sum(x ^ (x >> np.uint64(31)), dtype=np.uint64))

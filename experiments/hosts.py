@@ -23,7 +23,10 @@ from experiments.signals import Stop
 
 _T = TypeVar("_T")
 PATIENCE = 300  # seconds that a process waits for the others
-SIGHT = 30  # and that it waits for a file of theirs
+_BUILDING = 4 * 3600  # and where one may build a data set
+_LOOK = 2.0  # seconds between two looks whether another has failed
+_FAILED, _STOP = "jmoe/failed", "jmoe/stop"
+SIGHT = 30  # seconds that it waits for a file of theirs
 _turns = itertools.count()  # all processes exchange in one order
 _self = [0, 1]  # the number of this process, and how many there are
 _ended = [False]  # whether all of them know of an error
@@ -106,41 +109,52 @@ def is_first() -> bool:
   return index() == 0
 
 
-def exchange(what: str, value: str, *, seconds: float | None = None) -> list[str]:
+def exchange(what: str, value: str, *, seconds: float = PATIENCE) -> list[str]:
   """What each process gave, in their order; every process calls it in the same place.
 
   Args:
     what: it is, for the message.
     value: of this process.
-    seconds: to wait for the others; None: `PATIENCE`.
+    seconds: to wait for the others.
 
   Raises:
     Unreachable: a process did not come here in time.
+    PeerFailed: a process ended with an error.
   """
   if count() == 1:
     return [value]
-  store, turn = _store(), next(_turns)
-  seconds = PATIENCE if seconds is None else seconds
-  store.key_value_set(f"jmoe/{turn}/{index()}", value)
-  found = []
-  for other in range(count()):
+  turn = next(_turns)
+  _store().key_value_set(f"jmoe/{turn}/{index()}", value)
+  return [_said(turn, other, what, seconds) for other in range(count())]
+
+
+def _said(turn: int, other: int, what: str, seconds: float) -> str:
+  end = time.monotonic() + seconds
+  while True:
+    rest = min(max(end - time.monotonic(), 0.001), _LOOK)
     try:
       key = f"jmoe/{turn}/{other}"
-      found.append(store.blocking_key_value_get(key, int(1000 * seconds)))
+      return _store().blocking_key_value_get(key, int(1000 * rest))
     except Exception as error:  # jaxlib's own, of several kinds
-      raise Unreachable(
-        f"process {other} of {count()} said nothing about {what} for {seconds:.0f} s; "
-        "see its own output."
-      ) from error
-  return found
+      if message := _tried(_FAILED):
+        _ended[0] = True
+        raise PeerFailed(message) from error
+      if time.monotonic() >= end:
+        raise Unreachable(
+          f"process {other} of {count()} said nothing about {what} for {seconds:.0f} "
+          "s; see its own output."
+        ) from error
+      if not any(code in str(error) for code in ("DEADLINE", "timed out")):
+        time.sleep(0.1)  # no wait that has ended, so the next may end at once too
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
+def together(what: str, *, seconds: float = PATIENCE) -> Iterator[None]:
   """A part that all processes must end well before any goes on.
 
   Args:
     what: it does, for the message.
+    seconds: that the first to end waits for the last.
 
   Raises:
     PeerFailed: another process raised here; its message.
@@ -153,7 +167,7 @@ def together(what: str) -> Iterator[None]:
     mine = error
     if count() == 1:
       raise
-  said = exchange(what, "" if mine is None else _line(mine))
+  said = exchange(what, "" if mine is None else _line(mine), seconds=seconds)
   _ended[0] = any(said)
   if mine is not None:
     raise mine
@@ -162,14 +176,17 @@ def together(what: str) -> Iterator[None]:
       raise PeerFailed(f"process {other}: {message}")
 
 
-def leave(code: int) -> int:
-  """The exit code, on a process whose error all know; another ends here.
+def leave(code: int, error: BaseException) -> int:
+  """The exit code, on a process whose error all know; another says it and ends here.
 
   Python's own exit would wait for the others, and they for this process.
   """
   if count() > 1 and not _ended[0]:
+    with contextlib.suppress(Exception):  # another was first, or none is left
+      _store().key_value_set(_FAILED, f"process {index()}: {_line(error)}")
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(2 * _LOOK)  # the first process keeps the store
     os._exit(code)
   return code
 
@@ -181,7 +198,7 @@ def first(what: str, make: Callable[[], _T]) -> _T:
   """
   made: Any = None
   for turn in (True, False):
-    with together(what):
+    with together(what, seconds=_BUILDING):
       if is_first() == turn:
         made = make()
   return made
@@ -229,8 +246,6 @@ def check_equal(what: str, value: Any, remedy: str) -> None:
 class SharedStop(Stop):
   """A signal of one process stops all of them, after the same step."""
 
-  _KEY = "jmoe/stop"
-
   def __init__(self):
     super().__init__()
     self._at: int | None = None
@@ -245,11 +260,18 @@ class SharedStop(Stop):
     if self._at is None:
       if self.signal is not None:
         with contextlib.suppress(Exception):  # another was first
-          _store().key_value_set(self._KEY, json.dumps([step + 2, self.signal]))
-      with contextlib.suppress(Exception):  # nobody has said anything
-        text = _store().key_value_try_get(self._KEY)
+          _store().key_value_set(_STOP, json.dumps([step + 2, self.signal]))
+      if text := _tried(_STOP):
         self._at, self.signal = json.loads(text)
     return self._at is not None and step >= self._at
+
+
+def _tried(key: str) -> str | None:
+  """What is under a key; None if it is not there."""
+  try:
+    return _store().key_value_try_get(key)
+  except Exception:  # jaxlib's own
+    return None
 
 
 def _store() -> Any:
@@ -259,5 +281,5 @@ def _store() -> Any:
   return distributed.global_state.client
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,7 @@ import argparse
 import difflib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from experiments import configs, extras
@@ -144,18 +145,23 @@ def main(argv: list[str] | None = None) -> int:
     extras.MissingExtra,
     OSError,  # a folder that cannot be written, a disk that is full
   ) as error:
-    return hosts.leave(_refused(error))
+    return hosts.leave(_refused(error), error)
   except errors.Diverged as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except errors.Stopped as stopped:
     print(f"\n{stopped}", file=sys.stderr)
     return stopped.exit_code
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as error:
     print(
       "\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr
     )
-    return hosts.leave(130)
+    return hosts.leave(130, error)
+  except Exception as error:  # the others must not wait for this process
+    if hosts.count() > 1:
+      traceback.print_exc()
+      hosts.leave(1, error)
+    raise
   return 0
 
 
