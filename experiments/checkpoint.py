@@ -103,6 +103,8 @@ class Checkpoints:
     step, found, broken = newest_whole(
       reader, self._folder, facts=self._facts, like=named(like)
     )
+    if reader is not self._manager:
+      reader.close()
     for each in broken if hosts.is_first() else []:
       place = _set_aside(self._folder, each)
       print(f"moved to {place}; going on from step {step}.", file=sys.stderr)

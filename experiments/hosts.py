@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -125,6 +125,8 @@ def exchange(what: str, value: str, *, seconds: float = PATIENCE) -> list[str]:
     return [value]
   turn = next(_turns)
   _store().key_value_set(f"jmoe/{turn}/{index()}", value)
+  if turn > 1:  # all that have said the last have heard the one before
+    _store().key_value_delete(f"jmoe/{turn - 2}/{index()}")
   return [_said(turn, other, what, seconds) for other in range(count())]
 
 
@@ -229,18 +231,20 @@ def check_visible(path: Any, argument: str) -> None:
     time.sleep(0.1)
 
 
-def check_equal(what: str, value: Any, remedy: str) -> None:
-  """Raises unless a value is the same on every process.
+def check_equal(values: Mapping[str, str | None], remedy: str) -> None:
+  """Raises unless all values are the same on every process.
 
   Raises:
-    PeerFailed: it is not, on all of them.
+    PeerFailed: they are not, on all of them.
   """
-  said = exchange(what, json.dumps(value, sort_keys=True))
-  for other, text in enumerate(said):
-    if text != said[0]:
-      raise PeerFailed(
-        f"{what}: process {other} has {text[:80]}, process 0 {said[0][:80]}; {remedy}"
-      )
+  each = [json.loads(x) for x in exchange("its inputs", json.dumps(dict(values)))]
+  for other, its in enumerate(each):
+    for name, value in its.items():
+      if value != each[0][name]:
+        raise PeerFailed(
+          f"{name} of process {other} is {str(value)[:60]}, that of process 0 is "
+          f"{str(each[0][name])[:60]}; {remedy}"
+        )
 
 
 class SharedStop(Stop):

@@ -56,7 +56,9 @@ def loaded(
   return texts, tokens.load(cache, texts, words)
 
 
-def check(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
+def check(
+  runs: Sequence[tuple[Run, epath.Path]], options: Options | None = None
+) -> None:
   """Whether optimizers and meshes fit models and starts are there, before any data.
 
   Raises:
@@ -67,7 +69,8 @@ def check(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   for run, folder in runs:
     try:
       _check_start(run, folder)
-      fitting.of(run, options.mesh, strategy=options.strategy)
+      if options is not None:
+        fitting.of(run, options.mesh, strategy=options.strategy)
       _, shapes = states.blueprint(run.model, run.param_dtype)
       optim.optimizer(run.optim, steps=run.steps, params=shapes)
     except (BadCheckpoint, Unreachable):
@@ -103,9 +106,9 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   run, folder = runs[0]
   texts, encoded = hosts.first("the data", lambda: loaded(run, options.cache, folder))
   with hosts.together("what is trained on what"):
+    same = {name: of_json(x) for name, x in opening.facts(run, texts, encoded).items()}
     hosts.check_equal(
-      "config, text and vocabulary",
-      [of_json(opening.facts(run, texts, encoded)), options.mesh, options.strategy],
+      same | {"--mesh": options.mesh, "--strategy": options.strategy},
       "give every process the same command and data, and Pythons of one version.",
     )
   held_out = list(texts.held_out)
@@ -142,7 +145,7 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   print("gzip -9 has one file for each domain, or one for each document alone.")
   trained = finished[0]
   if trained.run.sample_bytes:
-    made = _sample(trained, encoded.vocabulary, folder)
+    made = _sample(trained, encoded.vocabulary, runs[0][1])
     print(f"\nsample of {trained.run.name}:\n{made}")
 
 

@@ -168,7 +168,8 @@ class Spread:
       batch: i32[b,S] arrays of the rows that this process read.
       rows: which of the whole batch those are; None: all.
     """
-    return {name: self._global(x, rows) for name, x in batch.items()}
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer of a step
+      return {name: self._global(x, rows) for name, x in batch.items()}
 
   def _global(self, x: np.ndarray, rows: "Rows | None") -> jax.Array:
     total = x.shape[0] if rows is None else rows.total
