@@ -29,7 +29,7 @@ _FAILED, _STOP = "jmoe/failed", "jmoe/stop"
 SIGHT = 30  # seconds that it waits for a file of theirs
 _turns = itertools.count()  # all processes exchange in one order
 _self = [0, 1]  # the number of this process, and how many there are
-_ended = [False]  # whether all of them know of an error
+_ended = [False]  # whether all of them end by an error that they know
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,6 @@ def _said(turn: int, other: int, what: str, seconds: float) -> str:
       return _store().blocking_key_value_get(key, int(1000 * rest))
     except Exception as error:  # jaxlib's own, of several kinds
       if message := _tried(_FAILED):
-        _ended[0] = True
         raise PeerFailed(message) from error
       if time.monotonic() >= end:
         raise Unreachable(

@@ -101,12 +101,10 @@ def main(argv: list[str] | None = None) -> int:
   except extras.MissingExtra as error:
     return _refused(error)
 
-  from experiments import errors, workdir
+  from experiments import errors, hosts, workdir
 
   try:
     _joined(arguments)
-    from experiments import hosts
-
     with hosts.together("the command"):
       runs = workdir.prepared(
         configs.load(arguments.config),
@@ -116,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         profile=arguments.profile,
       )
   except (ValueError, TypeError, OSError, extras.MissingExtra) as error:
-    return _refused(error)
+    return hosts.leave(_refused(error), error)
   import jax
 
   from experiments import dry_run, job, sitting

@@ -99,9 +99,9 @@ def _whole(manager, folder, step, like, facts) -> Whole:
 
   If it is broken for one process it is for all.
   """
-  found: Whole | str = "another process cannot read it"
+  found: Whole | None = None
+  error: _Broken | BadCheckpoint | None = None
   body: dict[str, Any] = {}
-  said = None
   try:
     body = _body(folder / str(step))
     if facts is not None and (different := differences(body["facts"], facts)):
@@ -111,19 +111,16 @@ def _whole(manager, folder, step, like, facts) -> Whole:
     if like is not None:
       _check_names(folder / str(step), set(body["digests"]), set(like))
     positions = _read_positions(folder / str(step) / "data", body["data"])
-    arrays = _arrays(manager, step, like)
-    found = Whole(arrays, body["facts"], positions)
-  except _Broken as error:
-    said = found = str(error)
-  except BadCheckpoint as error:
-    said = error
-  bad = [] if said is None else ["bad"]
+    found = Whole(_arrays(manager, step, like), body["facts"], positions)
+  except (_Broken, BadCheckpoint) as caught:
+    error = caught
+  bad = [] if error is None else ["bad"]
   if like is not None:
     bad = hosts.exchange(f"checkpoint {step}", "".join(bad))
-  if isinstance(said, BadCheckpoint):
-    raise said
-  if isinstance(found, str) or any(bad):
-    raise _Broken(said or "another process cannot read it")
+  if error is not None:
+    raise error
+  if any(bad) or found is None:
+    raise _Broken("another process cannot read it")
   if wrong := differing(found.arrays, body["digests"], alone=like is None):
     raise _Broken(
       f"{wrong[0]} "
