@@ -60,7 +60,7 @@ def _choices(routing):
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("sizes", ["fsdp=2,expert=2,context=2"])
+@pytest.mark.parametrize("sizes", ["expert=2,context=2,tensor=2"])
 def test_a_model_over_a_mesh_is_that_of_one_device(sizes):
   alone = outcome(None)
   with jax.set_mesh(mesh.make(sizes)):

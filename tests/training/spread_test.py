@@ -3,6 +3,7 @@
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -21,55 +22,49 @@ from experiments import (
   spread,
 )
 from experiments.checkpoint import Checkpoints, digests
+from experiments.config import Run
 from experiments.errors import BadCheckpoint, BadConfig
 from jmoe.parallel import mesh as meshes
 from tests.tolerance import assert_close
+from tests.training.conftest import QUICK
 
 PLACES = "model.segments.0.0"
-FITS_TENSOR = [f"{PLACES}.{n}.attention.num_kv_heads=2" for n in (0, 1)]
-MESH = "fsdp=2,expert=2,tensor=2"  # the others: tests/parallel/model_test.py
+MESH = "fsdp=2,expert=2"  # the other axes: tests/parallel/model_test.py
 FACTS = {"config": {}}
 
 
-class Plain:
-  """Steps on one device, with the places that batches of NumPy go to."""
+class Plain(NamedTuple):
+  """A run on one device, with what its programs are made of."""
 
-  def __init__(self, run, num_domains):
-    self.run = run
-    known = dict(byte_lengths=np.ones(256, np.int32), num_domains=num_domains)
-    self.made = program.program(run, **known)
-    self.train_step = jax.jit(self.made.train_step)
-    self.eval_step = jax.jit(self.made.eval_step)
-    self.known = known
+  run: Run
+  known: dict
+  made: program.Program
 
 
 @pytest.fixture(scope="module")
 def plain(job, texts):
-  run = settings.with_settings(job.run, [*FITS_TENSOR, "data.readers=2"])
-  return Plain(run, len(texts.domains))
+  run = settings.with_settings(job.run, ["data.readers=2"])
+  known = dict(byte_lengths=np.ones(256, np.int32), num_domains=len(texts.domains))
+  return Plain(run, known, program.program(run, **known))
 
 
 @pytest.fixture(scope="module")
-def trained(plain, encoded):
-  """(states after two steps, metrics, what routers did, evaluation) of one device."""
+def trained(job, plain, encoded):
+  """(state after two steps, what the last one said, evaluation) of one device."""
   batches = opening.training_batches(plain.run, encoded)
   state, outcome = plain.made.init(), None
   for _ in range(2):
-    state, *outcome = plain.train_step(state, next(batches))
+    state, *outcome = job.train_step(state, next(batches))
   held_out = next(opening.held_out_batches(plain.run, encoded))
-  return state, outcome, plain.eval_step(state.params, state.balance, held_out)
-
-
-def over(plain, text):
-  """(spread, program) of a mesh."""
-  found = fitting.make(plain.run, text)
-  return found, program.program(plain.run, **plain.known, spread=found)
+  evaluate = jax.jit(plain.made.eval_step, compiler_options=QUICK)
+  return state, outcome, evaluate(state.params, state.balance, held_out)
 
 
 @pytest.fixture(scope="module")
 def spread_run(plain, encoded, tmp_path_factory):
   """The same over a mesh, and a checkpoint of it with the batches that follow."""
-  found, made = over(plain, MESH)
+  found = spread.Spread(meshes.make(MESH, devices=jax.devices()[:4]))
+  made = program.program(plain.run, **plain.known, spread=found)
   step, batches = found.train_step(made), opening.training_batches(plain.run, encoded)
   state, outcome = found.init(made), None
   for _ in range(2):
@@ -97,10 +92,10 @@ def test_a_run_over_a_mesh_has_the_numbers_of_one_device(trained, spread_run):
 def test_parameters_and_moments_lie_as_the_table_says(spread_run):
   state = spread_run[0][0]
   expected = {
-    "segments.0.1.moe.experts.up_EDF": (1, 2, 8, 8),
+    "segments.0.1.moe.experts.up_EDF": (1, 2, 8, 16),
     "segments.0.1.moe.gate.kernel_DE": (1, 16, 4),
-    "segments.0.0.attention.query.kernel": (1, 8, 8),
-    "embed.embedding": (129, 8),
+    "segments.0.0.attention.query.kernel": (1, 8, 16),
+    "embed.embedding": (258, 8),
   }
   moments = next(x for x in state.optimizer.chain if hasattr(x, "mu"))
   for name, shape in expected.items():
