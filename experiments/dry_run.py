@@ -53,7 +53,7 @@ def show(
   }
   where = jax.default_backend()
   if over is not None:
-    where = f"each of {over.mesh.size} {where} devices, {over}"
+    where = f"each of {over.mesh.size} {where} devices, {over.said(run.model)}"
   shown = ", ".join(f"{name} {_shown(size)}" for name, size in sizes.items())
   print(f"memory      {shown}, together {_shown(sum(sizes.values()))} on {where}")
   _show_data(run, texts, encoded, trained)

@@ -126,7 +126,7 @@ class Sitting:
       write_json(folder / "manifest.json", self.texts.manifest)
       self.encoded.vocabulary.save(Path(folder / "vocabulary"))
       self._send()  # a store that takes nothing is found before an hour is spent
-      print(_headline(run) + ("" if self.spread is None else f", {self.spread}"))
+      print(_headline(run) + self._over())
     clock = opening.Clock(folder)
     report, state = self._trained(state, checkpoints, clock)
     step = self._eval_step()
@@ -190,6 +190,9 @@ class Sitting:
 
   def _started(self) -> states.TrainState:
     return opening.started(self.run, self.program, self.encoded, self.spread)
+
+  def _over(self) -> str:
+    return "" if self.spread is None else f", {self.spread.said(self.run.model)}"
 
   def _train_step(self) -> Any:
     if self.spread is not None:

@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from experiments import data
-from experiments.config import Run
+from experiments.config import Run, sparse_layers
 from experiments.planning import sharding as by_name
 from experiments.program import Program
 from experiments.state import TrainState, path_part
@@ -59,6 +59,11 @@ class Spread:
 
   def __str__(self) -> str:
     return "over " + ",".join(f"{axis}={n}" for axis, n in self.sizes.items())
+
+  def said(self, config: ModelConfig) -> str:
+    """The mesh, and how a model's rows travel over it, for people."""
+    used = {ff.dispatch.name for ff in sparse_layers(self.model(config))}
+    return str(self) + (f", dispatch {', '.join(sorted(used))}" if used else "")
 
   def model(self, config: ModelConfig) -> ModelConfig:
     """The same function of the same parameters, split by the table."""
