@@ -85,7 +85,14 @@ def _check(run: Run, spread: Spread) -> None:
           f"--mesh: {'*'.join(names)}={parts} does not divide {param.shape[dim]} of "
           f"{field}; use {remedy}."
         )
-  with jax.set_mesh(spread.mesh):
-    jax.eval_shape(made.train_step, like, data.shapes(run.data.batch, run.data.seq))
-    batch = data.shapes(run.data.batch, run.data.seq)
+  batch = data.shapes(run.data.batch, run.data.seq)
+
+  def forward(state, batch):
+    model = made.blueprint.model(state.params, state.balance)
+    key = jax.random.wrap_key_data(state.key)
+    inputs = batch["inputs"], batch["segment"], batch["position"]
+    return model.hidden(*inputs, key=key, train=True)
+
+  with jax.set_mesh(spread.mesh):  # the rest of a step is divided as these are
+    jax.eval_shape(forward, like, batch)
     jax.eval_shape(made.eval_step, like.params, like.balance, batch)

@@ -14,6 +14,7 @@ from flax import nnx, traverse_util
 import jmoe
 from experiments import (
   checkpoint,
+  dry_run,
   fitting,
   main,
   opening,
@@ -101,6 +102,11 @@ def test_parameters_and_moments_lie_as_the_table_says(spread_run):
   for name, shape in expected.items():
     for tree in (state.params, moments.mu, moments.nu):
       assert tree[name].addressable_shards[0].data.shape == shape, name
+  # What `--dry-run` says a device holds is what it holds.
+  over = spread.Spread(state.step.sharding.mesh)
+  held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.optimizer)]
+  assert dry_run._bytes(over.shapes(state).optimizer) == sum(held)
+  assert 2 * sum(held) < sum(x.nbytes for x in jax.tree.leaves(state.optimizer))
 
 
 @pytest.mark.parametrize(
