@@ -45,7 +45,9 @@ class Plain(NamedTuple):
 @pytest.fixture(scope="module")
 def plain(job, texts):
   run = settings.with_settings(job.run, ["data.readers=2"])
-  known = dict(byte_lengths=np.ones(256, np.int32), num_domains=len(texts.domains))
+  # As `job` counts: each token is a byte.
+  lengths = np.ones(run.model.vocab_size, np.int32)
+  known = dict(byte_lengths=lengths, num_domains=len(texts.domains))
   return Plain(run, known, program.program(run, **known))
 
 
