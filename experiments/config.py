@@ -25,9 +25,19 @@ class Data:
   near_duplicates: float = 0.0  # drop documents so similar (Jaccard); 0 keeps all
   seed: int = 0
   num_workers: int = 0
+  # Streams that the rows of a batch come from, which the processes of a job share out;
+  # None: one.  The order of batches depends on it, and not on the processes.
+  readers: int | None = None
 
   def __post_init__(self):
     _at_least("data", self, max_bytes=1, seq=2, batch=1, eval_context=0, num_workers=0)
+    if self.readers is not None:
+      _at_least("data", self, readers=1)
+      if self.batch % self.readers:
+        raise ValueError(
+          f"data.readers={self.readers} does not divide data.batch={self.batch}; make "
+          "the one a divisor of the other."
+        )
     _seed("data", self)
     _number("data", self, "temperature near_duplicates")
     if self.eval_context >= self.seq:

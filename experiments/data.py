@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -154,6 +154,37 @@ def batches(
     options = grain.MultiprocessingOptions(num_workers)
     dataset = dataset.mp_prefetch(options, functools.partial(_worker, os.getpid()))
   return iter(dataset)
+
+
+class Readers(Iterator[Batch]):
+  """Some of the streams of a batch side by side: their rows, one stream after another.
+
+  Args:
+    streams: by number, of `batches` with as many parts as there are streams.
+  """
+
+  def __init__(self, streams: Mapping[int, grain.DatasetIterator]):
+    self._streams = dict(sorted(streams.items()))
+
+  def __next__(self) -> Batch:
+    each = [next(stream) for stream in self._streams.values()]
+    if len(each) == 1:
+      return each[0]
+    return {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+
+  def get_state(self) -> dict[str, Any]:
+    """Number of a stream -> its state, which JSON can hold."""
+    return {str(n): stream.get_state() for n, stream in self._streams.items()}
+
+  def set_state(self, states: Mapping[str, Any]) -> None:
+    """Goes to where all streams of a batch were, which may be more than these.
+
+    Raises:
+      KeyError: a stream is not among them.
+    """
+    for number, stream in self._streams.items():
+      stream.set_state(states[str(number)])
+      stream.start_prefetch()
 
 
 def _worker(parent: int, index: int, count: int) -> None:

@@ -2,21 +2,30 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import collections
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from experiments import data, dataset, settings, tokens
+from experiments import data, dataset, fitting, settings, tokens
 from experiments.config import Run
 from experiments.program import program
+from experiments.sitting import Options
+from experiments.spread import Spread
 from jmoe.analysis import cost
 
 
-def show(run: Run, texts: dataset.Texts, encoded: tokens.Encoded) -> None:
+def show(
+  run: Run,
+  texts: dataset.Texts,
+  encoded: tokens.Encoded,
+  options: Options,
+) -> None:
   """Prints configuration, parameters, FLOPs, memory and data of a run.
 
-  The step is compiled, for this machine's backend, to know its memory.
+  The step is compiled, for this machine's backend, to know its memory; over a mesh that
+  of one device.
   """
   print(f"config of {run.name}")
   for path, value in settings.values(run):
@@ -33,18 +42,20 @@ def show(run: Run, texts: dataset.Texts, encoded: tokens.Encoded) -> None:
     run,
     byte_lengths=encoded.vocabulary.byte_lengths,
     num_domains=len(texts.domains),
+    spread=(over := fitting.of(run, options.mesh, strategy=options.strategy)),
   )
   state = jax.eval_shape(made.init)
+  state = state if over is None else over.shapes(state)
   sizes = {
     "parameters": _bytes(state.params),
     "optimizer": _bytes(state.optimizer),
-    "step": _temporary(run, made, state),
+    "step": _temporary(run, made, state, over),
   }
+  where = jax.default_backend()
+  if over is not None:
+    where = f"each of {over.mesh.size} {where} devices, {over.said(run.model)}"
   shown = ", ".join(f"{name} {_shown(size)}" for name, size in sizes.items())
-  print(
-    f"memory      {shown}, together {_shown(sum(sizes.values()))} "
-    f"on {jax.default_backend()}"
-  )
+  print(f"memory      {shown}, together {_shown(sum(sizes.values()))} on {where}")
   _show_data(run, texts, encoded, trained)
 
 
@@ -78,18 +89,27 @@ def _by_domain(documents: Sequence[Any]) -> Mapping[int | None, tuple[int, int]]
   return found
 
 
-def _temporary(run: Run, made: Any, state: Any) -> int:
-  """Bytes that a compiled step needs beside its state."""
-  batch = data.shapes(run.data.batch, run.data.seq)
-  step = jax.jit(made.train_step, donate_argnums=0)
-  compiled = step.lower(state, batch).compile()
+def _temporary(run: Run, made: Any, state: Any, over: Spread | None) -> int:
+  """Bytes that a compiled step needs beside its state, on each device."""
+  if over is None:
+    batch = data.shapes(run.data.batch, run.data.seq)
+    step = jax.jit(made.train_step, donate_argnums=0)
+    compiled = step.lower(state, batch).compile()
+  else:
+    lowered = over.train_step(made).lower(state, over.batch_shapes(run))
+    compiled = lowered.compile()
   analysis = compiled.memory_analysis()
   assert analysis is not None  # CPU, GPU and TPU have one
   return analysis.temp_size_in_bytes
 
 
 def _bytes(tree: Any) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  """On a device, where the arrays lie on several."""
+  total = 0
+  for x in jax.tree.leaves(tree):
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    total += math.prod(shape) * x.dtype.itemsize
+  return total
 
 
 def _shown(size: int) -> str:

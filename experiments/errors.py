@@ -18,6 +18,10 @@ class Unreachable(ValueError):
   """An object store that cannot be read or written."""
 
 
+class PeerFailed(ValueError):
+  """Another process of the job found an error, or has other inputs than this one."""
+
+
 class Diverged(ValueError):
   """The loss was not a number for too many steps in a row."""
 

@@ -1,15 +1,21 @@
 """From checked runs and their folders to trained models and a table of how they did."""
 # SPDX-License-Identifier: Apache-2.0
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import jax
 from etils import epath
 
 from experiments import (
+  checkpoint,
   dataset,
   evaluate,
+  fitting,
+  hosts,
+  opening,
   optim,
   sample,
   state as states,
@@ -18,6 +24,7 @@ from experiments import (
   workdir,
 )
 from experiments.config import Run
+from experiments.digests import of_json
 from experiments.errors import BadCheckpoint, BadConfig, Unreachable
 from experiments.remote import place
 from experiments.signals import Stop
@@ -49,17 +56,21 @@ def loaded(
   return texts, tokens.load(cache, texts, words)
 
 
-def check(runs: Sequence[tuple[Run, epath.Path]]) -> None:
-  """Whether optimizers fit models and starts are there, before any data is built.
+def check(
+  runs: Sequence[tuple[Run, epath.Path]], options: Options | None = None
+) -> None:
+  """Whether optimizers and meshes fit models and starts are there, before any data.
 
   Raises:
-    BadConfig: an optimizer does not fit.
+    BadConfig: an optimizer or a mesh does not fit.
     BadCheckpoint: a new run would start from a folder without checkpoints.
     Unreachable: an object store cannot be read.
   """
   for run, folder in runs:
     try:
       _check_start(run, folder)
+      if options is not None:
+        fitting.of(run, options.mesh, strategy=options.strategy)
       _, shapes = states.blueprint(run.model, run.param_dtype)
       optim.optimizer(run.optim, steps=run.steps, params=shapes)
     except (BadCheckpoint, Unreachable):
@@ -89,14 +100,25 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   Raises:
     BadConfig, BadData, BadCheckpoint, Diverged, Stopped: see there.
   """
-  check(runs)
-  texts, encoded = loaded(runs[0][0], options.cache, runs[0][1])
+  with hosts.together("the runs"):
+    check(runs, options)
+    _check_processes(runs)
+  run, folder = runs[0]
+  texts, encoded = hosts.first("the data", lambda: loaded(run, options.cache, folder))
+  with hosts.together("what is trained on what"):
+    same = {name: of_json(x) for name, x in opening.facts(run, texts, encoded).items()}
+    hosts.check_equal(
+      same | {"--mesh": options.mesh, "--strategy": options.strategy},
+      "give every process the same command and data, and Pythons of one version.",
+    )
   held_out = list(texts.held_out)
-  baselines = {
-    "gzip -9": evaluate.gzip_bits(held_out, texts.domains, alone=False),
-    "gzip -9, each alone": evaluate.gzip_bits(held_out, texts.domains, alone=True),
-  }
-  with Stop() as stop:
+  baselines = {}
+  if hosts.is_first():
+    baselines = {
+      "gzip -9": evaluate.gzip_bits(held_out, texts.domains, alone=False),
+      "gzip -9, each alone": evaluate.gzip_bits(held_out, texts.domains, alone=True),
+    }
+  with Stop() if hosts.count() == 1 else hosts.SharedStop() as stop:
     finished = []
     for run, folder in runs:
       with place(folder) as where:
@@ -110,6 +132,8 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
           stop=stop,
         )
         finished.append(sitting.finished())
+  if not hosts.is_first():
+    return
   columns = {trained.run.name: trained.bits for trained in finished} | baselines
   sizes = evaluate.domain_sizes(held_out, texts.domains)
   width = max(12, *(len(domain) + 1 for domain in sizes))
@@ -121,15 +145,39 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   print("gzip -9 has one file for each domain, or one for each document alone.")
   trained = finished[0]
   if trained.run.sample_bytes:
-    print(f"\nsample of {trained.run.name}:\n{_sample(trained, encoded.vocabulary)}")
+    made = _sample(trained, encoded.vocabulary, runs[0][1])
+    print(f"\nsample of {trained.run.name}:\n{made}")
 
 
-def _sample(trained: Trained, words: vocabulary.Vocabulary) -> str:
-  run = trained.run
+def _check_processes(runs: Sequence[tuple[Run, epath.Path]]) -> None:
+  """What several processes cannot do, and what they would do twice."""
+  if hosts.count() == 1:
+    return
+  for run, folder in runs:
+    if not workdir.is_local(folder):
+      raise BadConfig(
+        f"--workdir {folder} with --distributed: every process writes its part of a "
+        "checkpoint; give a folder that all hosts share."
+      )
+    if (run.data.readers or 1) % hosts.count() and hosts.is_first():
+      print(
+        f"note: data.readers={run.data.readers} for {hosts.count()} processes: some "
+        f"read the same data; --set data.readers={hosts.count()} gives each its share.",
+        file=sys.stderr,
+      )
+
+
+def _sample(trained: Trained, words: vocabulary.Vocabulary, folder: epath.Path) -> str:
+  run, state = trained.run, trained.state
+  arrays: tuple[Any, Any] = (state.params, state.balance)
+  if hosts.count() > 1:  # this process has no more than its part
+    saved = checkpoint.read(folder / "checkpoints")
+    arrays = saved.params, saved.balance
+  elif len(state.step.devices()) > 1:
+    arrays = jax.device_get(arrays)
   try:
     (made,) = sample.texts(
-      trained.state.params,
-      trained.state.balance,
+      *arrays,
       [run.prompt],
       model=run.model,
       vocabulary=words,

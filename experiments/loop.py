@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from experiments import metrics, routing
+from experiments import hosts, metrics, routing
 from experiments.alarms import Alarms
 from experiments.config import Run, sparse_layers
 from experiments.data import Batch
@@ -68,7 +68,7 @@ def train(
     if waiting is not None:
       report(*waiting)
     waiting = (step, batch, values, found)
-    stopping = stop.signal is not None  # asked once: a signal may come at any moment
+    stopping = stop.asked(step)  # once: a signal may come at any moment
     if step % save_every == 0 or step == steps or stopping:
       report(*waiting)
       waiting = None
@@ -123,6 +123,8 @@ class Profile:
 class Report:
   """What a step did: to files, to alarms, and as one line on the terminal.
 
+  Of several processes the first one writes; the others count, and raise as it does.
+
   Args:
     run: what is trained.
     folder: of the run.
@@ -138,17 +140,12 @@ class Report:
     self.alarms = Alarms()
     self.skipped = self._skipped_in_a_row = 0
     self.speeds: list[float] = []  # tokens a second, of each step
-    lines = metrics.kept(folder / "metrics.jsonl", step)
-    for record in lines:
-      self._counted(record["step"], record)
-    self._lines = metrics.Lines(folder / "metrics.jsonl", lines)
-    self._routing = None
-    if sparse_layers(run.model):
-      watched = metrics.kept(folder / "routing.jsonl", step)
-      for record in watched:
-        self.alarms.routing(record["step"], record["layers"])
-      self._routing = metrics.Lines(folder / "routing.jsonl", watched)
-    self._board = metrics.Board(folder / "tensorboard", step)
+    self._lines = self._routing = self._board = None
+    if hosts.is_first():
+      self._open(folder, step)
+    counts = hosts.share("skipped steps", [self.skipped, self._skipped_in_a_row])
+    self.skipped, self._skipped_in_a_row = counts
+    shown = shown and hosts.is_first()
     # Seldom if the line cannot rewrite itself, as in a log.
     self._bar = tqdm(
       total=run.steps,
@@ -162,6 +159,19 @@ class Report:
       self._bar.mininterval = self._bar.maxinterval = 10.0
     self._times: collections.deque[float] = collections.deque(maxlen=20)
     self.step = step
+
+  def _open(self, folder: epath.Path, step: int) -> None:
+    """Reads what there is, and goes on with it."""
+    lines = metrics.kept(folder / "metrics.jsonl", step)
+    for record in lines:
+      self._counted(record["step"], record)
+    self._lines = metrics.Lines(folder / "metrics.jsonl", lines)
+    if sparse_layers(self._run.model):
+      watched = metrics.kept(folder / "routing.jsonl", step)
+      for record in watched:
+        self.alarms.routing(record["step"], record["layers"])
+      self._routing = metrics.Lines(folder / "routing.jsonl", watched)
+    self._board = metrics.Board(folder / "tensorboard", step)
 
   def __call__(
     self, step: int, batch: Batch, metrics_: Mapping[str, Any], found: Any
@@ -179,19 +189,20 @@ class Report:
       seconds = self._times[-1] - self._times[0]
       tokens = self._run.data.batch * self._run.data.seq
       values["tokens_per_second"] = tokens * (len(self._times) - 1) / seconds
-    self._lines.add({"step": step} | values)
-    self._board.add(step, values)
+    if self._lines is not None and self._board is not None:
+      self._lines.add({"step": step} | values)
+      self._board.add(step, values)
     said = self._counted(step, values)
     watched = step % self._run.watch_every == 0 or step == 1
     if self._routing is not None and watched:
       layers = routing.layers(self._run.model, found)
       self._routing.add({"step": step, "layers": layers})
       said += self.alarms.routing(step, layers)
-    for message in said:
+    for message in said if hosts.is_first() else []:
       self._bar.write(f"alarm: {message}", file=sys.stderr)
     self._bar.set_postfix_str(_shown(values), refresh=False)
     self._bar.update()
-    if values["skipped"] and self.skipped <= MOST_KEPT:
+    if values["skipped"] and self.skipped <= MOST_KEPT and hosts.is_first():
       metrics.keep_batch(self._folder / "skipped", step, batch, key=self._key(step))
     if self._skipped_in_a_row > self._run.max_skipped:
       raise Diverged(
@@ -204,10 +215,9 @@ class Report:
   def close(self) -> None:
     """Leaves the bar as it is and closes the files."""
     self._bar.close()
-    self._lines.close()
-    if self._routing is not None:
-      self._routing.close()
-    self._board.close()
+    for file in (self._lines, self._routing, self._board):
+      if file is not None:
+        file.close()
 
   def _counted(self, step: int, values: Mapping[str, float]) -> list[str]:
     """Takes a line into account; returns new alarms."""

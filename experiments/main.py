@@ -13,6 +13,7 @@ import argparse
 import difflib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from experiments import configs, extras
@@ -74,6 +75,22 @@ def main(argv: list[str] | None = None) -> int:
     default=Path.home() / ".cache" / "jmoe",
     help="of data sets and compiled code; local",
   )
+  add(
+    "--mesh",
+    metavar="AXES",
+    help="all devices in a grid: data=2,fsdp=2,expert=2; also tensor and context",
+  )
+  add(
+    "--strategy", metavar="NAME", help="of sparse layers over a mesh: all_gather, ..."
+  )
+  add(
+    "--distributed",
+    action="store_true",
+    help="this is one process of several, as SLURM, JobSet or the TPU says; else give",
+  )
+  add("--coordinator", metavar="HOST:PORT", help="of process 0")
+  add("--processes", type=int, metavar="N", help="how many there are")
+  add("--process", type=int, metavar="I", help="which one this is, from 0")
   arguments = parser.parse_args(argv)
   if arguments.config not in (known := configs.names()):
     close = difflib.get_close_matches(arguments.config, known, n=1) or known
@@ -84,18 +101,20 @@ def main(argv: list[str] | None = None) -> int:
   except extras.MissingExtra as error:
     return _refused(error)
 
-  from experiments import errors, workdir
+  from experiments import errors, hosts, workdir
 
   try:
-    runs = workdir.prepared(
-      configs.load(arguments.config),
-      workdir.opened(arguments.workdir),
-      settings=arguments.set,
-      compare_dense=arguments.compare_dense,
-      profile=arguments.profile,
-    )
+    _joined(arguments)
+    with hosts.together("the command"):
+      runs = workdir.prepared(
+        configs.load(arguments.config),
+        workdir.opened(arguments.workdir),
+        settings=arguments.set,
+        compare_dense=arguments.compare_dense,
+        profile=arguments.profile,
+      )
   except (ValueError, TypeError, OSError, extras.MissingExtra) as error:
-    return _refused(error)
+    return hosts.leave(_refused(error), error)
   import jax
 
   from experiments import dry_run, job, sitting
@@ -104,35 +123,71 @@ def main(argv: list[str] | None = None) -> int:
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
   command = ["python", "-m", "experiments.main", *(argv or sys.argv[1:])]
-  options = sitting.Options(arguments.cache, command, arguments.profile)
+  options = sitting.Options(
+    arguments.cache, command, arguments.profile, arguments.mesh, arguments.strategy
+  )
   try:
     if arguments.dry_run:
-      job.check(runs)
-      for run, folder in runs:
-        dry_run.show(run, *job.loaded(run, arguments.cache, folder))
+      with hosts.together("the dry run"):
+        job.check(runs, options)
+        for run, folder in runs:
+          dry_run.show(run, *job.loaded(run, arguments.cache, folder), options)
     else:
       job.execute(runs, options)
   except (
     errors.BadCheckpoint,
     errors.BadConfig,
     errors.BadData,
+    errors.PeerFailed,
     errors.Unreachable,
     extras.MissingExtra,
     OSError,  # a folder that cannot be written, a disk that is full
   ) as error:
-    return _refused(error)
+    return hosts.leave(_refused(error), error)
   except errors.Diverged as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except errors.Stopped as stopped:
     print(f"\n{stopped}", file=sys.stderr)
     return stopped.exit_code
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as error:
     print(
       "\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr
     )
-    return 130
+    return hosts.leave(130, error)
+  except Exception as error:  # the others must not wait for this process
+    if hosts.count() > 1:
+      traceback.print_exc()
+      hosts.leave(1, error)
+    raise
   return 0
+
+
+def _joined(arguments: argparse.Namespace) -> None:
+  """Joins the other processes of the job, if there are any.
+
+  Raises:
+    ValueError: arguments that do not go together, or processes that did not come.
+  """
+  address = arguments.coordinator, arguments.processes, arguments.process
+  if not arguments.distributed:
+    if address != (None, None, None):
+      raise ValueError("--coordinator, --processes and --process need --distributed.")
+    if arguments.strategy is not None and arguments.mesh is None:
+      raise ValueError(
+        f"--strategy {arguments.strategy} needs --mesh, as in --mesh expert=8."
+      )
+    return
+  if arguments.mesh is None:
+    raise ValueError(
+      "--distributed needs --mesh, which says how devices are used, as in --mesh "
+      "data=16."
+    )
+  from experiments import hosts
+
+  hosts.start(hosts.Job(*address))
+  if not hosts.is_first():  # one speaks for all; errors are said by each
+    sys.stdout = open(os.devnull, "w")
 
 
 def _local(text: str) -> Path:

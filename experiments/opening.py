@@ -6,17 +6,16 @@ For `experiments.sitting`, which trains one run, and `experiments.together`.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
-import jax
 from etils import epath
 
 from experiments import checkpoint, data, dataset, state as states, tokens
 from experiments.config import Run
 from experiments.errors import BadCheckpoint, BadData
 from experiments.program import Program
+from experiments.spread import Spread
 from jmoe.use import to_jsonable
 
 
@@ -26,22 +25,36 @@ def facts(run: Run, texts: dataset.Texts, encoded: tokens.Encoded) -> dict[str, 
     "config": to_jsonable(run),
     "text": texts.digest,
     "vocabulary": encoded.vocabulary.digest,
-    "processes": jax.process_count(),  # the order of batches depends on their number
+    "processes": run.data.readers or 1,  # what an earlier version called them
   }
 
 
-def training_batches(run: Run, encoded: tokens.Encoded) -> grain.DatasetIterator:
-  """This process's share of the batches of a run, from the first one on."""
+def training_batches(
+  run: Run, encoded: tokens.Encoded, readers: Sequence[int] | None = None
+) -> data.Readers:
+  """The batches of a run, from the first one on.
+
+  Args:
+    run: whose.
+    encoded: its data.
+    readers: of `data.readers`, those whose rows are wanted; None: all.
+  """
   of = run.data
-  return data.batches(
-    data.Windows(encoded.train, seq=of.seq),
-    batch=of.batch,
-    seq=of.seq,
-    seed=of.seed,
-    num_workers=of.num_workers,
-    temperature=of.temperature,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+  windows, parts = data.Windows(encoded.train, seq=of.seq), of.readers or 1
+  return data.Readers(
+    {
+      reader: data.batches(
+        windows,
+        batch=of.batch,
+        seq=of.seq,
+        seed=of.seed,
+        num_workers=of.num_workers,
+        temperature=of.temperature,
+        process_index=reader,
+        process_count=parts,
+      )
+      for reader in (range(parts) if readers is None else readers)
+    }
   )
 
 
@@ -52,14 +65,22 @@ def held_out_batches(run: Run, encoded: tokens.Encoded) -> Iterator[data.Batch]:
   return data.one_pass(windows, batch=of.batch, seq=of.seq)
 
 
-def started(run: Run, made: Program, encoded: tokens.Encoded) -> states.TrainState:
+def started(
+  run: Run, made: Program, encoded: tokens.Encoded, spread: Spread | None = None
+) -> states.TrainState:
   """The state before the first step; with another run's model if it says so.
+
+  Args:
+    run: new.
+    made: its program.
+    encoded: its data.
+    spread: over which mesh.
 
   Raises:
     BadCheckpoint: that run has another model or vocabulary, or none.
   """
   if not run.start_from:
-    return made.init()
+    return made.init() if spread is None else spread.init(made)
   saved = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
   words = encoded.vocabulary.digest
   if saved.facts.get("vocabulary", words) != words:
@@ -68,9 +89,10 @@ def started(run: Run, made: Program, encoded: tokens.Encoded) -> states.TrainSta
       f"data.tokenizer={run.data.tokenizer!r} gives here; give its tokenizer."
     )
   try:
-    return states.restarted(
+    state = states.restarted(
       made.init(), saved.params, saved.balance, optimizer=made.optimizer
     )
+    return state if spread is None else spread.place(state)
   except ValueError as error:
     raise BadCheckpoint(str(error)) from error
 

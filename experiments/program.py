@@ -3,14 +3,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import optim, state as states, step
 from experiments.config import Run
+
+if TYPE_CHECKING:
+  from experiments.spread import Spread
 
 
 class Program(NamedTuple):
@@ -23,29 +25,37 @@ class Program(NamedTuple):
   eval_step: Callable[[Any, Any, Any], Any]  # (params, balance, batch)
 
 
-def program(run: Run, *, byte_lengths: np.ndarray, num_domains: int) -> Program:
+def program(
+  run: Run,
+  *,
+  byte_lengths: np.ndarray,
+  num_domains: int,
+  spread: "Spread | None" = None,
+) -> Program:
   """The functions of a run.
 
   Args:
     run: what to train.
     byte_lengths: i32[V] of the vocabulary.
     num_domains: of the data set.
+    spread: over which mesh; its own methods jit these functions.
 
   Raises:
     ValueError: roles, experts or steps of the optimizer do not fit the model.
   """
-  blueprint, shapes = states.blueprint(run.model, run.param_dtype)
+  model = run.model if spread is None else spread.model(run.model)
+  blueprint, shapes = states.blueprint(model, run.param_dtype)
   optimizer = optim.optimizer(run.optim, steps=run.steps, params=shapes)
   lengths = np.zeros(run.model.vocab_size, np.int32)  # a model may have room to spare
   lengths[: len(byte_lengths)] = byte_lengths
-  lengths = jnp.asarray(lengths)
   return Program(
     blueprint,
     optimizer,
     init=functools.partial(
       states.init_state,
-      jax.random.key_data(jax.random.key(run.seed)),
-      config=run.model,
+      # On the host, from where every device of every process takes it.
+      np.asarray(jax.random.key_data(jax.random.key(run.seed))),
+      config=model,
       optimizer=optimizer,
       param_dtype=run.param_dtype,
     ),

@@ -23,6 +23,11 @@ class Stop:
     self.signal: int | None = None
     self._before: dict[int, Any] = {}
 
+  def asked(self, step: int) -> bool:
+    """Whether to stop after this step, one of an ever larger number."""
+    del step
+    return self.signal is not None
+
   def check(self, step: int) -> None:
     """Raises `Stopped` if a signal came; this step was saved."""
     if self.signal is not None:
@@ -30,8 +35,9 @@ class Stop:
 
   def between(self, items: Iterable[_T], step: int) -> Iterator[_T]:
     """The items, as long as no signal comes; see `check`."""
-    for item in items:
-      self.check(step)
+    for number, item in enumerate(items, 1):
+      if self.asked(step + number):
+        self.check(step)
       yield item
 
   def __enter__(self) -> "Stop":

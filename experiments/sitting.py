@@ -1,6 +1,7 @@
 """One run, from where its folder says it is to its end, or to a wish to stop."""
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from experiments import (
   data,
   dataset,
   evaluate,
+  fitting,
+  hosts,
   loop,
   opening,
   routing,
@@ -37,6 +40,8 @@ class Options:
   cache: Path
   command: Sequence[str] = ()
   profile: tuple[int, int] | None = None  # first and last step to trace
+  mesh: str | None = None  # as in "data=2,expert=4"; None: one device
+  strategy: str | None = None  # of `spread.STRATEGIES`, of all sparse layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +80,16 @@ class Sitting:
     self.run, self.texts, self.encoded = run, texts, encoded
     self.where, self.folder = where, where.folder
     self.baselines, self.options, self.stop = baselines, options, stop
+    self.spread = fitting.of(run, options.mesh, strategy=options.strategy)
     self.program = program(
       run,
       byte_lengths=encoded.vocabulary.byte_lengths,
       num_domains=len(texts.domains),
+      spread=self.spread,
     )
-    self.batches = opening.training_batches(run, encoded)
+    self.rows = None if self.spread is None else self.spread.rows(run)
+    readers = None if self.rows is None else self.rows.readers
+    self.batches = opening.training_batches(run, encoded, readers)
 
   def finished(self) -> Trained:
     """Trains what is missing, evaluates, and writes the folder's files.
@@ -88,10 +97,16 @@ class Sitting:
     Raises:
       BadCheckpoint, BadConfig, Diverged, Stopped, Unreachable: see there.
     """
-    begun = (self.folder / "config.json").exists()
-    state = None if begun else self._started()  # it may be refused
-    claim(self.run, self.folder)  # a folder that is killed from now on is this run's
-    with held(self.folder):
+    begun = hosts.share("the folder", (self.folder / "config.json").exists())
+    with hosts.together("the first state"):
+      state = None if begun else self._started()  # it may be refused
+    with contextlib.ExitStack() as kept:
+      with hosts.together("the folder"):
+        if hosts.is_first():
+          claim(self.run, self.folder)  # if it is killed from now on it is this run's
+          kept.enter_context(held(self.folder))
+      with hosts.together("the folder is seen"):
+        hosts.check_visible(self.folder / "config.json", "--workdir")
       return self._finished(state)
 
   def _finished(self, state: states.TrainState | None) -> Trained:
@@ -101,16 +116,20 @@ class Sitting:
       folder / "checkpoints", opening.facts(run, self.texts, self.encoded)
     )
     if checkpoints.latest is not None:
-      state = checkpoints.restore(jax.eval_shape(self.program.init), self.batches)
+      like = jax.eval_shape(self.program.init)
+      like = like if self.spread is None else self.spread.shapes(like)
+      with hosts.together("the checkpoint"):
+        state = checkpoints.restore(like, self.batches)
     elif state is None:
       state = self._started()
-    write_json(folder / "manifest.json", self.texts.manifest)
-    self.encoded.vocabulary.save(Path(folder / "vocabulary"))
-    self._send()  # a store that takes nothing is found before an hour is spent
-    print(_headline(run))
+    if hosts.is_first():
+      write_json(folder / "manifest.json", self.texts.manifest)
+      self.encoded.vocabulary.save(Path(folder / "vocabulary"))
+      self._send()  # a store that takes nothing is found before an hour is spent
+      print(_headline(run) + self._over())
     clock = opening.Clock(folder)
     report, state = self._trained(state, checkpoints, clock)
-    step = jax.jit(self.program.eval_step)
+    step = self._eval_step()
     batches = opening.held_out_batches(run, self.encoded)
     batches = self.stop.between(batches, int(state.step))
     found = evaluated(run, folder, state, step, self.texts, batches)
@@ -134,7 +153,7 @@ class Sitting:
     """What was reported, and the last state."""
     run, folder, done = self.run, self.folder, int(state.step)
     profile = None
-    if self.options.profile is not None:
+    if self.options.profile is not None and hosts.is_first():
       profile = loop.Profile(folder / "profile", *self.options.profile, done=done)
     report = loop.Report(run, folder, step=done)
 
@@ -149,7 +168,7 @@ class Sitting:
         state = loop.train(
           state,
           self.batches,
-          train_step=jax.jit(self.program.train_step, donate_argnums=0),
+          train_step=self._train_step(),
           steps=run.steps,
           save_every=run.save_every,
           save=save,
@@ -170,7 +189,20 @@ class Sitting:
     return report, state
 
   def _started(self) -> states.TrainState:
-    return opening.started(self.run, self.program, self.encoded)
+    return opening.started(self.run, self.program, self.encoded, self.spread)
+
+  def _over(self) -> str:
+    return "" if self.spread is None else f", {self.spread.said(self.run.model)}"
+
+  def _train_step(self) -> Any:
+    if self.spread is not None:
+      return self.spread.train_step(self.program, self.rows)
+    return jax.jit(self.program.train_step, donate_argnums=0)
+
+  def _eval_step(self) -> Any:
+    if self.spread is not None:
+      return self.spread.eval_step(self.program)
+    return jax.jit(self.program.eval_step)
 
   def _send(self) -> None:
     """Brings the store up to the folder, where they are two."""
@@ -181,6 +213,8 @@ class Sitting:
     self, step: int, report: loop.Report, clock: opening.Clock, **end: Any
   ) -> None:
     """Writes summary.json."""
+    if not hosts.is_first():
+      return
     found = summary(
       self.run,
       step=step,
@@ -224,7 +258,8 @@ def evaluated(
     for name, load in routing.by_depth(run.model, found.loads)
   ]
   body = {"bits_per_byte": found.bits, "layers": layers}
-  write_json(folder / "evaluation.json", body | {"domains": list(texts.domains)})
+  if hosts.is_first():
+    write_json(folder / "evaluation.json", body | {"domains": list(texts.domains)})
   return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jmoe.keeping import NAMES
+from jmoe.parallel.rules import Rules
 from jmoe.use import fact, nearest, shown
 
 _NORMS = ("rms", "layer")
@@ -35,6 +36,11 @@ def model_config(config: Any) -> None:
   _flag("ModelConfig: tied", config.tied)
   _remat(config.remat)
   _flag("ModelConfig: future_drops", config.future_drops)
+  if config.sharding is not None and not isinstance(config.sharding, Rules):
+    raise TypeError(
+      f"ModelConfig: sharding={shown(config.sharding)} is no table; use "
+      "jmoe.parallel.Rules(...), or None."
+    )
   segments = config.segments
   if not isinstance(segments, tuple) or not segments:
     raise TypeError(

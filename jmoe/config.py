@@ -253,6 +253,9 @@ class ModelConfig:
   remat: bool | tuple[str, ...] = True
   dtype: str = "float32"  # of activations; parameters are float32
   future_drops: bool = False  # whether later tokens may decide who is dropped
+  # How activations and the loss are split over the mesh that `jax.set_mesh` made
+  # current; sparse layers have a table each.
+  sharding: Rules | None = None
 
   def __post_init__(self):
     checks.model_config(self)

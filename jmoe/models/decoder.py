@@ -17,7 +17,7 @@ from jax import Array
 
 from jmoe import keeping
 from jmoe.config import ModelConfig, MoEConfig
-from jmoe.models import _checks, blocks
+from jmoe.models import _checks, blocks, over_mesh
 from jmoe.models.cross_entropy import cross_entropy
 from jmoe.nnx import check_rngs
 from jmoe.types import Context, Info
@@ -144,7 +144,9 @@ class Decoder(nnx.Module):
         jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape
       )
     context = _context(tokens_BS, segment_BS)
-    x_BSD = self.embed(tokens_BS).astype(config.dtype)
+    table_VD = self.embed.embedding[...]
+    x_BSD = over_mesh.embedded(table_VD, tokens_BS, config.sharding)
+    x_BSD = (self.embed(tokens_BS) if x_BSD is None else x_BSD).astype(config.dtype)
     infos: list[Info] = []
     layer = sparse_layer = 0
     for (configs, repeat), stacked in zip(config.segments, self.segments, strict=True):
@@ -158,7 +160,7 @@ class Decoder(nnx.Module):
         sparse_layer = end
       graphs, parameters = zip(*(nnx.split(block) for block in stacked), strict=True)
 
-      def body(x_BSD, scanned, graphs=graphs, is_sparse=is_sparse):
+      def body(x_BSD, scanned, graphs=graphs, is_sparse=is_sparse, configs=configs):
         parameters, first_layer, replay = scanned
         found: list[Info] = []
         for n, (graph, parameter) in enumerate(zip(graphs, parameters, strict=True)):
@@ -176,7 +178,9 @@ class Decoder(nnx.Module):
             with_plan=look is not None,
           )
           if info is not None and look is not None:
-            info = dataclasses.replace(info, plan=look(info.plan))
+            plan = over_mesh.whole_plan(info.plan, tokens_BS.shape, configs[n].ff)
+            info = dataclasses.replace(info, plan=look(plan))
+          x_BSD = over_mesh.activations(x_BSD, config.sharding)
           found += [info] if info is not None else []
         return x_BSD, tuple(found)
 
@@ -229,13 +233,19 @@ class Decoder(nnx.Module):
     Returns:
       (f32[] weighted sum, f32[B,S] nats, zero where they do not count).
     """
-    x_TD = blocks.normed(self.norm, x_BSD).reshape(-1, self.config.d_model)
+    x_BSD = blocks.normed(self.norm, x_BSD)
     if self.config.tied:
       matrix_DV = self.embed.embedding[...].T
     else:
       matrix_DV = self.unembed.kernel[...]
+    keywords: dict[str, Any] = dict(z_loss=z_loss, chunk=chunk)
+    given = x_BSD, matrix_DV, target_BS, weight_BS
+    found = over_mesh.loss(*given, self.config.sharding, **keywords)
+    if found is not None:
+      return found
+    x_TD = x_BSD.reshape(-1, self.config.d_model)
     each = target_BS.reshape(-1), weight_BS.reshape(-1)
-    loss, nats_T = cross_entropy(x_TD, matrix_DV, *each, z_loss=z_loss, chunk=chunk)
+    loss, nats_T = cross_entropy(x_TD, matrix_DV, *each, **keywords)
     return loss, nats_T.reshape(target_BS.shape)
 
   def logits(self, x_BSD: Array) -> Array:

@@ -167,6 +167,29 @@ def run(
   return y, info
 
 
+def tokens_of_call(token_N: Array, lead: tuple[int, ...], config: Any) -> Array:
+  """i32[N] the token of each entry of a plan, counted over the call instead of a shard.
+
+  Args:
+    token_N: of `Info.plan` as a layer gave it, over the current mesh or without one.
+    lead: the leading dimensions of the activations.
+    config: the layer.
+  """
+  split = over_mesh(config)
+  if split is None or by_gspmd(config) or split.num_shards == 1:
+    return token_N
+  T, entries = math.prod(lead), token_N.shape[0] // split.num_shards
+  shard_N = jnp.arange(token_N.shape[0], dtype=jnp.int32) // entries
+  if len(lead) == 1:
+    return shard_N * (T // split.num_shards) + token_N
+  # Shards follow one another: rows, and within them pieces of the sequence.
+  across = tables.product(split.axes("sequence"), split.sizes)
+  first, piece = shard_N // across, lead[-1] // across
+  rows = T // split.num_shards // piece  # of a shard
+  row_N, column_N = first * rows + token_N // piece, token_N % piece
+  return row_N * lead[-1] + (shard_N % across) * piece + column_N
+
+
 def constrained(
   flow: Callable[..., Any],
   split: Over,

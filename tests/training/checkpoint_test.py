@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import itertools
+import json
 import random
 import shutil
 
@@ -11,6 +12,7 @@ import pytest
 
 from experiments import checkpoint
 from experiments.checkpoint import Checkpoints, digests
+from experiments.digests import of_json
 from experiments.errors import BadCheckpoint
 
 FACTS = {"config": {"optim": {"clip": 1.0}, "steps": 12}, "text": "abc"}
@@ -147,6 +149,19 @@ def test_a_moved_data_position_is_found(job, copy, capsys):
   path.write_text(text.replace('"next_index": ', '"next_index": 1'))
   assert int(restored(job, copy)[0].step) == 2
   assert "the data position differs" in capsys.readouterr().err
+
+
+def test_a_position_written_by_an_earlier_version_is_read(job, saved, copy):
+  """One reader's alone, in a file that is named after the process."""
+  (path,) = (copy / "4" / "data").glob("*.json")
+  position = json.loads(path.read_text())["0"]
+  path.unlink()
+  path.with_name("process_0-of-1.json").write_text(json.dumps(position, indent=4))
+  meta = copy / "4" / "meta" / "metadata"
+  body = json.loads(meta.read_text())["body"] | {"data": of_json(position)}
+  meta.write_text(json.dumps({"body": body, "sha256": of_json(body)}))
+  state, batches = restored(job, copy)
+  assert digests(state) == saved[1][4] and batches.get_state() == position
 
 
 @pytest.mark.parametrize("part", ["save", "wait_until_finished"])

@@ -20,11 +20,13 @@ class Process:
     workdir: of the run.
     cache: of data sets; compiled code is kept there too, however small.
     arguments: more of them.
+    devices: of the process.
   """
 
-  def __init__(self, workdir: Path, cache: Path, *arguments: str):
+  def __init__(self, workdir: Path, cache: Path, *arguments: str, devices: int = 1):
     environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": str(devices),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "XLA_FLAGS": "--xla_backend_optimization_level=0 "
       "--xla_llvm_disable_expensive_passes=true",
