@@ -67,6 +67,8 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
       same in all layers.
     leaves: of a restriction: `(allowed, num_experts, **keywords) -> sets of experts`,
       what it may leave a token of those that others allow.
+    cut: of a restriction: `(use, num_experts, kept) -> Use | None`, what it is where
+      only the experts `kept` are left; None: it allows all of them.
     ignores: `(**keywords) -> names` of optional arguments that it takes and reads not.
     gated: of experts' hidden function: True if it is `activation(first) * second`.
     dropless: of a dispatch: True, False, or None where it takes either.

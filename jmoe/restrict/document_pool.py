@@ -11,7 +11,7 @@ from jax import Array
 from jmoe._value_checks import whole
 from jmoe.parallel.shards import Shards
 from jmoe.types import Context, valid_or_all
-from jmoe.use import marked, shown
+from jmoe.use import Use, marked, shown
 
 _MOST_LISTED = 1000
 
@@ -58,11 +58,22 @@ def _leaves(
   return [frozenset(some) for some in itertools.combinations(experts, least)]
 
 
+def _cut(use: Use, num_experts: int, kept: tuple[int, ...]) -> Use:
+  """The same pools, of what is left at most."""
+  del num_experts
+  most = use.get("most")
+  return use.replace(
+    least=min(use.get("least"), len(kept)),
+    most=None if most is None else min(most, len(kept)),
+  )
+
+
 @marked(
   check=_check,
   within=True,
   leaves=_leaves,
   needs_in_training=("segment",),
+  cut=_cut,
   random=lambda train, least, most=None, **_: train and least != most,
   same_in_layers=lambda same_in_layers=False, **_: same_in_layers,
 )
