@@ -101,6 +101,8 @@ def call(
     raise TypeError(
       f"state={shown(state)} is no jmoe.State; pass init_state(config, params)."
     )
+  flag("train", train)
+  flag("with_plan", with_plan)
   context = _completed(context, config, state, T)
   _needs(context, config, train)
   _state(state, config, train)
@@ -113,8 +115,6 @@ def call(
     _read_by("previous_logits", "gate", config.gate)
   if forced is not None:
     _forced(forced, config, context, T)
-  flag("train", train)
-  flag("with_plan", with_plan)
   _axes(axes)
   _id_checks.call(config, context, forced, T)
   return context
