@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--domains", help="separated by commas; all if not given")
   add("--results", type=Path, help="folder of claims; none are written if not given")
   add("--name", default="emo", help="of the claims; emo if not given")
+  add("--plot", type=Path, metavar="FILE", help="bits by domain: .svg, .png or .pdf")
   add("--against", help="name of the arm that others are compared with")
   add("--json", action="store_true", help="print JSON, not a table")
   add("--seed", default=0, type=int, help="of the documents that are drawn")
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
   try:
     for module, extra in _NEEDED.items():
       extras.check(module, extra, needed_by="experiments.emo")
+    if arguments.plot is not None:
+      extras.check("matplotlib", "viz", needed_by="--plot")
   except extras.MissingExtra as error:
     return _refused(error)
   from experiments import errors
@@ -69,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     return 130
   try:
     lines = table(found, against=arguments.against)
+    if arguments.plot is not None:
+      from experiments.reporting.extraction import draw
+
+      draw(found, arguments.plot)
     if arguments.results is not None:
       _claim(found, arguments, argv or sys.argv[1:])
   except (ValueError, OSError) as error:

@@ -157,6 +157,21 @@ def test_means_are_over_draws_then_domains_then_seeds():
     emo.table(found, against="b")
 
 
+def test_the_plot_has_a_panel_for_each_domain(tmp_path):
+  pytest.importorskip("matplotlib")
+  from experiments.reporting.extraction import draw
+
+  def case(domain, share, documents, bits):
+    return dict(domain=domain, share=share, documents=documents, draw=0, bits=bits)
+
+  some = [(1.0, 0, 2.0), (0.25, 5, 2.5), (0.25, 0, 3.0)]
+  cases = [case(domain, *each) for domain in ("code", "prose") for each in some]
+  draw([dict(arm="pool=none", cases=cases)], tmp_path / "plot.svg")
+  text = (tmp_path / "plot.svg").read_text()
+  for word in ("code", "prose", "pool=none, 5", "pool=none, random", "25%"):
+    assert word in text
+
+
 def test_domains_that_use_other_experts_are_not_alike(tmp_path):
   folder = epath.Path(tmp_path)
   assert extraction.similarity(folder) is None
