@@ -65,6 +65,10 @@ class Extraction:
   def __init__(self, source: Source, *, seed: int = 0):
     self.source, self._seed = source, seed
     self._path = source.folder / FILE
+    params, state = dict(source.model.params), dict(source.model.state)
+    self._model = source.model._replace(  # there once, for all cases
+      params=jax.device_put(params), state=jax.device_put(state)
+    )
     self._samples = functools.lru_cache(maxsize=4)(self._read_samples)
     self._held_out = functools.lru_cache(maxsize=1)(self._read_held_out)
     self.done: dict[Case, float] = {}
@@ -105,13 +109,13 @@ class Extraction:
   def _one(self, case: Case) -> tuple[surgery.Extracted, float]:
     source = self.source
     number = calibration.number(source.texts.domains, case.domain, "--domains")
-    sizes = [layer.config.num_experts for layer in surgery.layers(source.model)]
+    sizes = [ff.num_experts for ff in surgery.layer_configs(self._model.config)]
     keep = [max(1, round(case.share * size)) for size in sizes]
     if not case.documents:
-      found = surgery.at_random(source.model, keep=keep, seed=case.draw)
+      found = surgery.at_random(self._model, keep=keep, seed=case.draw)
     else:
       samples = self._samples(number, case.documents)
-      found = surgery.layerwise(source.model, samples, keep=keep)
+      found = surgery.layerwise(self._model, samples, keep=keep)
     batches, size = self._held_out(number)
     step = self._eval_step(found.model.config)
     evaluated = evaluate.evaluation(

@@ -49,7 +49,7 @@ def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels[0].set_ylabel("bits per byte")
     lines, labels = panels[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="upper center", ncols=len(arms), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / (rows + 0.4)))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / (2.3 * rows + 0.4)))
     figure.savefig(path)
 
 
