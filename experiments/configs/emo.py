@@ -14,7 +14,7 @@ read that domain's held-out text:
       --seeds 0,1 --out runs/emo
   python -m experiments.emo runs/emo/*/seed-*
 
-Expected: what the paper says of larger ones (arXiv 2605.06663, figure 1): whole models
+Expected: what the paper says of larger ones (arXiv 2605.06663): whole models
 within 2 %, and at a quarter of the experts EMO loses a third of what the other loses.
 """
 # SPDX-License-Identifier: Apache-2.0

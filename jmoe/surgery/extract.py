@@ -26,7 +26,7 @@ class Extracted(NamedTuple):
 def mean_probability(seen: Seen) -> Array:
   """f32[E] sum over tokens of the routing probability: EMO's own score.
 
-  Wang, Bhagia, Min 2026, arXiv 2605.06663, section 4.
+  Wang, Bhagia, Min 2026, arXiv 2605.06663; the authors' code has the same sum.
   """
   keep_T1 = seen.valid_T[:, None]
   return jnp.sum(jnp.where(keep_T1, seen.plan.routing.probs, 0), axis=0)
