@@ -18,6 +18,7 @@ from jax import Array
 from jmoe import _id_checks
 from jmoe._tree_checks import buffers, params as params
 from jmoe.contexts import check as check_context
+from jmoe.losses.total import batches_of_update
 from jmoe.types import Context, Params, State, num_groups
 from jmoe.use import Use, fact, shown
 
@@ -100,9 +101,11 @@ def call(
     raise TypeError(
       f"state={shown(state)} is no jmoe.State; pass init_state(config, params)."
     )
+  flag("train", train)
+  flag("with_plan", with_plan)
   context = _completed(context, config, state, T)
-  _needs(context, config)
-  _state(state, config)
+  _needs(context, config, train)
+  _state(state, config, train)
   _key(config, key, train)
   if residual is not None:
     _array("residual", residual, x.shape, jnp.floating)
@@ -112,8 +115,6 @@ def call(
     _read_by("previous_logits", "gate", config.gate)
   if forced is not None:
     _forced(forced, config, context, T)
-  flag("train", train)
-  flag("with_plan", with_plan)
   _axes(axes)
   _id_checks.call(config, context, forced, T)
   return context
@@ -169,6 +170,11 @@ def _completed(context: Context, config: Any, state: State, T: int) -> Context:
       f"context.group_size={context.group_size} is the layer's to say; use "
       "MoEConfig(group_size=...)."
     )
+  if context.row_segments is not None:
+    raise ValueError(
+      f"context.row_segments={context.row_segments} is the layer's to say; give "
+      "segments shaped like the activations, [..., S]."
+    )
   changed: dict[str, Any] = {"group_size": config.group_size}
   by_row = config.group_size == "row" or fact(config.gate, "dense")
   num_rows = context.num_rows
@@ -188,9 +194,10 @@ def _completed(context: Context, config: Any, state: State, T: int) -> Context:
   return dataclasses.replace(context, **changed)
 
 
-def _needs(context: Context, config: Any) -> None:
+def _needs(context: Context, config: Any, train: bool) -> None:
   for use in (config.gate, config.router, *config.restrict):
-    for name in fact(use, "needs", ()):
+    names = fact(use, "needs", ())
+    for name in (*names, *(fact(use, "needs_in_training", ()) if train else ())):
       if getattr(context, name) is None:
         raise ValueError(f"{use.name} needs context.{name}; pass Context({name}=...).")
   for loss in config.losses:
@@ -219,7 +226,7 @@ def _needs(context: Context, config: Any) -> None:
     raise ValueError("context.table is i32[L,V]; pass Context(layer=...) with it.")
 
 
-def _state(state: State, config: Any) -> None:
+def _state(state: State, config: Any, train: bool) -> None:
   if fact(config.gate, "buffers") and not state.gate:
     raise ValueError(
       f"{config.gate.name} reads State.gate; pass state=init_state(config, params)."
@@ -227,6 +234,13 @@ def _state(state: State, config: Any) -> None:
   buffers(state.gate, config)
   if config.balance is not None and state.bias is None:
     raise ValueError("balance needs State.bias; pass state=init_state(config, params).")
+  if train and batches_of_update(config.losses) > 1:
+    if state.counted is None or state.batches is None:
+      raise ValueError(
+        "load_balance accumulate needs State.counted; pass state=init_state(config, "
+        "params)."
+      )
+    _array("state.counted", state.counted, (config.num_experts,), jnp.integer)
   if state.bias is not None:
     _array("state.bias", state.bias, (config.num_experts,), jnp.floating)
 

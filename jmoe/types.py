@@ -84,6 +84,8 @@ class Context:
   # rows; each is the next T // num_rows tokens if `row` is None
   num_rows: int | None = static(default=None)
   num_segments: int | None = static(default=None)
+  # documents that the layer has room for in a row: `segment` counts them row by row
+  row_segments: int | None = static(default=None)
   group_size: int | None = static(default=None)  # tokens per routing group; None: all
 
 
@@ -212,6 +214,9 @@ class State:
   bias: Array | None = None  # f32[E]  added to scores for selection only
   gate: Mapping[str, Array] = dataclasses.field(default_factory=dict)  # gate buffers
   table: Array | None = None  # i32[V]  hashed routing
+  # of a loss that gathers over the batches of one update:
+  counted: Array | None = None  # i32[E]  choices in the earlier ones
+  batches: Array | None = None  # i32[]  how many those are
 
 
 @pytree

@@ -3,6 +3,7 @@
 blocks    attention, rotary positions, dense feed-forward, the block
 decoder   embedding, segments of blocks, logits
 cache     one token at a time
+by_name   a model as arrays by dotted name
 cross_entropy  the loss, without the logits of all tokens
 over_mesh  activations and the loss, split over a mesh
 dropless  the same model without capacities

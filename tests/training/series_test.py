@@ -53,7 +53,7 @@ def test_arms_of_balance_change_the_loss_and_the_bias_alone():
     ("experts", "give the number of experts"),
     ("experts=0", "give the number of experts"),
     ("dense=3", "takes no value"),
-    ("balance=lost", "give none, loss or bias"),
+    ("balance=lost", "give none, loss, bias or sequence"),
     ("steps=0", "give a share of the run's 12 steps"),
     ("steps=half", "give a share of the run's 12 steps"),
   ],
