@@ -70,6 +70,10 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     exchanges: of a dispatch: True if it carries rows over mesh axes to experts on other
       devices; then it takes `axis`, those axes, and `placement`.
     gspmd: of a dispatch: True if XLA splits it over a mesh, outside `shard_map`.
+    skips: of an aggregation: `(**keywords) -> bool`, whether it adds `residual`, the
+      block's skip connection, itself; the block then must not.
+    macs: of an aggregation: `(k, d_model, **keywords) -> int`, multiplications of
+      matrix products for a token; each weight once if it does not say.
     fits: of a loss: `(config, **keywords) -> str | None`, a remedy if it does not fit.
   """
 
