@@ -1,8 +1,9 @@
 """Trains a run, or goes on with it: `python -m experiments.main --config tiny ...`.
 
-The same command resumes.  Ctrl-C and SIGTERM leave a complete checkpoint at the end of
-the step under way.  Bad input ends with one line, before anything is compiled or
-written; what is slow to import waits until the cheap questions are answered.
+The same command resumes; without --config the run of DIR goes on, as after
+`experiments.surgery`.  Ctrl-C and SIGTERM leave a complete checkpoint at the end of the
+step under way.  Bad input ends with one line, before anything is compiled or written;
+what is slow to import waits until the cheap questions are answered.
 
 Exit codes: 0 done; 1 the loss was not a number for too long; 2 bad input; 130 stopped
 by Ctrl-C, 143 by SIGTERM.
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--config", required=True, metavar="NAME", help=", ".join(configs.names()))
+  names = ", ".join(configs.names())
+  add("--config", metavar="NAME", help=f"{names}; not given: that of DIR, a run")
   add(
     "--workdir",
     required=True,
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     help="of data sets and compiled code; local",
   )
   arguments = parser.parse_args(argv)
-  if arguments.config not in (known := configs.names()):
+  if arguments.config not in (None, *(known := configs.names())):
     close = difflib.get_close_matches(arguments.config, known, n=1) or known
     parser.error(f"unknown config {arguments.config!r}; did you mean {close[0]!r}?")
   try:
@@ -84,12 +86,14 @@ def main(argv: list[str] | None = None) -> int:
   except extras.MissingExtra as error:
     return _refused(error)
 
-  from experiments import errors, workdir
+  from experiments import errors, recorded, workdir
 
   try:
+    folder = workdir.opened(arguments.workdir)
+    name = arguments.config
     runs = workdir.prepared(
-      configs.load(arguments.config),
-      workdir.opened(arguments.workdir),
+      recorded.config(folder) if name is None else configs.load(name),
+      folder,
       settings=arguments.set,
       compare_dense=arguments.compare_dense,
       profile=arguments.profile,

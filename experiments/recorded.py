@@ -14,14 +14,11 @@ from experiments.workdir import reaching
 from jmoe.use import from_jsonable
 
 
-def read(
-  folder: epath.Path, step: int | None = None
-) -> tuple[Run, vocabulary.Vocabulary, checkpoint.Saved]:
-  """(the run, its vocabulary, its newest whole checkpoint or that of a step).
+def config(folder: epath.Path) -> Run:
+  """The run of a folder.
 
   Raises:
-    BadData: it is not the folder of a run, or its config or vocabulary cannot be read.
-    BadCheckpoint: there is no whole checkpoint, or it is of another model.
+    BadData: it is not the folder of a run, or its config cannot be read.
     Unreachable: an object store cannot be read.
   """
   with reaching(folder):
@@ -33,7 +30,20 @@ def read(
     raise BadData(
       f"--workdir {folder} holds no run: config.json is missing; give that of a run."
     )
-  run = _run(folder, text)
+  return _run(folder, text)
+
+
+def read(
+  folder: epath.Path, step: int | None = None
+) -> tuple[Run, vocabulary.Vocabulary, checkpoint.Saved]:
+  """(the run, its vocabulary, its newest whole checkpoint or that of a step).
+
+  Raises:
+    BadData: it is not the folder of a run, or its config or vocabulary cannot be read.
+    BadCheckpoint: there is no whole checkpoint, or it is of another model.
+    Unreachable: an object store cannot be read.
+  """
+  run = config(folder)
   # It reads like one, in an object store too.
   place = cast(Path, folder / "vocabulary")
   words = vocabulary.load(place, run.data.tokenizer)

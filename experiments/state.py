@@ -1,13 +1,13 @@
 """All that training carries from step to step, as one tree of arrays.
 
-A model is taken apart into arrays by dotted name ("segments.0.0.moe.gate.kernel") and
-a `Blueprint` that puts it together again inside a traced function.
+A model is taken apart into arrays by dotted name and a `Blueprint` that puts it
+together again inside a traced function (`jmoe.models.by_name`).
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,12 @@ from jax import Array
 from experiments.optim import Optimizer, role
 from jmoe.config import ModelConfig
 from jmoe.models import Decoder
-from jmoe.types import Info, pytree
+from jmoe.models.by_name import (
+  Blueprint as Blueprint,
+  path_part as path_part,
+  take_apart as take_apart,
+)
+from jmoe.types import pytree
 
 Arrays = dict[str, Array]
 _NARROW = ("shared", "expert", "embedding", "matrix")  # not what routes or scales
@@ -33,41 +38,6 @@ class TrainState:
   params: Arrays
   balance: Arrays  # what is not learned by gradient, e.g. routing biases
   optimizer: Any
-
-
-class Blueprint(NamedTuple):
-  """The structure of a model, without its arrays."""
-
-  graph: Any
-  params: Any  # treedef
-  balance: Any  # treedef
-
-  def model(self, params: Arrays, balance: Arrays) -> Decoder:
-    """The module that holds these arrays."""
-    # Names were given in the order of the leaves, and dictionaries keep it only until
-    # jax sorts them: look each up.
-    states = [
-      jax.tree.unflatten(tree, [arrays[name] for name in _names(tree)])
-      for tree, arrays in ((self.params, params), (self.balance, balance))
-    ]
-    return nnx.merge(self.graph, *states)
-
-  def balanced(self, params: Arrays, balance: Arrays, infos: Sequence[Info]) -> Arrays:
-    """What is not learned by gradient, after the step that gave these infos."""
-    model = self.model(params, balance)
-    model.update(infos)
-    return take_apart(model)[2]
-
-
-def take_apart(model: nnx.Module) -> tuple[Blueprint, Arrays, Arrays]:
-  """(blueprint, parameters, everything else) of a model."""
-  graph, *states = nnx.split(model, nnx.Param, ...)
-  trees = [jax.tree.structure(state) for state in states]
-  params, balance = (
-    dict(zip(_names(tree), jax.tree.leaves(state), strict=True))
-    for tree, state in zip(trees, states, strict=True)
-  )
-  return Blueprint(graph, *trees), params, balance
 
 
 def blueprint(
@@ -181,20 +151,3 @@ def restarted(
 
 def _model(config: ModelConfig, key: Array | None = None) -> Decoder:
   return Decoder(config, rngs=nnx.Rngs(jax.random.key(0) if key is None else key))
-
-
-def _names(tree: Any) -> list[str]:
-  """Dotted names of a tree's leaves."""
-  leaves = jax.tree_util.tree_leaves_with_path(
-    jax.tree.unflatten(tree, [0] * tree.num_leaves)
-  )
-  # The last step of a path is flax's wrapper around the array.
-  return [".".join(map(path_part, path[:-1])) for path, _ in leaves]
-
-
-def path_part(entry: Any) -> str:
-  """The text of one step of a path, whichever of jax's kinds it is."""
-  for attribute in ("key", "name", "idx"):
-    if hasattr(entry, attribute):
-      return str(getattr(entry, attribute))
-  return str(entry)

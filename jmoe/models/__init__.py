@@ -3,6 +3,7 @@
 blocks    attention, rotary positions, dense feed-forward, the block
 decoder   embedding, segments of blocks, logits
 cache     one token at a time
+by_name   a model as arrays by dotted name
 cross_entropy  the loss, without the logits of all tokens
 dropless  the same model without capacities
 unrolled  the same model without loops over layers

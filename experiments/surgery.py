@@ -1,0 +1,174 @@
+"""Operations on trained models: `python -m experiments.surgery OP --workdir DIR ...`.
+
+  python -m experiments.surgery extract --workdir runs/emo --domain code --keep 8 \
+      --out runs/emo-code
+
+`OP --help` says what an operation does and takes.  DIR is a run, and only read.  OUT is
+a new run at its step 0, with the model that was made, its configuration and vocabulary,
+no moments, and `receipt.json`: what was kept, parameters before and after, how far the
+outputs moved on held-out text.  It is there as a whole or not at all.  `--set` changes
+the new run, as its steps; what goes on with it is
+
+  python -m experiments.main --workdir OUT
+
+Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments import extras, operations
+from experiments.parser import Parser, run
+from jmoe.use import nearest
+
+_NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  name = argv[0] if argv else ""
+  known = operations.names()
+  if name in ("", "-h", "--help"):
+    print(f"{__doc__}\noperations: {', '.join(known)}")
+    return 0 if name else 2
+  if name not in known:
+    return _refused(f"unknown operation {name!r}; {nearest(name, known)}")
+  operation = operations.load(name)
+  arguments = _parser(name, operation).parse_args(argv[1:])
+  try:
+    for module, extra in _NEEDED.items():
+      extras.check(module, extra, needed_by="experiments.surgery")
+  except extras.MissingExtra as error:
+    return _refused(error)
+  from experiments import errors
+
+  try:
+    _operate(name, operation, arguments)
+  except (
+    errors.BadCheckpoint,
+    errors.BadConfig,
+    errors.BadData,
+    errors.Unreachable,
+    extras.MissingExtra,
+    ValueError,
+    OSError,
+  ) as error:
+    return _refused(error)
+  except KeyboardInterrupt:
+    print("\nstopped; nothing was written.", file=sys.stderr)
+    return 130
+  return 0
+
+
+def _parser(name: str, operation: Any) -> argparse.ArgumentParser:
+  made = Parser(
+    prog=f"python -m experiments.surgery {name}",
+    description=operation.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = made.add_argument
+  add("--workdir", required=True, metavar="DIR", help="of a run, which is only read")
+  add("--out", required=True, type=Path, metavar="DIR", help="of the new run; local")
+  add("--step", type=int, help="of the checkpoint; the newest whole one if not given")
+  add("--seed", type=int, default=0, help="of whatever is drawn; 0 if not given")
+  add("--set", action="append", default=[], metavar="PATH=VALUE", help="of the new run")
+  add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
+  operation.arguments(add)
+  return made
+
+
+def _operate(name: str, operation: Any, arguments: argparse.Namespace) -> None:
+  import jax
+
+  from experiments import workdir
+  from experiments.operations._source import Source
+
+  out = arguments.out
+  if "://" in str(out) or out.exists():
+    what = "is there already" if out.exists() else "is not local"
+    raise ValueError(f"--out {out} {what}; give a new local folder.")
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
+  source = Source(workdir.opened(arguments.workdir), arguments.cache, arguments.step)
+  print(f"{source.run.name}: step {source.step}", file=sys.stderr)
+  outcome = operation.operate(source, arguments)
+  _write(name, source, outcome, arguments)
+
+
+def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
+  """The folder of the new run, whole."""
+  from etils import epath
+
+  from experiments import checkpoint, job, opening, workdir
+  from experiments.program import program
+  from experiments.state import restarted
+  from experiments.whole import whole
+  from jmoe import surgery
+
+  made = _run(name, source.run, outcome.model.config, arguments.set)
+  folder = epath.Path(arguments.out)
+  job.check([(made, folder)])
+  common = "workdir out step seed set cache".split()
+  own = {k: v for k, v in vars(arguments).items() if k not in common}
+  receipt = surgery.receipt(
+    name,
+    source.model,
+    outcome.model,
+    settings={"workdir": arguments.workdir, "step": source.step} | own,
+    kept=outcome.kept,
+    sample=source.sample(),
+    notes=outcome.notes,
+  )
+  parts = program(
+    made,
+    byte_lengths=source.words.byte_lengths,
+    num_domains=len(source.texts.domains),
+  )
+  state = restarted(
+    parts.init(),
+    outcome.model.params,
+    outcome.model.state,
+    optimizer=parts.optimizer,
+  )
+  with whole(arguments.out) as unfinished:
+    place = epath.Path(unfinished)
+    workdir.claim(made, place)
+    workdir.write_json(place / "manifest.json", source.texts.manifest)
+    workdir.write_json(place / "receipt.json", receipt.to_json())
+    source.words.save(unfinished / "vocabulary")
+    saved = checkpoint.Checkpoints(
+      place / "checkpoints", opening.facts(made, source.texts, source.encoded)
+    )
+    saved.save(state, opening.training_batches(made, source.encoded))
+    saved.close()
+  print("\n".join(receipt.lines()))
+  print(f"written to {arguments.out}")
+
+
+def _run(name: str, old: Any, model: Any, settings: list[str]) -> Any:
+  """The run of the new model, after the command line's changes."""
+  from experiments.config import sparse_layers
+  from experiments.settings import with_settings
+  from jmoe.losses import loss_name
+
+  told = {loss_name(loss) for ff in sparse_layers(model) for loss in ff.losses}
+  weights = tuple(pair for pair in old.loss_weights if pair[0] in told)
+  made = dataclasses.replace(
+    old, name=f"{old.name}-{name}", model=model, loss_weights=weights, start_from=""
+  )
+  return with_settings(made, settings)
+
+
+def _refused(error: Any) -> int:
+  print(f"error: {error}", file=sys.stderr)
+  return 2
+
+
+if __name__ == "__main__":
+  run(main)

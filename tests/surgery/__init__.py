@@ -1,0 +1,2 @@
+"""Operations on trained models."""
+# SPDX-License-Identifier: Apache-2.0
