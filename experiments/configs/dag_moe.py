@@ -1,10 +1,10 @@
 """DAG-MoE at ten minutes: the plain model, and arms that change how choices are summed.
 
-11 million parameters, 4 million of them met by a token: six layers of sixteen experts of
-half the usual width, four a token, nothing dropped, so that every arm sees all of its
-nodes; on the `handbook` corpus.  Expected of the paper (Feng et al. 2026, arXiv
-2606.01062): dag=2 over dag=1 over shared=2 over sparse, by 0.01 to 0.03 nats a token
-between shared=2 and dag=2; it does not say how shared=2-flops does.
+11 million parameters, 4 million of them met by a token: six layers of sixteen experts
+half as wide as a token, of which it takes four; nothing is dropped, so that every arm
+sees all of its nodes; on the `handbook` corpus.  Expected of the paper (Feng et al.
+2026, arXiv 2606.01062): dag=2 over dag=1 over shared=2 over sparse, by 0.01 to 0.03
+nats a token between shared=2 and dag=2; it does not say how shared=2-flops does.
 
   python -m experiments.series --config dag_moe --seeds 0,1,2 --against shared=2 \
       --arms sparse,shared=2,shared=2-flops,dag=1,dag=2,dag=2-sigmoid,dag=2-ungated \
