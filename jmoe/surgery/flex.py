@@ -69,7 +69,7 @@ def join(parts: Sequence[Model], *, k: int = 2) -> Model:
   first = parts[0]
   for n, part in enumerate(parts[1:], 1):
     public = [without(model, 1) for model in (first, part)]
-    theirs = [name for name in public[0].params if not _same(*public, name)]
+    theirs = [n for n in public[0].params if not _same(public[0], public[1], n)]
     if public[0].config != public[1].config or theirs:
       raise ValueError(
         f"join: part {n} has another {shown(theirs or 'configuration')}; give parts of "
