@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,37 +34,47 @@ class Seen(NamedTuple):
   saliency_E: np.ndarray  # weight times norm of the output, over kept assignments
 
 
-def observe(model: Model, sample: Sample) -> list[Seen]:
+def observe(model: Model, samples: Sequence[Sample]) -> list[Seen]:
   """What each sparse layer saw and did, in order of depth.
 
   Args:
     model: with sparse layers.
-    sample: rows of tokens.
+    samples: rows of tokens, one or more, best of one shape.
 
   Raises:
-    ValueError: a router without a fixed number of choices, or weights that multiply the
-      experts' inputs.
+    ValueError: no sample, a router without a fixed number of choices, or weights that
+      multiply the experts' inputs.
   """
   for layer in layers(model):
     _check(layer.config)
-  return [Seen(*each) for each in _on_host(model, sample) if len(each) > 1]
+  return [Seen(*each) for each in _on_host(model, samples) if len(each) > 1]
 
 
-def inputs(model: Model, sample: Sample) -> list[np.ndarray]:
+def inputs(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
   """f32[D] of each block in order of depth: the mean input of its feed-forward.
 
   Args:
     model: with dense or sparse blocks.
-    sample: rows of tokens; padding does not count.
+    samples: rows of tokens, one or more; padding does not count.
+
+  Raises:
+    ValueError: no sample.
   """
-  return [each[0] for each in _on_host(model, sample)]
+  return [each[0] for each in _on_host(model, samples)]
 
 
-def _on_host(model: Model, sample: Sample) -> list[tuple[np.ndarray, ...]]:
-  found = _observed(
-    dict(model.params), dict(model.state), sample, made=blueprint(model.config)
-  )
-  return jax.tree.map(np.asarray, found)
+def _on_host(model: Model, samples: Sequence[Sample]) -> list[tuple[np.ndarray, ...]]:
+  """Of each block the mean input, and what adds up of sparse ones, as `Seen` has it."""
+  if not samples:
+    raise ValueError("observe: samples=[] hold nothing to see; give one or more.")
+  arrays = dict(model.params), dict(model.state)
+  total: Any = None
+  for sample in samples:
+    found = _observed(*arrays, sample, made=blueprint(model.config))
+    found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+    total = found if total is None else jax.tree.map(np.add, total, found)
+  count, blocks = total
+  return [(x_D / max(count, 1), *rest) for x_D, *rest in blocks]
 
 
 def _check(config: MoEConfig) -> None:
@@ -108,12 +119,12 @@ def _observed(params: Any, state: Any, sample: Sample, *, made: Any) -> Any:
     h_BSD = normed(block.ff_norm, x_BSD)
     weight_BS1 = valid_BS[..., None].astype(jnp.float32)
     total_D = (h_BSD.astype(jnp.float32) * weight_BS1).sum((0, 1))
-    seen = (total_D / jnp.maximum(weight_BS1.sum(), 1),)
+    seen = (total_D,)
     if block.sparse:
       seen += _seen(block.moe, h_BSD, here, valid_BS)
     found.append(seen)
     x_BSD, _ = block.feed(x_BSD, here)
-  return found
+  return valid_BS.astype(jnp.float32).sum(), found
 
 
 def _modules(model: Decoder) -> list[Block]:

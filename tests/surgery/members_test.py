@@ -144,7 +144,7 @@ def test_scores_are_their_formulas():
   silent = ("attention.out.kernel", "ff.down.kernel")
   params = {n: 0 * x if n.endswith(silent) else x for n, x in model.params.items()}
   model = model._replace(params=params)
-  seen = observing.observe(model, SAMPLE)[0]
+  seen = observing.observe(model, [SAMPLE])[0]
   layer = surgery.layers(model)[0]
   x = params["embed.embedding"][np.asarray(SAMPLE.inputs)[VALID]].astype(np.float64)
   x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
@@ -157,8 +157,8 @@ def test_scores_are_their_formulas():
       load[e] += 1
       saliency[e] += p[e] / p[chosen].sum() * np.linalg.norm(fns[e](token))
   np.testing.assert_array_equal(seen.load_E, load)
-  assert_close(seen.input_D, x.mean(0).astype(np.float32))
-  assert_close(seen.probs_E, probs.sum(0).astype(np.float32))
+  assert_close(seen.input_D.astype(np.float32), x.mean(0).astype(np.float32))
+  assert_close(seen.probs_E.astype(np.float32), probs.sum(0).astype(np.float32))
   some = load > 0
   (reap,) = pruning.by_reap([seen])
   assert_close(reap[some].astype(np.float32), saliency[some] / load[some])

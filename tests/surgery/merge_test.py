@@ -92,7 +92,7 @@ def test_dense_models_mixed_are_their_experts_and_the_mean_of_the_rest():
 def part(seed):
   """A part as training under `flex.FREEZE` leaves it: expert 1 and its column moved."""
   random = np.random.default_rng(seed)
-  columns = observe.inputs(DENSE, SAMPLE)
+  columns = observe.inputs(DENSE, [SAMPLE])
   other = [column + random.normal(size=cases.D) for column in columns]
   made = flex.begin(DENSE, public_D=columns, new_D=other)
 
@@ -147,7 +147,7 @@ def test_new_experts_that_no_token_takes_change_nothing():
 
 
 def test_new_experts_start_as_copies_or_with_nothing_to_say():
-  columns = [each.input_D for each in observe.observe(ONE, SAMPLE)]
+  columns = [each.input_D for each in observe.observe(ONE, [SAMPLE])]
   made = surgery.layers(grow(ONE, 2, columns=columns, copied=False))[0]
   gate = made.params["gate"]["kernel_DE"]
   np.testing.assert_array_equal(gate[:, -1], gate[:, -2])
