@@ -101,7 +101,7 @@ def call(
       f"state={shown(state)} is no jmoe.State; pass init_state(config, params)."
     )
   context = _completed(context, config, state, T)
-  _needs(context, config)
+  _needs(context, config, train)
   _state(state, config)
   _key(config, key, train)
   if residual is not None:
@@ -182,6 +182,11 @@ def _completed(context: Context, config: Any, state: State, T: int) -> Context:
       f"context.group_size={context.group_size} is the layer's to say; use "
       "MoEConfig(group_size=...)."
     )
+  if context.row_segments is not None:
+    raise ValueError(
+      f"context.row_segments={context.row_segments} is the layer's to say; give "
+      "segments shaped like the activations, [..., S]."
+    )
   changed: dict[str, Any] = {"group_size": config.group_size}
   by_row = config.group_size == "row" or fact(config.gate, "dense")
   num_rows = context.num_rows
@@ -201,9 +206,10 @@ def _completed(context: Context, config: Any, state: State, T: int) -> Context:
   return dataclasses.replace(context, **changed)
 
 
-def _needs(context: Context, config: Any) -> None:
+def _needs(context: Context, config: Any, train: bool) -> None:
   for use in (config.gate, config.router, *config.restrict):
-    for name in fact(use, "needs", ()):
+    names = fact(use, "needs", ())
+    for name in (*names, *(fact(use, "needs_in_training", ()) if train else ())):
       if getattr(context, name) is None:
         raise ValueError(f"{use.name} needs context.{name}; pass Context({name}=...).")
   for loss in config.losses:

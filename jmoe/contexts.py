@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,13 +81,14 @@ def check(context: Context, lead: tuple[int, ...]) -> None:
 def tokens(context: Context, lead: tuple[int, ...]) -> Context:
   """The fields of a checked context as one entry per token, segments made unique."""
   T = math.prod(lead)
-  changed: dict[str, Array | int] = {}
+  changed: dict[str, Any] = {}
   for name in PER_TOKEN:
     array = getattr(context, name)
     if array is None:
       continue
     if name == "segment" and len(lead) > 1 and array.shape == lead:
       array = unique_segments(array.reshape(-1, lead[-1]))
+      changed["row_segments"] = lead[-1]
       if context.num_segments is None:
         changed["num_segments"] = T
     changed[name] = array.reshape(T)

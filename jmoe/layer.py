@@ -31,7 +31,7 @@ from jmoe.parameters import (
 )
 from jmoe.report import report, report_mixing
 from jmoe.types import Context, Groups, Home, Info, Params, Plan, Rows, State
-from jmoe.use import Use
+from jmoe.use import Use, fact
 
 _STAGES = ("input_noise", "logit_noise", "select_noise", "restrict", "router", "assign")
 
@@ -200,7 +200,7 @@ def _flow(params, x, context, state, key, arrays, *, config, train, axes, with_p
       select_TE = jax.lax.stop_gradient(select_TE) + state.bias
     mask_TE = None
     for i, restrict in checks.in_turn(config.restrict):
-      draw = None if key is None else jax.random.fold_in(keys["restrict"], i)
+      draw = _restrict_key(restrict, key, context, i)
       one_TE = restrict(
         select_TE, context, mask=mask_TE, key=draw, train=train, axes=axes
       )
@@ -262,6 +262,15 @@ def _keys(key: Array | None, context: Context) -> dict[str, Any]:
   if context.layer is not None:
     key = jax.random.fold_in(key, context.layer)
   return {stage: jax.random.fold_in(key, i) for i, stage in enumerate(_STAGES)}
+
+
+def _restrict_key(restrict: Use, key: Array | None, context: Context, i: int):
+  """Of the i-th restriction; without the layer's number if it says so."""
+  if key is None:
+    return None
+  same = fact(restrict, "same_in_layers", lambda **_: False)(**restrict.kwargs)
+  context = dataclasses.replace(context, layer=None) if same else context
+  return jax.random.fold_in(_keys(key, context)["restrict"], i)
 
 
 def _noisy(noise, array: Array, context: Context, key: Array | None, train: bool):

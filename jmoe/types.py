@@ -84,6 +84,8 @@ class Context:
   # rows; each is the next T // num_rows tokens if `row` is None
   num_rows: int | None = static(default=None)
   num_segments: int | None = static(default=None)
+  # documents that the layer has room for in a row: `segment` counts them row by row
+  row_segments: int | None = static(default=None)
   group_size: int | None = static(default=None)  # tokens per routing group; None: all
 
 

@@ -49,6 +49,7 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
       that the function takes first; `use` binds keywords to either of the two.
     check: `(config, **keywords)`, raises on values that cannot work.
     needs: names of `Context` fields without which it cannot run.
+    needs_in_training: names of further fields, without which it cannot train.
     random: `(train, **keywords) -> bool`, whether a call draws random numbers.
     choices: `(num_experts, **keywords) -> int | None`, a router's K.
     causal: False if a token's outcome depends on later tokens.
@@ -62,8 +63,12 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     constant: of a gate: True if every token gets the same logits.
     within: of a restriction: True if it ranks experts, so it is asked after the others
       and given their mask.
+    same_in_layers: of a restriction: `(**keywords) -> bool`, whether its key is the
+      same in all layers.
     leaves: of a restriction: `(allowed, num_experts, **keywords) -> sets of experts`,
       what it may leave a token of those that others allow.
+    cut: of a restriction: `(use, num_experts, kept) -> Use | None`, what it is where
+      only the experts `kept` are left; None: it allows all of them.
     ignores: `(**keywords) -> names` of optional arguments that it takes and reads not.
     gated: of experts' hidden function: True if it is `activation(first) * second`.
     dropless: of a dispatch: True, False, or None where it takes either.

@@ -85,6 +85,10 @@ NOISE = {
 SCORE = {n: [use(getattr(score, n))] for n in ("softmax", "sigmoid", "relu")}
 SCORE["sqrt_softplus"] = [use(score.sqrt_softplus)]
 RESTRICT = {
+  "document_pool": [
+    use(restrict.document_pool, least=2, most=3),
+    use(restrict.document_pool, least=2, most=2, same_in_layers=True),
+  ],
   "domain": [
     use(restrict.domain, num_domains=3),
     use(restrict.domain, num_domains=2, shared=2),

@@ -78,6 +78,7 @@ TABLE = {  # module.function: keywords of a tiny layer
   "hash_layers.layer": {**SIZES, "vocab_size": 11},
   "megablocks.layer": SIZES,
   "dag_moe.layer": TOP_2,
+  "emo.layer": {**TOP_2, "least": 3},
 }
 NO_GATE = ("mmoe.layer", "pangu_sigma.layer", "hash_layers.layer")
 each_preset = pytest.mark.parametrize("name", TABLE)
@@ -97,6 +98,7 @@ def context() -> Context:
   tokens = jnp.arange(T, dtype=jnp.int32)
   return Context(
     valid=tokens < T - 2,
+    segment=tokens // 5,
     token_id=tokens % 11,
     domain_id=tokens // 6,
     modality=tokens % 2,
@@ -247,6 +249,15 @@ def tokens_stay_in_their_domain(info):
   assert np.all(routing.weight == 1)
 
 
+def documents_stay_in_their_pool(info):
+  routing = info.plan.routing
+  allowed_TE = np.asarray(routing.probs)[: T - 2] > 0
+  assert allowed_TE.sum(1).min() >= 3 and not allowed_TE.all()
+  document_T = np.arange(T - 2) // 5
+  assert (allowed_TE == allowed_TE[5 * document_T]).all()
+  assert np.any(np.asarray(routing.weight).reshape(T, 2).sum(1)[: T - 2] < 0.999)
+
+
 CHECKS = {
   "gshard.layer": skipped_choices_queue(True),
   "gshard.lingvo_layer": skipped_choices_queue(False),
@@ -268,6 +279,7 @@ CHECKS = {
   "deepseek_v2.layer": weights_are_probabilities_times(16.0),
   "deepseek_v3.layer": bias_moves_against_the_load,
   "pangu_sigma.layer": tokens_stay_in_their_domain,
+  "emo.layer": documents_stay_in_their_pool,
 }
 
 
@@ -317,6 +329,9 @@ def test_facts_of_the_papers():
   assert build("deepseek_v2.layer").restrict[0].get("best") == 1
   assert build("deepseek_v3.layer").restrict[0].get("best") == 2
   assert presets.switch.LOSS_WEIGHTS == {"load_balance_group": 0.01}
+  emo = presets.emo.layer(d_model=16, d_ff=8)
+  assert (emo.num_experts, emo.k, emo.restrict[0].get("least")) == (127, 7, 8)
+  assert presets.emo.LOSS_WEIGHTS == {"load_balance_mesh": 0.1, "router_z": 0.001}
   assert presets.qwen3_moe.LOSS_WEIGHTS == {"load_balance_mesh": 0.001}
 
 
@@ -353,6 +368,13 @@ def published():
     16,
     16 * (attention(2048, 16, 16, 128) + 2 * 2048) + ends(2048, 50304),
     6_919_161_856,
+  )
+  yield (  # the paper's total, 14 billion, is rounded; this is by its own sizes
+    "emo",
+    dict(d_model=2048, d_ff=1024),
+    16,
+    16 * attention(2048, 16, 16, 128) + ends(2048, 100352),
+    13_568_608_256,
   )
   yield (
     "qwen2_moe",

@@ -232,6 +232,7 @@ def _of_call(context: Context, lead: tuple[int, ...], split: Over) -> Context:
     if name == "segment" and len(lead) > 1 and array.shape == lead:
       # Here, where whole rows are at hand: a document may lie on several shards.
       array = unique_segments(array.reshape(-1, lead[-1]))
+      changed["row_segments"] = lead[-1]
       if context.num_segments is None:
         changed["num_segments"] = T
     changed[name] = array.reshape(lead)

@@ -6,6 +6,7 @@ within the `mask` of the others.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+from jmoe.restrict.document_pool import document_pool as document_pool
 from jmoe.restrict.domain import domain as domain
 from jmoe.restrict.expert_groups import expert_groups as expert_groups
 from jmoe.restrict.subset import subset as subset

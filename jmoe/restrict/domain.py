@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe.types import Context
-from jmoe.use import marked
+from jmoe.use import Use, marked, shown
 
 
 def _check(config, *, num_domains: int, shared: int = 0) -> None:
@@ -33,7 +33,17 @@ def _leaves(
   ]
 
 
-@marked(check=_check, needs=("domain_id",), leaves=_leaves)
+def _cut(use: Use, num_experts: int, kept: tuple[int, ...]) -> None:
+  """Nothing, if these are the experts of one domain; else there is no such model."""
+  own = _leaves(frozenset(range(num_experts)), num_experts, **use.kwargs)
+  if frozenset(kept) not in own:
+    raise ValueError(
+      f"cut: experts={shown(kept)} are not those of one domain of {use!r}; keep a "
+      "domain's, as surgery.of_domain lists them."
+    )
+
+
+@marked(check=_check, needs=("domain_id",), leaves=_leaves, cut=_cut)
 def domain(
   select_TE: Array, context: Context, *, num_domains: int, shared: int = 0
 ) -> Array:

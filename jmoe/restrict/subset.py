@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 
 from jmoe.types import Context
-from jmoe.use import marked
+from jmoe.use import Use, marked
 
 
 def _check(config, *, experts: tuple[int, ...]) -> None:
@@ -31,7 +31,15 @@ def _leaves(
   return [allowed & set(experts)]
 
 
-@marked(check=_check, leaves=_leaves)
+def _cut(use: Use, num_experts: int, kept: tuple[int, ...]) -> Use | None:
+  """Those of the listed experts that are left, by their new numbers."""
+  del num_experts
+  listed = set(use.get("experts"))
+  left = tuple(n for n, e in enumerate(kept) if e in listed)
+  return None if len(left) == len(kept) else use.replace(experts=left)
+
+
+@marked(check=_check, leaves=_leaves, cut=_cut)
 def subset(select_TE: Array, context: Context, *, experts: tuple[int, ...]) -> Array:
   """Every token may use the listed experts and no others.
 

@@ -1,6 +1,9 @@
 """Operations on trained models: a model in, a model out, and a receipt.
 
+cut      a layer or model with some of its experts
+extract  which experts: those that some text asks for, or at random
 frame    `Model`, `Block`, `Layer`: what operations take and give
+walk     a model run on calibration text, scored and changed layer by layer
 receipt  what was kept, parameters before and after, how far outputs moved
 
 An operation changes no array that it was given.  `python -m experiments.surgery` runs
@@ -8,6 +11,15 @@ them on checkpoints.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+from jmoe.surgery.cut import cut as cut
+from jmoe.surgery.cut import cut_model as cut_model
+from jmoe.surgery.cut import of_domain as of_domain
+from jmoe.surgery.extract import Extracted as Extracted
+from jmoe.surgery.extract import at_random as at_random
+from jmoe.surgery.extract import easy_ep as easy_ep
+from jmoe.surgery.extract import in_one_pass as in_one_pass
+from jmoe.surgery.extract import layerwise as layerwise
+from jmoe.surgery.extract import mean_probability as mean_probability
 from jmoe.surgery.frame import Block as Block
 from jmoe.surgery.frame import Layer as Layer
 from jmoe.surgery.frame import Model as Model
@@ -20,3 +32,5 @@ from jmoe.surgery.receipt import Receipt as Receipt
 from jmoe.surgery.receipt import Sample as Sample
 from jmoe.surgery.receipt import moved as moved
 from jmoe.surgery.receipt import receipt as receipt
+from jmoe.surgery.walk import Seen as Seen
+from jmoe.surgery.walk import walk as walk

@@ -11,6 +11,8 @@ from flax import nnx
 from jmoe import balance, experts, losses, routers, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, MoEConfig
 from jmoe.models import Decoder
+from jmoe.models.by_name import take_apart
+from jmoe.surgery.frame import blueprint
 from jmoe.use import use
 
 V, D, E, K = 13, 8, 6, 2
@@ -39,22 +41,33 @@ BALANCED = dataclasses.replace(layer(), balance=use(balance.update, rate=0.1))
 
 @functools.cache
 def model(config: ModelConfig, seed: int = 0) -> surgery.Model:
-  """A model whose gates and biases differ from token to token and expert to expert."""
-  made = surgery.model_of(Decoder(config, rngs=nnx.Rngs(0)))
+  """A model of drawn arrays; nothing is compiled for it."""
+  shapes = take_apart(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[1:]
   random = np.random.default_rng(seed)
 
-  def drawn(x):
-    return random.normal(size=x.shape).astype(np.float32)
+  def drawn(name, x):
+    value = random.normal(size=x.shape).astype(np.float32)
+    fan_in = 1 if ".gate." in name or len(x.shape) < 2 else x.shape[-2]
+    return 1 + value / 4 if name.endswith("scale") else value / np.float32(fan_in**0.5)
 
-  params = {n: drawn(x) if ".gate." in n else x for n, x in made.params.items()}
-  state = {n: drawn(x) for n, x in made.state.items()}
-  return surgery.Model(config, jax.tree.map(np.asarray, params), state)
+  params, state = ({n: drawn(n, x) for n, x in some.items()} for some in shapes)
+  return surgery.Model(config, params, state)
 
 
 def logits(model: surgery.Model, sample: surgery.Sample) -> np.ndarray:
   """f32[B,S,V] of a model."""
-  module = model.module()
-  return np.asarray(jax.jit(lambda *each: module(*each)[0])(*sample))
+  return np.asarray(_run(*model[1:], sample, made=blueprint(model.config))[0])
+
+
+def probs(model: surgery.Model, sample: surgery.Sample) -> list[np.ndarray]:
+  """f32[T,E] of each sparse layer."""
+  _, infos = _run(*model[1:], sample, made=blueprint(model.config))
+  return [layer for info in infos for layer in np.asarray(info.plan)]
+
+
+@functools.partial(jax.jit, static_argnames="made")
+def _run(params, state, sample, *, made):
+  return made.model(params, state)(*sample, look=lambda plan: plan.routing.probs)
 
 
 def sample(rows: int = 3, seq: int = 16, seed: int = 0) -> surgery.Sample:

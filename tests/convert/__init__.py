@@ -1,0 +1,2 @@
+"""Published checkpoints."""
+# SPDX-License-Identifier: Apache-2.0
