@@ -30,7 +30,7 @@ def arguments(add: Any) -> None:
 def operate(source: Any, arguments: argparse.Namespace) -> Any:
   """The model with one more expert, or one less."""
   from experiments.operations._source import Outcome
-  from jmoe.surgery import flex, layers, observe
+  from jmoe.surgery import flex, layers
 
   domain, left = arguments.domain, arguments.without
   if bool(domain and arguments.public_domain) == (left is not None):
@@ -48,11 +48,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     for name in arguments.public_domain
     for rows in calibration_rows(source, arguments, name)
   ]
-  made = flex.begin(
-    source.model,
-    public_D=observe.inputs(source.model, public),
-    new_D=observe.inputs(source.model, ours),
-  )
+  made = flex.begin(source.model, public, ours)
   kept = [["public", domain] for _ in layers(made)]
   settings = (f"optim.freeze={flex.FREEZE!r}", LOSS_WEIGHTS)
   return Outcome(made, kept, {"freeze": flex.FREEZE}, settings=settings)

@@ -29,12 +29,12 @@ def arguments(add: Any) -> None:
 def operate(source: Any, arguments: argparse.Namespace) -> Any:
   """The larger model."""
   from experiments.operations._source import Outcome
-  from jmoe.surgery import grow, layers, observe
+  from jmoe.surgery import grow, layers
 
   columns = None
   if arguments.domain is not None:
     rows = calibration_rows(source, arguments, arguments.domain)
-    columns = [each.input_D for each in observe.observe(source.model, rows)]
+    columns = grow.inputs(source.model, rows)
   made = grow.grow(
     source.model,
     arguments.new,

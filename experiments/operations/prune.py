@@ -28,7 +28,7 @@ def arguments(add: Any) -> None:
 def operate(source: Any, arguments: argparse.Namespace) -> Any:
   """The smaller model."""
   from experiments.operations._source import Outcome
-  from jmoe.surgery import observe, prune
+  from jmoe.surgery import cut_model, prune
 
   if arguments.score == "random":
     scores = prune.at_random(source.model, seed=arguments.seed)
@@ -38,16 +38,15 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
       for name in arguments.domain or source.texts.domains
       for each in calibration_rows(source, arguments, name)
     ]
-    seen = observe.observe(source.model, rows)
     score = prune.by_reap if arguments.score == "reap" else prune.by_frequency
-    scores = score(seen)
-  kept = prune.best(
+    scores = score(source.model, rows)
+  kept = prune.choose(
     scores,
     keep=arguments.keep,
     uniform=not arguments.uneven,
     at_least=min(layer_k(source.model), arguments.keep),
   )
-  made = prune.prune(source.model, kept)
+  made = cut_model(source.model, kept)
   return Outcome(made, kept, {"scores": [score_E.tolist() for score_E in scores]})
 
 

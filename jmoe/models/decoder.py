@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
       position_BS = jnp.broadcast_to(
         jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape
       )
-    context = context_of(tokens_BS, segment_BS)
+    context = _context(tokens_BS, segment_BS)
     x_BSD = self.embed(tokens_BS).astype(config.dtype)
     infos: list[Info] = []
     layer = sparse_layer = 0
@@ -257,7 +257,7 @@ def _remembering(body: Callable[..., Any], remat: bool | tuple[str, ...]) -> Any
   return jax.checkpoint(body) if remat else body
 
 
-def context_of(tokens_BS: Array, segment_BS: Array | None) -> Context:
+def _context(tokens_BS: Array, segment_BS: Array | None) -> Context:
   """What routers may ask about each token; the layer makes segments unique."""
   batch, seq = tokens_BS.shape
   return Context(

@@ -135,12 +135,20 @@ def _each(
     else layers[0].params[part]
     for part in layers[0].params
   }
-  states = [layer.state for layer in layers]
-  bias = None
-  if all(state.bias is not None for state in states):
-    bias = change(0, *[state.bias for state in states])
-  gate = walked([state.gate for state in states])
-  return Layer(config, params, State(bias=bias, gate=gate))
+  state: dict[str, Any] = {}
+  for field in dataclasses.fields(State):
+    each = [getattr(layer.state, field.name) for layer in layers]
+    if field.name == "gate":
+      state["gate"] = walked(each)
+    elif all(x is not None for x in each):
+      # Biases are an expert's own; what is counted is counted anew.
+      moved = change(0, *each) if each[0].ndim else each[0]
+      state[field.name] = moved * 0 if _counts(moved) else moved
+  return Layer(config, params, State(**state))
+
+
+def _counts(array: Any) -> bool:
+  return np.issubdtype(array.dtype, np.integer)
 
 
 def concatenated(arrays: Sequence[Any], axis: int) -> Any:

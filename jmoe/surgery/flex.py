@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from jmoe.surgery import dense
-from jmoe.surgery.columns import take, together
+from jmoe.surgery.columns import together
+from jmoe.surgery.cut import cut
 from jmoe.surgery.frame import Model, blocks, on_layers, rebuilt
+from jmoe.surgery.grow import inputs
 from jmoe.surgery.merge import joined_block
+from jmoe.surgery.receipt import Sample
 from jmoe.use import shown
 
 # For `Optim.freeze` of what `begin` gives: all but expert 1 and its column.
@@ -20,35 +23,37 @@ FREEZE = ("embedding", "matrix", "norm", "experts:0", "columns:0")
 
 
 def begin(
-  public: Model, *, public_D: Sequence[np.ndarray], new_D: Sequence[np.ndarray]
+  public: Model, public_text: Sequence[Sample], own_text: Sequence[Sample]
 ) -> Model:
   """The public model with a copy of each feed-forward beside it, as experts 0 and 1.
 
   Shi et al. 2025, arXiv 2507.07024: gate columns are embeddings of the text that an
   expert is for.  Theirs come of an embedding model; here they are the feed-forward's
-  mean input on that text (`observe.inputs`), to length 1, layer by layer.
+  mean input on that text, to length 1, layer by layer.
 
   Args:
     public: a dense model.
-    public_D: f[D] of each block, of public text.
-    new_D: f[D] of each block, of the new expert's own.
+    public_text: packed rows of what it is for.
+    own_text: of what the new expert is for.
 
   Raises:
-    ValueError: blocks that are not dense, or not a column for each.
+    ValueError: blocks that are not dense, or no text.
   """
-  parts = blocks(public)
-  if not len(parts) == len(public_D) == len(new_D):
-    raise ValueError(
-      f"begin: {len(public_D)} and {len(new_D)} columns for {len(parts)} blocks; give "
-      "one of each for a block."
-    )
   made = []
-  for block, *columns in zip(parts, public_D, new_D, strict=True):
+  for block in blocks(public):
     one = {name: np.asarray(x) for name, x in dense.of_block(block).items()}
     twice = {name: np.stack([x, x]) for name, x in one.items()}
-    gate_DE = np.stack([_unit(column_D) for column_D in columns], axis=1)
-    made.append(joined_block(block, twice, gate_DE, 2))
-  return rebuilt(public, made)
+    # Under equal weights two equal experts are the dense feed-forward.
+    none_DE = np.zeros((public.config.d_model, 2), np.float32)
+    made.append(joined_block(block, twice, none_DE, 2))
+  model = rebuilt(public, made)
+  columns = [inputs(model, text) for text in (public_text, own_text)]
+
+  def change(n, layer):
+    gate_DE = np.stack([_unit(each[n]) for each in columns], axis=1)
+    return layer._replace(params={**layer.params, "gate": {"kernel_DE": gate_DE}})
+
+  return on_layers(model, change)
 
 
 def join(parts: Sequence[Model], *, k: int = 2) -> Model:
@@ -78,9 +83,9 @@ def join(parts: Sequence[Model], *, k: int = 2) -> Model:
   others = [[b.layer for b in blocks(part)] for part in parts]
 
   def change(n, layer):
-    own = [take(each[n], [1]) for each in others]
+    own = [cut(each[n], [1]) for each in others]
     k_here = min(k, 1 + len(own))
-    return together([take(layer, [0]), *own], k=k_here)
+    return together([cut(layer, [0]), *own], k=k_here)
 
   return on_layers(first, change)
 
@@ -100,7 +105,7 @@ def without(model: Model, number: int) -> Model:
     E = layer.config.num_experts
     if not 0 <= number < E:
       raise ValueError(f"without: number={number}; give one of 0 to {E - 1}.")
-    return take(layer, [e for e in range(E) if e != number])
+    return cut(layer, [e for e in range(E) if e != number])
 
   return on_layers(model, change)
 

@@ -5,10 +5,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jmoe.surgery.columns import check, take, together
 from jmoe.surgery.frame import Layer, Model, layers, on_layers
+from jmoe.surgery.receipt import Sample
+from jmoe.surgery.walk import Seen, walk
 
 _START = 0.02  # standard deviation of a new gate column
 
@@ -32,8 +36,8 @@ def grow(
     model: with sparse layers under gates.linear.
     number: of new experts, 1 or more.
     copied: start as copies of the old experts, else with nothing to say.
-    columns: f[D] of each sparse layer, the gate columns of all its new experts, as the
-      mean input of new text, to length 1; None: drawn with deviation 0.02.
+    columns: f[D] of each sparse layer, to length 1 the gate columns of all its new
+      experts, as `inputs` on new text; None: drawn with deviation 0.02.
     bias: of the new experts' logits, beside 0 for the old ones; the lower, the less the
       old outputs move, and at -1e9 they do not.  None: the gate gets no bias.
     noise: added to copies, as a share of their standard deviation.
@@ -83,6 +87,23 @@ def grow(
     return made
 
   return on_layers(model, change)
+
+
+def inputs(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
+  """f64[D] of each sparse layer: its mean input over the tokens of some samples.
+
+  Raises:
+    ValueError: no samples.
+  """
+  _, sums = walk(model, samples, _input)
+  return [each[:-1] / max(each[-1], 1) for each in sums]
+
+
+def _input(seen: Seen) -> Array:
+  """f32[D+1] the sum over tokens of what the layer is given, and their number."""
+  valid_T1 = seen.valid_T[:, None]
+  total_D = jnp.where(valid_T1, seen.x_TD.astype(jnp.float32), 0).sum(0)
+  return jnp.append(total_D, valid_T1.sum(dtype=jnp.float32))
 
 
 def freeze(before: Model) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def concatenate(
   """A model with the experts and the gate columns of several, the first one's first.
 
   Kim et al. 2021 (Z-Code M3, arXiv 2109.10465), aggregation of experts.  Where each
-  parent's experts end is `offsets`; `prune` to one parent's range gives it back, to the
+  parent's experts are is `offsets`; `cut_model` to one parent's gives it back, to the
   bit under rest="first".
 
   Args:

@@ -1,31 +1,58 @@
-"""Fewer experts: which are worth keeping, and the layers without the others."""
+"""Which experts are worth keeping; `cut_model` then leaves the others out."""
 # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from jmoe.surgery.columns import take
-from jmoe.surgery.frame import Layer, Model, layers, on_layers
-from jmoe.surgery.observe import Seen
-from jmoe.use import shown
-
-
-def by_frequency(seen: Sequence[Seen]) -> list[np.ndarray]:
-  """f32[E] a layer: assignments on the sample (Z-Code M3, arXiv 2109.10465)."""
-  return [np.asarray(layer.load_E) for layer in seen]
+from jmoe.surgery.extract import best
+from jmoe.surgery.frame import Model, layers
+from jmoe.surgery.receipt import Sample
+from jmoe.surgery.walk import Seen, walk
 
 
-def by_reap(seen: Sequence[Seen]) -> list[np.ndarray]:
-  """f32[E] a layer: the saliency of REAP.
+def frequency(seen: Seen) -> Array:
+  """f32[E] assignments of a batch that found a place; for `walk`."""
+  routing = seen.plan.routing
+  expert_E = jnp.arange(routing.num_experts, dtype=jnp.int32)
+  hit_NE = (routing.expert[:, None] == expert_E) & seen.plan.kept[:, None]
+  return hit_NE.sum(0, dtype=jnp.float32)
+
+
+def _activation(seen: Seen) -> Array:
+  """f32[2,E] assignments, and the sum over them of weight times norm of the output."""
+  routing = seen.plan.routing
+  norm_N = jnp.linalg.norm(seen.outputs().astype(jnp.float32), axis=-1).reshape(-1)
+  value_N = jnp.where(seen.plan.kept, routing.weight * norm_N, 0)
+  expert_E = jnp.arange(routing.num_experts, dtype=jnp.int32)
+  hit_NE = routing.expert[:, None] == expert_E
+  sums_E = jnp.where(hit_NE, value_N[:, None], 0).sum(0)
+  return jnp.stack([frequency(seen), sums_E])
+
+
+def by_frequency(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
+  """f64[E] a layer: assignments on the samples (Z-Code M3, arXiv 2109.10465)."""
+  return walk(model, samples, frequency)[1]
+
+
+def by_reap(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
+  """f64[E] a layer: the saliency of REAP.
 
   Lasby et al. 2025, arXiv 2510.13999: the mean of `g_j(x) |f_j(x)|` over the tokens
-  that are routed to expert j; 0 for one that had none.  g is the weight with which the
+  that are routed to expert j; 0 for one that had none.  g is the weight by which the
   layer adds the output, renormalised where it renormalises.
+
+  Args:
+    model: with a fixed number of choices.
+    samples: packed rows, one or more.
+
+  Raises:
+    ValueError: no samples, or no fixed number of choices.
   """
   return [
-    layer.saliency_E / np.maximum(layer.load_E, 1)
-    for layer in (Seen(*(np.asarray(x, np.float64) for x in each)) for each in seen)
+    sums[1] / np.maximum(sums[0], 1) for sums in walk(model, samples, _activation)[1]
   ]
 
 
@@ -35,7 +62,7 @@ def at_random(model: Model, *, seed: int = 0) -> list[np.ndarray]:
   return [random.random(layer.config.num_experts) for layer in layers(model)]
 
 
-def best(
+def choose(
   scores: Sequence[np.ndarray],
   *,
   keep: int,
@@ -57,12 +84,12 @@ def best(
   sizes = [len(score_E) for score_E in scores]
   if not 1 <= at_least <= keep <= min(sizes):
     raise ValueError(
-      f"best: keep={keep}, at_least={at_least} of {min(sizes)} experts; give 1 <= "
+      f"choose: keep={keep}, at_least={at_least} of {min(sizes)} experts; give 1 <= "
       "at_least <= keep <= experts."
     )
-  ranked = [np.argsort(-np.asarray(s, np.float64), kind="stable") for s in scores]
   if uniform:
-    return [sorted(order[:keep].tolist()) for order in ranked]
+    return [best(score_E, keep) for score_E in scores]
+  ranked = [np.argsort(-np.asarray(s, np.float64), kind="stable") for s in scores]
   kept = [order[:at_least].tolist() for order in ranked]
   rest = [
     (-float(score_E[e]) / max(float(np.mean(score_E)), 1e-30), n, int(e))
@@ -72,31 +99,3 @@ def best(
   for _, n, e in sorted(rest)[: keep * len(sizes) - sum(map(len, kept))]:
     kept[n].append(e)
   return [sorted(experts) for experts in kept]
-
-
-def prune(model: Model, experts: Sequence[Sequence[int]]) -> Model:
-  """The model with these experts alone, gate columns and balance biases among them.
-
-  A softmax gate over fewer columns divides by a smaller sum; k is as before, or as many
-  experts as a layer has left.
-
-  Args:
-    model: with sparse layers.
-    experts: of each sparse layer in order of depth, by number.
-
-  Raises:
-    ValueError: not a list for each layer, no such expert, one twice, or a layer that
-      cannot be cut.
-  """
-  number = len(layers(model))
-  if len(experts) != number or any(len(set(ids)) != len(ids) for ids in experts):
-    raise ValueError(
-      f"prune: experts={shown(experts)}; give {number} lists, no expert twice."
-    )
-
-  def change(n: int, layer: Layer) -> Layer:
-    if list(experts[n]) == list(range(layer.config.num_experts)):
-      return layer
-    return take(layer, experts[n])
-
-  return on_layers(model, change)

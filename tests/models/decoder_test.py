@@ -125,7 +125,7 @@ def test_a_packed_document_gets_the_logits_it_gets_alone():
 
 def test_documents_of_equal_number_in_different_rows_share_no_segment():
   segment_BS = jnp.array([[1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 3, 3, 3, 3]])
-  context = decoder.context_of(jnp.zeros((2, S), jnp.int32), segment_BS)
+  context = decoder._context(jnp.zeros((2, S), jnp.int32), segment_BS)
   segment_T = np.asarray(contexts.flatten(context, (2, S)).segment)
   documents = {}
   for token, segment in enumerate(segment_T.tolist()):

@@ -12,7 +12,7 @@ import pytest
 import jmoe
 from jmoe import experts, renormalise, routers, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
-from jmoe.surgery import observe as observing, prune as pruning, upcycle as upcycling
+from jmoe.surgery import grow as growing, prune as pruning, upcycle as upcycling
 from jmoe.surgery.to_dense import to_dense
 from jmoe.use import use
 from tests import _cases, oracle
@@ -109,7 +109,7 @@ MODEL = cases.model(cases.config(cases.BALANCED))
 
 
 def test_pruning_nothing_is_the_identity():
-  made = pruning.prune(MODEL, [range(cases.E)] * 2)
+  made = surgery.cut_model(MODEL, [range(cases.E)] * 2)
   assert made.config == MODEL.config
   chex.assert_trees_all_equal(dict(made.params), dict(MODEL.params))
   chex.assert_trees_all_equal(dict(made.state), dict(MODEL.state))
@@ -118,7 +118,7 @@ def test_pruning_nothing_is_the_identity():
 def test_pruned_is_the_model_that_may_use_no_others():
   """Against the parent's layer whose gate gives the others nothing."""
   kept = [[0, 2, 5], [1, 2, 3]]
-  made = pruning.prune(MODEL, kept)
+  made = surgery.cut_model(MODEL, kept)
   assert len(made.config.segments) == 2  # alike: still one stack
 
   def silenced(n, layer):
@@ -144,7 +144,6 @@ def test_scores_are_their_formulas():
   silent = ("attention.out.kernel", "ff.down.kernel")
   params = {n: 0 * x if n.endswith(silent) else x for n, x in model.params.items()}
   model = model._replace(params=params)
-  seen = observing.observe(model, [SAMPLE])[0]
   layer = surgery.layers(model)[0]
   x = params["embed.embedding"][np.asarray(SAMPLE.inputs)[VALID]].astype(np.float64)
   x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
@@ -156,27 +155,27 @@ def test_scores_are_their_formulas():
     for e in chosen:
       load[e] += 1
       saliency[e] += p[e] / p[chosen].sum() * np.linalg.norm(fns[e](token))
-  np.testing.assert_array_equal(seen.load_E, load)
-  assert_close(seen.input_D.astype(np.float32), x.mean(0).astype(np.float32))
-  assert_close(seen.probs_E.astype(np.float32), probs.sum(0).astype(np.float32))
+  (mean_D, _) = growing.inputs(model, [SAMPLE, SAMPLE])
+  assert_close(mean_D.astype(np.float32), x.mean(0).astype(np.float32))
   some = load > 0
-  (reap,) = pruning.by_reap([seen])
+  reap = pruning.by_reap(model, [SAMPLE, SAMPLE])[0]
   assert_close(reap[some].astype(np.float32), saliency[some] / load[some])
   assert not reap[~some].any()
-  np.testing.assert_array_equal(pruning.by_frequency([seen])[0], load)
+  counted = pruning.by_frequency(model, [SAMPLE, SAMPLE])[0]
+  np.testing.assert_array_equal(counted, 2 * load)
 
 
 def test_the_best_are_kept_evenly_or_where_they_are():
   scores = [np.array([3.0, 1, 2, 0]), np.array([0.0, 0, 9, 3])]
-  assert pruning.best(scores, keep=2) == [[0, 2], [2, 3]]
-  uneven = pruning.best(scores, keep=2, uniform=False)
+  assert pruning.choose(scores, keep=2) == [[0, 2], [2, 3]]
+  uneven = pruning.choose(scores, keep=2, uniform=False)
   # Means 1.5 and 3: 3/1.5 = 2, 9/3 = 3, 2/1.5 = 1.33, 3/3 = 1.
   assert uneven == [[0, 2], [2, 3]]
-  uneven = pruning.best([np.array([4.0, 3, 3]), np.array([9.0, 0, 0])], keep=2,
+  uneven = pruning.choose([np.array([4.0, 3, 3]), np.array([9.0, 0, 0])], keep=2,
                         uniform=False)  # fmt: skip
   assert uneven == [[0, 1, 2], [0]]
   with pytest.raises(ValueError, match="keep=5"):
-    pruning.best(scores, keep=5)
+    pruning.choose(scores, keep=5)
 
 
 def test_side_by_side_experts_are_what_all_of_them_give():
@@ -199,8 +198,8 @@ def test_mistakes_are_named():
     (lambda: upcycling.upcycle(PARENT, num_experts=3, granularity=2), "granularity=2"),
     (lambda: upcycling.upcycle(MODEL, num_experts=2, blocks_changed=[1]), "dense"),
     (lambda: upcycling.upcycle(PARENT, num_experts=4, reinit=2), "reinit=2"),
-    (lambda: pruning.prune(MODEL, [[0, 0], [1]]), "no expert twice"),
-    (lambda: pruning.prune(MODEL, [[0, 6], [1]]), "numbers of 0 to 5"),
+    (lambda: surgery.cut_model(MODEL, [[0, 0], [1]]), "must be distinct"),
+    (lambda: surgery.cut_model(MODEL, [[0, 6], [1]]), "in 0..5"),
     (lambda: to_dense(MODEL, how="sum"), "how='sum'"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -10,9 +10,8 @@ import pytest
 
 from jmoe import renormalise, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
-from jmoe.surgery import flex, merge, observe
-from jmoe.surgery.grow import freeze, grow
-from jmoe.surgery.prune import prune
+from jmoe.surgery import flex, merge
+from jmoe.surgery.grow import freeze, grow, inputs
 from jmoe.use import use
 from tests import _cases
 from tests.surgery import cases
@@ -63,8 +62,8 @@ def test_merged_then_cut_gives_the_parent_back_to_the_bit():
   made = merge.concatenate([ONE, TWO], rest="first")
   assert surgery.layers(made)[0].config.num_experts == 2 * cases.E
   ((first, second),) = merge.offsets([ONE, TWO])
-  equal(prune(made, [first]), ONE)
-  theirs = surgery.layers(prune(made, [second]))[0].params
+  equal(surgery.cut_model(made, [first]), ONE)
+  theirs = surgery.layers(surgery.cut_model(made, [second]))[0].params
   for part in ("gate", "experts"):
     chex.assert_trees_all_equal(theirs[part], surgery.layers(TWO)[0].params[part])
   shared = surgery.layers(merge.concatenate([ONE, TWO]))[0].params["shared"]
@@ -92,9 +91,8 @@ def test_dense_models_mixed_are_their_experts_and_the_mean_of_the_rest():
 def part(seed):
   """A part as training under `flex.FREEZE` leaves it: expert 1 and its column moved."""
   random = np.random.default_rng(seed)
-  columns = observe.inputs(DENSE, [SAMPLE])
-  other = [column + random.normal(size=cases.D) for column in columns]
-  made = flex.begin(DENSE, public_D=columns, new_D=other)
+  own = cases.sample(seed=seed + 1)
+  made = flex.begin(DENSE, [SAMPLE], [own])
 
   def trained(_, layer):
     stacks = {n: np.array(x) for n, x in layer.params["experts"].items()}
@@ -137,7 +135,7 @@ def test_new_experts_that_no_token_takes_change_nothing():
   assert layer.config.num_experts == cases.E + 2
   assert_close(logits(silent), before)
   old = [range(cases.E)]
-  bare = surgery.layers(prune(silent, old))[0]
+  bare = surgery.layers(surgery.cut_model(silent, old))[0]
   chex.assert_trees_all_equal(
     bare.params["experts"], surgery.layers(ONE)[0].params["experts"]
   )
@@ -147,7 +145,7 @@ def test_new_experts_that_no_token_takes_change_nothing():
 
 
 def test_new_experts_start_as_copies_or_with_nothing_to_say():
-  columns = [each.input_D for each in observe.observe(ONE, [SAMPLE])]
+  columns = inputs(ONE, [SAMPLE])
   made = surgery.layers(grow(ONE, 2, columns=columns, copied=False))[0]
   gate = made.params["gate"]["kernel_DE"]
   np.testing.assert_array_equal(gate[:, -1], gate[:, -2])
