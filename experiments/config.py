@@ -8,6 +8,7 @@ from typing import Any
 from experiments import corpora, vocabulary
 from jmoe.config import ModelConfig, MoEConfig
 from jmoe.losses import loss_name
+from jmoe.losses.total import batches_of_update
 from jmoe.use import nearest
 
 
@@ -130,6 +131,12 @@ class Run:
         raise ValueError(
           f"loss_weights names {name!r}, which no layer reports; "
           + (nearest(name, known) if known else "the layers have losses=().")
+        )
+    for ff in sparse_layers(self.model):
+      if (n := batches_of_update(ff.losses)) not in (1, self.optim.accumulate):
+        raise ValueError(
+          f"load_balance accumulate={n} with optim.accumulate={self.optim.accumulate}; "
+          "make them equal, or the loss's 1."
         )
     if self.model.vocab_size < (size := vocabulary.size_of(self.data.tokenizer)):
       raise ValueError(

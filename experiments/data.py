@@ -237,7 +237,7 @@ class _FewWindows:
     return self._windows[int(self._places[place])]
 
 
-def one_pass(windows: Windows, *, batch: int, seq: int) -> Iterator[Batch]:
+def one_pass(windows: Windows | OfDomain, *, batch: int, seq: int) -> Iterator[Batch]:
   """Every window once, in order; the last batch is filled up with padding."""
   dataset = _packed(grain.MapDataset.source(windows), batch=batch, seq=seq)
   fill = functools.partial(grain.experimental.batch_and_pad, batch_size=batch)

@@ -103,6 +103,8 @@ def _operate(name: str, operation: Any, arguments: argparse.Namespace) -> None:
 
 def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
   """The folder of the new run, whole."""
+  import jax
+  import jax.numpy as jnp
   from etils import epath
 
   from experiments import checkpoint, job, opening, workdir
@@ -131,8 +133,11 @@ def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
     byte_lengths=source.words.byte_lengths,
     num_domains=len(source.texts.domains),
   )
+  zero = jnp.zeros((), jnp.int32)
+  key = jax.random.key_data(jax.random.key(made.seed))
+  like = jax.eval_shape(parts.init)  # nothing is drawn
   state = restarted(
-    parts.init(),
+    dataclasses.replace(like, step=zero, skipped=zero, key=key),
     outcome.model.params,
     outcome.model.state,
     optimizer=parts.optimizer,

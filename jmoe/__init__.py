@@ -20,6 +20,7 @@ In the order in which a token meets them:
   parallel   the same over a mesh: meshes, tables of what is split, their cost
   nnx, linen the two Flax modules over it
   models, presets, analysis
+  surgery    operations on trained models; convert published checkpoints
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -64,14 +65,18 @@ from jmoe.use import use as use
 
 if TYPE_CHECKING:
   from jmoe import analysis as analysis
+  from jmoe import convert as convert
   from jmoe import linen as linen
   from jmoe import models as models
   from jmoe import nnx as nnx
   from jmoe import presets as presets
+  from jmoe import surgery as surgery
 
 # Imported when first asked for: Flax takes most of a second, and the functions above
 # need jax alone.
-_LAZY = ("analysis", "explain", "linen", "models", "nnx", "presets")
+_LAZY = (
+  "analysis", "convert", "explain", "linen", "models", "nnx", "presets", "surgery"
+)  # fmt: skip
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,7 @@ from jax import Array
 from jmoe import _id_checks
 from jmoe._tree_checks import buffers, params as params
 from jmoe.contexts import check as check_context
+from jmoe.losses.total import batches_of_update
 from jmoe.types import Context, Params, State, num_groups
 from jmoe.use import Use, fact, shown
 
@@ -100,9 +101,11 @@ def call(
     raise TypeError(
       f"state={shown(state)} is no jmoe.State; pass init_state(config, params)."
     )
+  flag("train", train)
+  flag("with_plan", with_plan)
   context = _completed(context, config, state, T)
   _needs(context, config, train)
-  _state(state, config)
+  _state(state, config, train)
   _key(config, key, train)
   if residual is not None:
     _array("residual", residual, x.shape, jnp.floating)
@@ -118,8 +121,6 @@ def call(
     _read_by("previous_logits", "gate", config.gate)
   if forced is not None:
     _forced(forced, config, context, T)
-  flag("train", train)
-  flag("with_plan", with_plan)
   _axes(axes)
   _id_checks.call(config, context, forced, T)
   return context
@@ -238,7 +239,7 @@ def _needs(context: Context, config: Any, train: bool) -> None:
     raise ValueError("context.table is i32[L,V]; pass Context(layer=...) with it.")
 
 
-def _state(state: State, config: Any) -> None:
+def _state(state: State, config: Any, train: bool) -> None:
   if fact(config.gate, "buffers") and not state.gate:
     raise ValueError(
       f"{config.gate.name} reads State.gate; pass state=init_state(config, params)."
@@ -246,6 +247,13 @@ def _state(state: State, config: Any) -> None:
   buffers(state.gate, config)
   if config.balance is not None and state.bias is None:
     raise ValueError("balance needs State.bias; pass state=init_state(config, params).")
+  if train and batches_of_update(config.losses) > 1:
+    if state.counted is None or state.batches is None:
+      raise ValueError(
+        "load_balance accumulate needs State.counted; pass state=init_state(config, "
+        "params)."
+      )
+    _array("state.counted", state.counted, (config.num_experts,), jnp.integer)
   if state.bias is not None:
     _array("state.bias", state.bias, (config.num_experts,), jnp.floating)
 

@@ -134,6 +134,9 @@ def _trace(config: MoEConfig, x_TD: Any, num_rows: int, train: bool) -> _Seen:
   context = checks.call(
     params, x_TD, config, context, state, key, train, None, None, None, None
   )
+  # As of segments that were shaped like the rows.
+  row = max(1, x_TD.shape[0] // num_rows)
+  context = dataclasses.replace(context, row_segments=row)
   looking = dataclasses.replace(config, experts=use(experts))
   # The function under the jit: a trace for looking has no place in its cache.
   call = functools.partial(

@@ -1,6 +1,7 @@
 """What a layer starts with: its parameters, part by part, and its state."""
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import Array
 
 from jmoe import checks
 from jmoe.config import MoEConfig
+from jmoe.losses.total import batches_of_update
 from jmoe.types import Params, State
 
 
@@ -74,7 +76,9 @@ def param_shapes(config: MoEConfig) -> dict[str, Any]:
 def has_state(config: MoEConfig) -> bool:
   """Whether a layer carries anything beside its parameters."""
   marks = (config.gate.function, "buffers"), (config.router.function, "table")
-  return config.balance is not None or any(hasattr(f, name) for f, name in marks)
+  if config.balance is not None or batches_of_update(config.losses) > 1:
+    return True
+  return any(hasattr(f, name) for f, name in marks)
 
 
 def init_state(config: MoEConfig, params: Params, key: Array | None = None) -> State:
@@ -102,4 +106,8 @@ def init_state(config: MoEConfig, params: Params, key: Array | None = None) -> S
   if buffers is not None:
     checks.params(params, config)
   gate = {} if buffers is None else buffers(params["experts"])
-  return State(bias=bias, gate=gate, table=table)
+  state = State(bias=bias, gate=gate, table=table)
+  if batches_of_update(config.losses) == 1:
+    return state
+  counted = jnp.zeros(config.num_experts, jnp.int32)
+  return dataclasses.replace(state, counted=counted, batches=jnp.zeros((), jnp.int32))

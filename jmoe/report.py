@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe.losses import loss_name
+from jmoe.losses.total import batches_of_update
 from jmoe.types import Context, Info, Mixing, Plan, State, valid_or_all
 
 
@@ -40,8 +41,11 @@ def report(
   num_valid = jnp.maximum(total(jnp.sum(valid_T)), 1)
   if train and config.balance is not None:
     state = dataclasses.replace(state, bias=config.balance(state.bias, load_E))
+  given = dict(axes=axes, before=state.counted if train else None)
+  if train and state.counted is not None:
+    state = _counted(state, load_E, batches_of_update(config.losses))
   return Info(
-    losses={loss_name(f): f(plan, context, axes=axes) for f in config.losses},
+    losses={loss_name(f): f(plan, context, **given) for f in config.losses},
     load=load_E,
     dropped=dropped,
     entropy=total(jnp.sum(entropy_T * valid_T)) / num_valid,
@@ -70,6 +74,17 @@ def report_mixing(
     entropy=entropy,
     state=state,
     plan=mixing if with_plan else None,
+  )
+
+
+def _counted(state: State, load_E: Array, batches: int) -> State:
+  """The state with this batch's choices, or with none where an update ends."""
+  assert state.counted is not None and state.batches is not None
+  ends = state.batches + 1 >= batches
+  return dataclasses.replace(
+    state,
+    counted=jnp.where(ends, 0, state.counted + load_E),
+    batches=jnp.where(ends, 0, state.batches + 1),
   )
 
 

@@ -212,6 +212,9 @@ class State:
   bias: Array | None = None  # f32[E]  added to scores for selection only
   gate: Mapping[str, Array] = dataclasses.field(default_factory=dict)  # gate buffers
   table: Array | None = None  # i32[V]  hashed routing
+  # of a loss that gathers over the batches of one update:
+  counted: Array | None = None  # i32[E]  choices in the earlier ones
+  batches: Array | None = None  # i32[]  how many those are
 
 
 @pytree

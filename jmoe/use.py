@@ -108,7 +108,7 @@ def _keywords(function: Callable[..., Any]) -> Mapping[str, bool]:
 # What the layer itself passes to every stage: never part of a configuration.
 PASSED = frozenset(
   "mask context key train forced previous_logits axes rows plan x_TD d_model".split()
-  + "num_experts dtype table routing axis placement".split()
+  + "num_experts dtype table routing axis placement before".split()
 )
 
 

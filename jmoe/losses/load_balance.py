@@ -7,16 +7,29 @@ A pure function of a plan, like every loss; the layer returns it by name, unweig
 import jax.numpy as jnp
 from jax import Array
 
+from jmoe._value_checks import whole
 from jmoe.losses import _scope
 from jmoe.types import Context, Plan, valid_or_all
-from jmoe.use import marked
+from jmoe.use import marked, shown
 
 
-def _check(config, *, over: str = "batch", choices: str = "all") -> None:
+def _check(
+  config, *, over: str = "batch", choices: str = "all", accumulate: int = 1
+) -> None:
   del config
   _scope.check_scope(over)
   if choices not in ("all", "first"):
     raise ValueError(f"load_balance: choices={choices!r}; give 'all' or 'first'.")
+  if not whole(accumulate):
+    raise ValueError(
+      f"load_balance: accumulate={shown(accumulate)} must be a whole number of at "
+      "least 1."
+    )
+  if accumulate > 1 and (over not in ("batch", "mesh") or choices != "all"):
+    raise ValueError(
+      f"load_balance: accumulate={accumulate} with over={over!r}, choices={choices!r}; "
+      "it gathers all choices of whole batches: use over='batch' or 'mesh', and 'all'."
+    )
 
 
 @marked(check=_check)
@@ -26,7 +39,9 @@ def load_balance(
   *,
   over: str = "batch",
   choices: str = "all",
+  accumulate: int = 1,
   axes: _scope.Axes = None,
+  before: Array | None = None,
 ) -> Array:
   """f32[]: E * sum_e f_e P_e; 1 at perfect balance, E if one expert takes all.
 
@@ -48,12 +63,16 @@ def load_balance(
       "batch" (here: of this shard) or of the "mesh".  The mean is taken over scopes
       that hold a valid token.
     choices: "all" k of them count in f, or only the "first".
+    accumulate: batches of one update over which choices are gathered, as gradients
+      are: f is of this batch and of those before it (`State.counted`; Qiu et al. 2025,
+      section 3), P of this batch alone.
     axes: mesh axes of `over="mesh"`: sums f and P over them (three small psums).
+    before: i32[E] choices of the earlier batches of the update.
 
   Raises:
     ValueError: a router without a fixed number of choices, or an unknown argument.
   """
-  _check(None, over=over, choices=choices)
+  _check(None, over=over, choices=choices, accumulate=accumulate)
   routing = _scope.token_choice(plan, "load_balance")
   valid_T = valid_or_all(context, routing.num_tokens)
   score_TE = _scope.normalised(routing.probs, valid_T)
@@ -68,6 +87,8 @@ def load_balance(
   chosen_TE = (chosen_TKE & live_TK[:, :, None]).sum(1, dtype=score_TE.dtype)
 
   count_ZE, total_ZE = sums(chosen_TE), sums(score_TE)
+  if accumulate > 1 and before is not None:
+    count_ZE += before.astype(count_ZE.dtype)
   tokens_Z = sums(valid_T.astype(score_TE.dtype))
   f_ZE = count_ZE / jnp.maximum(count_ZE.sum(-1, keepdims=True), 1)
   p_ZE = total_ZE / jnp.maximum(tokens_Z[:, None], 1)

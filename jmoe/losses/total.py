@@ -36,6 +36,11 @@ def loss_name(loss: Use) -> str:
   return name if modality is None else f"{name}_m{modality}"
 
 
+def batches_of_update(losses: Iterable[Use]) -> int:
+  """How many batches a layer's losses gather choices over; 1 if none does."""
+  return max([1, *(loss.kwargs.get("accumulate", 1) for loss in losses)])
+
+
 def total_loss(
   infos: Info | Iterable[Info], weights: Mapping[str, float | Array]
 ) -> Array:

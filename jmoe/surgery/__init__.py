@@ -1,5 +1,6 @@
 """Operations on trained models: a model in, a model out, and a receipt.
 
+compose  models cut out of one, as one again
 cut      a layer or model with some of its experts
 extract  which experts: those that some text asks for, or at random
 frame    `Model`, `Block`, `Layer`: what operations take and give
@@ -11,6 +12,7 @@ them on checkpoints.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+from jmoe.surgery.compose import compose as compose
 from jmoe.surgery.cut import cut as cut
 from jmoe.surgery.cut import cut_model as cut_model
 from jmoe.surgery.cut import of_domain as of_domain

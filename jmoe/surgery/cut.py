@@ -11,7 +11,7 @@ from jmoe.surgery.frame import Layer, Model, on_layers
 from jmoe.types import State
 from jmoe.use import fact, shown
 
-_WHOLE = ("shared", "join")  # parts of a layer that are not an expert's
+WHOLE = ("shared", "join")  # parts of a layer that are not an expert's
 
 
 def cut(layer: Layer, experts: Sequence[int]) -> Layer:
@@ -41,9 +41,9 @@ def cut(layer: Layer, experts: Sequence[int]) -> Layer:
     return layer
   state = layer.state
   return Layer(
-    _config(config, tuple(kept)),
+    cut_config(config, kept),
     {
-      part: tree if part in _WHOLE else _taken(tree, kept, E, part)
+      part: tree if part in WHOLE else _taken(tree, kept, E, part)
       for part, tree in layer.params.items()
     },
     State(
@@ -51,6 +51,8 @@ def cut(layer: Layer, experts: Sequence[int]) -> Layer:
       gate=_taken(state.gate, kept, E, "state.gate"),
       # Hashed routing counts through what a token may use.
       table=None if state.table is None else state.table % len(kept),
+      counted=None if state.counted is None else 0 * state.counted[kept],
+      batches=None if state.batches is None else 0 * state.batches,
     ),
   )
 
@@ -89,7 +91,11 @@ def of_domain(layer: Layer, number: int) -> list[int]:
   )
 
 
-def _config(config: MoEConfig, kept: tuple[int, ...]) -> MoEConfig:
+def cut_config(config: MoEConfig, experts: Sequence[int]) -> MoEConfig:
+  """The configuration of a layer that has only these experts; see `cut`."""
+  kept = tuple(experts)
+  if len(kept) == config.num_experts:
+    return config
   changed: dict[str, Any] = {"num_experts": len(kept)}
   if (k := config.router.kwargs.get("k")) is not None:
     changed["router"] = config.router.replace(k=min(k, len(kept)))
@@ -116,19 +122,31 @@ def _taken(tree: Mapping[str, Any], kept: list[int], E: int, where: str) -> Any:
     if isinstance(leaf, Mapping):
       taken[name] = _taken(leaf, kept, E, f"{where}.{name}")
       continue
-    dims = letters(name)
-    at = dims.find("E") - len(dims)
-    if "E" not in dims:
-      if where.startswith("experts"):
-        raise ValueError(
-          f"cut: {where}.{name} is of no single expert; this kind cannot be cut."
-        )
+    at = experts_dim(name, leaf, E, where)
+    if at is None:
       taken[name] = leaf
       continue
-    if leaf.shape[at] != E:
-      raise ValueError(
-        f"cut: {where}.{name} {leaf.shape} is not of num_experts={E}; this kind of "
-        "experts cannot be cut."
-      )
     taken[name] = leaf[(..., kept, *[slice(None)] * (-at - 1))]
   return taken
+
+
+def experts_dim(name: str, leaf: Any, E: int, where: str) -> int | None:
+  """The dimension of an array that is the experts', counted from the end; or None.
+
+  Raises:
+    ValueError: an array of experts that has none, or another number of them.
+  """
+  dims = letters(name)
+  if "E" not in dims:
+    if where.startswith("experts"):
+      raise ValueError(
+        f"cut: {where}.{name} is of no single expert; this kind cannot be cut."
+      )
+    return None
+  at = dims.find("E") - len(dims)
+  if leaf.shape[at] != E:
+    raise ValueError(
+      f"cut: {where}.{name} {leaf.shape} is not of num_experts={E}; this kind of "
+      "experts cannot be cut."
+    )
+  return at

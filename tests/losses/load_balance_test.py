@@ -3,11 +3,15 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe import losses
+import jmoe
+from jmoe import experts, losses, use
 from jmoe.types import Context
+from tests import _cases
 from tests.losses import cases
 from tests.losses.cases import draw
 
@@ -63,3 +67,46 @@ def test_expert_choice_is_an_error_that_names_the_remedy():
 def test_unknown_choices_are_an_error():
   with pytest.raises(ValueError, match="choices='second'"):
     losses.load_balance(_plan(draw(15, 3, 2)), Context(), choices="second")
+
+
+@pytest.fixture
+def by_operation():
+  with _cases.by_operation():
+    yield
+
+
+def test_choices_are_gathered_over_the_batches_of_an_update(by_operation):
+  loss = use(losses.load_balance, accumulate=3)
+  config = jmoe.MoEConfig(8, 4, experts=use(experts.mlp, d_ff=4), losses=(loss,))
+  params = jmoe.moe_init(jax.random.key(0), config)
+  params["gate"] = {"kernel_DE": 2 * jnp.eye(8, 4)}
+  state, counts = jmoe.init_state(config, params), np.zeros(4)
+  for n in range(4):
+    if n == 3:  # the next update
+      counts[:] = 0
+    x = jax.random.normal(jax.random.key(n), (6, 8))
+    _, info = jmoe.moe(params, x, config, state=state, train=True, with_plan=True)
+    counts += np.asarray(info.load)
+    mean = np.asarray(info.plan.routing.probs, np.float64).mean(0)
+    expected = 4 * (counts / counts.sum()) @ mean
+    np.testing.assert_allclose(info.losses["load_balance"], expected, rtol=1e-5)
+    state = info.state
+  _, again = jmoe.moe(params, x, config, state=state)  # evaluation gathers nothing
+  np.testing.assert_array_equal(again.state.counted, state.counted)
+  alone = 4 * (np.asarray(info.load) / 12) @ mean
+  np.testing.assert_allclose(again.losses["load_balance"], alone, rtol=1e-5)
+  with pytest.raises(ValueError, match="needs State.counted"):
+    jmoe.moe(params, x, config, train=True)
+
+
+@pytest.mark.parametrize(
+  "given, match",
+  [
+    (dict(accumulate=0), "accumulate=0"),
+    (dict(accumulate=2, over="sequence"), "over='sequence'"),
+    (dict(accumulate=2, choices="first"), "choices='first'"),
+  ],
+)
+def test_what_cannot_be_gathered_is_refused(given, match):
+  with pytest.raises(ValueError, match=match):
+    jmoe.MoEConfig(8, 4, losses=(use(losses.load_balance, **given),))

@@ -1,0 +1,61 @@
+"""Some documents of a domain, as rows on which experts are scored."""
+# SPDX-License-Identifier: Apache-2.0
+
+import numpy as np
+
+from experiments import data
+from experiments.errors import BadData
+from experiments.tokens import Encoded, Tokens
+from jmoe.surgery import Sample
+from jmoe.use import nearest
+
+
+def number(domains: tuple[str, ...], name: str, argument: str = "--domain") -> int:
+  """Of a domain by its name.
+
+  Raises:
+    BadData: there is none of this name.
+  """
+  if name not in domains:
+    raise BadData(f"{argument} {name!r}; {nearest(name, domains)}")
+  return domains.index(name)
+
+
+def documents(some: Tokens, domain: int, count: int, *, seed: int) -> Tokens:
+  """Documents of a domain, in an order drawn from the seed; fewer are part of more.
+
+  Raises:
+    BadData: the domain has not as many.
+  """
+  (own,) = np.nonzero(np.asarray(some.domain) == domain)
+  if len(own) < count:
+    raise BadData(
+      f"--documents {count}: the domain has {len(own)} in training; give as many or "
+      "fewer."
+    )
+  bits = np.random.PCG64([seed, domain]).random_raw(len(own))
+  chosen = own[np.argsort(bits, kind="stable")[:count]]
+  begins = np.concatenate([[0], some.ends[:-1]])
+  pieces = [some.tokens[begins[n] : some.ends[n]] for n in chosen]
+  ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+  return Tokens(
+    np.concatenate(pieces), ends, some.domain[chosen], some.unscored[chosen]
+  )
+
+
+def samples(
+  encoded: Encoded, domain: int, count: int, *, seed: int, batch: int, seq: int
+) -> list[Sample]:
+  """Training documents of a domain, packed; the last batch is filled with padding.
+
+  Args:
+    encoded: the data set.
+    domain: its number.
+    count: of documents.
+    seed: which ones.
+    batch: rows.
+    seq: tokens of a row.
+  """
+  windows = data.Windows(documents(encoded.train, domain, count, seed=seed), seq=seq)
+  packed = data.one_pass(windows, batch=batch, seq=seq)
+  return [Sample(b["inputs"], b["segment"], b["position"]) for b in packed]
