@@ -16,6 +16,6 @@ def arguments(add: Any) -> None:
 def operate(source: Any, arguments: argparse.Namespace) -> Any:
   """The dense model."""
   from experiments.operations._source import Outcome
-  from jmoe.surgery.to_dense import to_dense
+  from jmoe.surgery import to_dense
 
   return Outcome(to_dense(source.model, how=arguments.how), [])

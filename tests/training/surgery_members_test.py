@@ -7,27 +7,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import checkpoint, main, opening, operations, recorded, surgery
+from experiments import main, operations, recorded, surgery
 from experiments.errors import BadData
 from experiments.operations._source import Source
 from experiments.settings import with_settings
 from jmoe import surgery as pure
+from jmoe.surgery.frame import blueprint
 from tests import _cases
-
-
-@pytest.fixture(scope="module")
-def trained(job, texts, encoded, tmp_path_factory):
-  """A folder like that of a run, with a checkpoint of its first state."""
-  from experiments import workdir
-
-  folder = epath.Path(tmp_path_factory.mktemp("runs") / "micro")
-  workdir.claim(job.run, folder)
-  saved = checkpoint.Checkpoints(
-    folder / "checkpoints", opening.facts(job.run, texts, encoded)
-  )
-  saved.save(job.init(), opening.training_batches(job.run, encoded))
-  saved.close()
-  return folder
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +31,11 @@ def operated(name, source, *own):
     outcome = operation.operate(source, parsed)
   # What its model needs is there, and the new run is one.
   made = outcome.model
-  expected = pure.frame.blueprint(made.config)
-  assert set(made.params) == set(pure.model_of(made.module()).params)
-  assert expected == pure.frame.blueprint(made.config)
+  wanted = pure.model_of(
+    blueprint(made.config).model(dict(made.params), dict(made.state))
+  )
+  shapes = {name: x.shape for name, x in wanted.params.items()}
+  assert shapes == {name: x.shape for name, x in made.params.items()}
   with_settings(source.run, [s for s in outcome.settings if "loss_weights" not in s])
   json.dumps([outcome.kept, dict(outcome.notes)])
   return outcome
@@ -61,7 +49,7 @@ def layer(model):
 def test_what_has_grown_trains_its_new_experts_alone(
   trained, cache, tmp_path, monkeypatch
 ):
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # the process keeps its own
   out = tmp_path / "grown"
   given = ["--workdir", str(trained), "--out", str(out), "--cache", str(cache)]
   own = ["--new", "1", "--domain", "code", "--documents", "2", "--bias", "-1"]
