@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import main, operations, recorded, surgery
+from experiments import main, operations, recorded, state as states, surgery
 from experiments.errors import BadData
 from experiments.operations._source import Source
 from experiments.settings import with_settings
 from jmoe import surgery as pure
-from jmoe.surgery.frame import blueprint
 from tests import _cases
 
 
@@ -31,11 +30,9 @@ def operated(name, source, *own):
     outcome = operation.operate(source, parsed)
   # What its model needs is there, and the new run is one.
   made = outcome.model
-  wanted = pure.model_of(
-    blueprint(made.config).model(dict(made.params), dict(made.state))
-  )
-  shapes = {name: x.shape for name, x in wanted.params.items()}
-  assert shapes == {name: x.shape for name, x in made.params.items()}
+  _, shapes = states.blueprint(made.config)
+  wanted = {name: x.shape for name, x in shapes.items()}
+  assert {name: x.shape for name, x in made.params.items()} == wanted
   with_settings(source.run, [s for s in outcome.settings if "loss_weights" not in s])
   json.dumps([outcome.kept, dict(outcome.notes)])
   return outcome
