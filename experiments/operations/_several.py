@@ -51,3 +51,10 @@ def count(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
   return int(text)
+
+
+def numbers(text: str) -> list[int]:
+  """Whole numbers separated by commas, for `type=`."""
+  if not all(part.isdecimal() for part in text.split(",")):
+    raise argparse.ArgumentTypeError(f"{text!r} are not whole numbers, as in 1,3")
+  return [int(part) for part in text.split(",")]

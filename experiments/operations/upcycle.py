@@ -13,14 +13,19 @@ With renormalised weights and nothing drawn the new model says what the old one 
 import argparse
 from typing import Any
 
-from experiments.operations._several import LOSS_WEIGHTS, count
+from experiments.operations._several import LOSS_WEIGHTS, count, numbers
 
 
 def arguments(add: Any) -> None:
   """Its own arguments."""
   add("--experts", required=True, type=count, metavar="E")
   add("--k", type=count, default=2, help="experts of a token; 2 if not given")
-  add("--blocks", metavar="N,N,...", help="from 0; every dense one if not given")
+  add(
+    "--blocks",
+    type=numbers,
+    metavar="N,N,...",
+    help="from 0; every dense one if not given",
+  )
   add("--granularity", type=count, default=1, metavar="G")
   add("--noise", type=float, default=0.0, help="share of the weights' deviation")
   add("--reinit", type=float, default=0.0, help="share of hidden units")
@@ -32,17 +37,12 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from experiments.operations._source import Outcome
   from jmoe.surgery import layers, upcycle
 
-  blocks = arguments.blocks
-  if blocks is not None:
-    if not all(part.isdecimal() for part in blocks.split(",")):
-      raise ValueError(f"--blocks {blocks}: give numbers of blocks, as in 1,3.")
-    blocks = [int(part) for part in blocks.split(",")]
   made = upcycle.upcycle(
     source.model,
     num_experts=arguments.experts,
     k=arguments.k,
     seed=arguments.seed,
-    blocks_changed=blocks,
+    blocks_changed=arguments.blocks,
     renormalised=not arguments.plain_weights,
     granularity=arguments.granularity,
     noise=arguments.noise,

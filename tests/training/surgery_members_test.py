@@ -60,7 +60,7 @@ def test_what_has_grown_trains_its_new_experts_alone(
     if ".experts." in name:
       assert same[:, :4].all() and not same[:, 4:].all(), name
     else:
-      assert same.all() == (".gate." not in name), name
+      assert same.all() == (".moe.gate." not in name), name
 
 
 def test_pruned_by_what_experts_do(source):
@@ -81,7 +81,9 @@ def test_dense_again_upcycled_and_expanded(source):
   dense.__dict__.update(source.__dict__, model=made.model)
   up = operated("upcycle", dense, "--experts", "3", "--blocks", "1")
   assert layer(up.model).config.num_experts == 3
-  begun = operated("flex", dense, "--domain", "code", "--public-domain", "manuals",
+  groups = operated("cluster", dense, "--experts", "4", "--k", "2", "--blocks", "0")
+  assert sorted(groups.kept[0]) == list(range(32))
+  begun = operated("flex", dense, "--domain", "code", "--public-domain", "prose",
                    "--documents", "2")  # fmt: skip
   assert len(pure.layers(begun.model)) == 2
   assert begun.settings[0].startswith("optim.freeze=('embedding'")
@@ -106,7 +108,6 @@ def test_merged_with_another_run(source):
   [
     ("flex", [], "to begin, or --without"),
     ("upcycle", ["--experts", "4"], "numbers of dense blocks|d_ff"),
-    ("upcycle", ["--experts", "4", "--blocks", "x"], "--blocks x"),
     ("prune", ["--keep", "9", "--score", "random"], "keep=9"),
     ("grow", ["--new", "1", "--domain", "cod"], "did you mean 'code'"),
   ],
