@@ -9,7 +9,7 @@ import numpy as np
 
 from jmoe import dispatch, experts, gates, routers
 from jmoe.assign import renormalise
-from jmoe.config import Dense, MoEConfig
+from jmoe.config import Dense, ModelConfig, MoEConfig
 from jmoe.layer import init_state
 from jmoe.surgery import dense
 from jmoe.surgery.frame import Block, Layer, Model, blocks, rebuilt
@@ -22,6 +22,7 @@ class Clustered(NamedTuple):
 
   model: Model
   orders: list[np.ndarray]  # i[F] of each sparse layer: hidden unit of the dense one
+  config: ModelConfig  # of the dense model
 
 
 def cluster(
@@ -73,7 +74,7 @@ def cluster(
       np.random.default_rng(seed).shuffle(label_F)
     orders.append(np.argsort(label_F, kind="stable"))
     parts[n] = _grouped(parts[n], num_experts, k, orders[-1])
-  return Clustered(rebuilt(model, parts), orders)
+  return Clustered(rebuilt(model, parts), orders, model.config)
 
 
 def _grouped(block: Block, num_experts: int, k: int, order_F: np.ndarray) -> Block:
@@ -120,7 +121,7 @@ def merged(clustered: Clustered) -> Model:
       assert isinstance(ff, Dense)
       block = dense.as_block(block, matrices, ff)
     made.append(block)
-  return rebuilt(clustered.model, made)
+  return rebuilt(clustered.model._replace(config=clustered.config), made)
 
 
 def balanced(keys_FD: np.ndarray, number: int, *, seed: int = 0, rounds: int = 30):

@@ -7,10 +7,11 @@ import chex
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe import renormalise, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
-from jmoe.surgery import flex, merge
+from jmoe.surgery import flex, merge, upcycle
 from jmoe.surgery.grow import freeze, grow, inputs
 from jmoe.use import use
 from tests import _cases
@@ -156,6 +157,28 @@ def test_new_experts_start_as_copies_or_with_nothing_to_say():
   assert len(noisy) == cases.E + 8
   copies = noisy[cases.E : 2 * cases.E] - noisy[: cases.E]
   assert 0 < np.abs(copies).std() < 0.2 * noisy.std()
+
+
+def test_models_over_a_mesh_give_what_those_on_the_host_give():
+  mesh = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
+
+  def spread(model):
+    def put(name, x):
+      split = ".experts." in name  # [repeat,E,...]
+      spec = PartitionSpec(None, "expert") if split else PartitionSpec()
+      return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return model._replace(params={n: put(n, x) for n, x in model.params.items()})
+
+  for change in (
+    lambda model: merge.concatenate([model, model]),
+    lambda model: upcycle.expand(model, times=2),
+    lambda model: grow(model, 2),
+    surgery.to_dense,
+  ):
+    here, there = change(ONE), change(spread(ONE))
+    assert here.config == there.config
+    jax.tree.map(assert_close, dict(there.params), dict(here.params))
 
 
 def test_mistakes_are_named():
