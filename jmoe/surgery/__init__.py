@@ -11,6 +11,7 @@ merge    models averaged, their experts side by side, dense models as experts
 flex     experts trained apart beside a public model (FlexOlmo)
 grow     new experts beside those of a trained model
 to_dense one feed-forward of a layer's experts
+moments  an optimizer's state after an operation that takes or copies experts
 walk     a model run on calibration text, scored and changed layer by layer
 receipt  what was kept, parameters before and after, how far outputs moved
 
@@ -43,6 +44,7 @@ from jmoe.surgery.frame import layers as layers
 from jmoe.surgery.frame import model_of as model_of
 from jmoe.surgery.frame import on_layers as on_layers
 from jmoe.surgery.frame import rebuilt as rebuilt
+from jmoe.surgery.moments import moments as moments
 from jmoe.surgery.receipt import Receipt as Receipt
 from jmoe.surgery.receipt import Sample as Sample
 from jmoe.surgery.receipt import moved as moved

@@ -181,6 +181,33 @@ def test_models_over_a_mesh_give_what_those_on_the_host_give():
     jax.tree.map(assert_close, dict(there.params), dict(here.params))
 
 
+def test_moments_go_with_their_experts():
+  random = np.random.default_rng(0)
+  first, second = (
+    {n: random.normal(size=x.shape).astype(np.float32) for n, x in ONE.params.items()}
+    for _ in range(2)
+  )
+  state = ({"count": np.int32(3)}, (first, second))
+
+  def change(model):
+    return surgery.cut_model(model, [[1, 4]])
+
+  count, after = surgery.moments(change, ONE, state)
+  assert count == {"count": 3}
+  for old, new in zip((first, second), after, strict=True):
+    for name, x in new.items():
+      if ".experts." in name:
+        expected = old[name][:, [1, 4]]
+      else:
+        expected = old[name][..., [1, 4]] if ".moe.gate.kernel" in name else old[name]
+      np.testing.assert_array_equal(x, expected, name)
+  some = {n: x for n, x in first.items() if ".moe.gate." not in n}
+  with pytest.raises(ValueError, match="has no .*gate.kernel_DE; begin"):
+    surgery.moments(change, ONE, (some,))
+  with pytest.raises(ValueError, match="no tree by the parameters' names"):
+    surgery.moments(change, ONE, (np.zeros(3),))
+
+
 def test_mistakes_are_named():
   other = ONE._replace(config=dataclasses.replace(CONFIG, tied=False))
   for call, message in (
