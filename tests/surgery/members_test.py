@@ -147,6 +147,7 @@ def test_scores_are_their_formulas():
   layer = surgery.layers(model)[0]
   x = params["embed.embedding"][np.asarray(SAMPLE.inputs)[VALID]].astype(np.float64)
   x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
+  x = x * params["segments.1.0.ff_norm.scale"][0]
   probs = oracle.softmax(x @ layer.params["gate"]["kernel_DE"])
   fns = [expert_fn(layer.params["experts"], e) for e in range(cases.E)]
   load, saliency = np.zeros(cases.E), np.zeros(cases.E)

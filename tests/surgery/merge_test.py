@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe import renormalise, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
+from jmoe.parallel import mesh as meshes
 from jmoe.surgery import flex, merge, upcycle
 from jmoe.surgery.grow import freeze, grow, inputs
 from jmoe.use import use
@@ -160,7 +161,7 @@ def test_new_experts_start_as_copies_or_with_nothing_to_say():
 
 
 def test_models_over_a_mesh_give_what_those_on_the_host_give():
-  mesh = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
+  mesh = meshes.make("expert=2", devices=jax.devices()[:2])
 
   def spread(model):
     def put(name, x):
