@@ -14,6 +14,9 @@ An arm is a name, or `name=value`:
   balance=none  no balancing at all
   balance=loss  by the load-balance loss that the run has
   balance=bias  by DeepSeek-V3's bias instead of the loss
+  balance=sequence  by the loss within each row instead of over all of them
+  pool=none     without EMO's pools of documents, and all else as it was
+  pool=N        pools of N experts for every document
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -24,7 +27,7 @@ from collections.abc import Callable
 import jax
 
 from experiments.config import Run
-from jmoe import aggregate, balance, combine
+from jmoe import aggregate, balance, combine, losses, restrict
 from jmoe.analysis import cost
 from jmoe.config import BlockConfig, Dense, ModelConfig, MoEConfig
 from jmoe.layer import param_shapes
@@ -168,7 +171,7 @@ def _steps(run: Run, value: str | None) -> Run:
 
 
 def _balance(run: Run, value: str | None) -> Run:
-  without = tuple(pair for pair in run.loss_weights if pair[0] != _LOSS)
+  without = tuple(p for p in run.loss_weights if not p[0].startswith(_LOSS))
   if value == "none":
     return dataclasses.replace(run, loss_weights=without)
   if value == "loss":
@@ -181,7 +184,44 @@ def _balance(run: Run, value: str | None) -> Run:
       lambda ff: dataclasses.replace(ff, balance=use(balance.update, rate=1e-3)),
     )
     return dataclasses.replace(run, model=model, loss_weights=without)
-  raise ValueError(f"--arms balance={value}: give none, loss or bias.")
+  if value == "sequence":
+    weight = [w for name, w in run.loss_weights if name.startswith(_LOSS)]
+    if len(weight) != 1:
+      raise ValueError(
+        f"--arms balance=sequence: the run weighs {len(weight)} losses of {_LOSS!r}, "
+        "not one."
+      )
+    model = _layers(run.model, _by_sequence)
+    weights = (*without, (f"{_LOSS}_sequence", weight[0]))
+    # Both at once: the weights name what the layers report.
+    return dataclasses.replace(run, model=model, loss_weights=weights)
+  raise ValueError(f"--arms balance={value}: give none, loss, bias or sequence.")
+
+
+def _by_sequence(ff: MoEConfig) -> MoEConfig:
+  own = use(losses.load_balance, over="sequence")
+  changed = tuple(own if loss.name == _LOSS else loss for loss in ff.losses)
+  return dataclasses.replace(ff, losses=changed)
+
+
+def _pool(run: Run, value: str | None) -> Run:
+  if value != "none" and not (value or "").isdecimal():
+    raise ValueError(f"--arms pool={value}: give none, or a number of experts.")
+
+  def change(ff: MoEConfig) -> MoEConfig:
+    own = [rule for rule in ff.restrict if rule.function is restrict.document_pool]
+    if not own:
+      raise ValueError(
+        f"--arms pool={value}: the run has no document_pool; use --config emo."
+      )
+    others = tuple(rule for rule in ff.restrict if rule not in own)
+    if value == "none":
+      return dataclasses.replace(ff, restrict=others)
+    size = int(value or 0)
+    fixed = own[0].replace(least=size, most=size)
+    return dataclasses.replace(ff, restrict=(*others, fixed))
+
+  return dataclasses.replace(run, model=_layers(run.model, change))
 
 
 def _layers(
@@ -214,4 +254,5 @@ _ARMS: dict[str, Callable[[Run, str | None], Run]] = {
   "shared": _shared,
   "steps": _steps,
   "balance": _balance,
+  "pool": _pool,
 }

@@ -26,13 +26,13 @@ from experiments.reporting.grouping import arm_key
 from experiments.reporting.read import Recorded, Routing
 
 # Told apart by people who see colours differently (Okabe and Ito 2008); dark ones.
-_PALETTE = (
+PALETTE = (
   "#0072b2", "#d55e00", "#009e73", "#a0527d", "#b08900", "#3b3b98", "#56b4e9", "#444444"
 )  # fmt: skip
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _POINTS = 400  # of a curve of training
 _FEW_POINTS = 150  # of one of many
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
   "svg.fonttype": "none",
   "svg.hashsalt": "jmoe",  # equal runs give equal bytes
   "text.parse_math": False,  # a name may hold a dollar sign
@@ -63,14 +63,14 @@ def colours(runs: Sequence[Recorded]) -> list[tuple[str, object]]:
   for run in runs:
     arm = arm_key(run)
     number = seen[arm] = seen.get(arm, -1) + 1
-    colour = _PALETTE[arms.index(arm) % len(_PALETTE)]
+    colour = PALETTE[arms.index(arm) % len(PALETTE)]
     found.append((colour, _STYLES[number % len(_STYLES)]))
   return found
 
 
 def curves(runs: Sequence[Recorded]) -> str:
   """Bits per byte, the norm of gradients and speed over steps, of all runs."""
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(12.2, 3.2), layout="constrained")
     loss, norm, speed = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     for run, (colour, dash) in zip(runs, colours(runs), strict=True):
@@ -109,9 +109,9 @@ def drops(routing: Routing, *, top: float, until: int) -> str:
     until: its last step, the same for runs that are compared.
   """
   causes = dict.fromkeys(c for layer in routing.layers for c in layer.dropped)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure, axes = _single()
-    for colour, cause in zip(_PALETTE * 2, causes, strict=False):
+    for colour, cause in zip(PALETTE * 2, causes, strict=False):
       shares = np.stack(
         [x.dropped[cause] for x in routing.layers if cause in x.dropped]
       )
@@ -150,7 +150,7 @@ def by_layer(
     whole: the values are counts.
   """
   shades = matplotlib.colormaps["viridis_r"](np.linspace(0.1, 1, len(routing.layers)))
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure, axes = _single()
     step = binned(routing.step, _FEW_POINTS)
     for n, (layer, shade) in enumerate(zip(routing.layers, shades, strict=True)):

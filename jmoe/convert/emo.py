@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jmoe.assign import renormalise
@@ -25,6 +26,7 @@ _NORMS = {
 }
 _EXPERT = {"gate_EDF": "gate_proj", "up_EDF": "up_proj", "down_EFD": "down_proj"}
 _DENSE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_OF_TRAINING = {"moe.state.counted", "moe.state.batches"}
 # What the code has beside the released models, and this does not.
 _PLAIN = {
   "hidden_act": "silu",
@@ -194,6 +196,8 @@ def _block(config: Mapping[str, Any], n: int, experts: int, shared: int, left) -
 
 def _tensors(at: str, block: Block) -> dict[str, np.ndarray]:
   """The tensors of one layer."""
+  _check(block)
+  ff = block.config.ff
   params = {name: np.asarray(x) for name, x in block.params.items()}
   found = {
     f"{at}self_attn.{name}.weight": params[f"attention.{own}.kernel"].T
@@ -205,17 +209,8 @@ def _tensors(at: str, block: Block) -> dict[str, np.ndarray]:
     for own, name in _DENSE.items():
       found[f"{at}mlp.{name}.weight"] = params[f"ff.{own}.kernel"].T
     return found
-  ff = block.layer.config
-  plain = emo.layer(d_model=ff.d_model, d_ff=1, num_experts=ff.num_experts, k=ff.k or 1)
-  for field in ("gate", "score", "router", "scale", "join"):
-    own, known = (getattr(config, field) for config in (ff, plain))
-    if getattr(own, "name", own) != getattr(known, "name", known):
-      raise ValueError(
-        f"convert.emo: {field}={own!r} is not what the released code computes, "
-        f"{known!r}."
-      )
   gate_ED = params["moe.gate.kernel_DE"].T
-  if ff.shared is not None:
+  if isinstance(ff, MoEConfig) and ff.shared is not None:
     gate_ED = np.concatenate([gate_ED, np.zeros_like(gate_ED[:1])])
   found[f"{at}mlp.gate.weight"] = gate_ED
   for own, name in _EXPERT.items():
@@ -224,6 +219,39 @@ def _tensors(at: str, block: Block) -> dict[str, np.ndarray]:
     for e, matrix in enumerate(each):
       found[f"{at}mlp.experts.{e}.{name}.weight"] = matrix.T
   return found
+
+
+def _check(block: Block) -> None:
+  """Raises unless the released code computes this layer."""
+  config, ff = block.config, block.config.ff
+  facts: dict[str, tuple[Any, Any]] = {
+    "norm": (config.norm, "rms"),
+    "attention.causal": (config.attention.causal, True),
+    "attention.qk_norm": (config.attention.qk_norm, None),
+  }
+  if isinstance(ff, Dense):
+    facts |= {"gated": (ff.gated, True), "activation": (ff.activation, jax.nn.silu)}
+  else:
+    plain = emo.layer(d_model=ff.d_model, d_ff=1, num_experts=ff.num_experts, k=1)
+    for field in ("gate", "score", "router", "experts", "join"):
+      facts[field] = getattr(ff, field).name, getattr(plain, field).name
+    facts |= {
+      "activation": (ff.experts.get("activation"), jax.nn.silu),
+      "scale": (ff.scale, "output"),
+      "router.scale": (ff.router.get("scale"), 1.0),
+      "capacity": (ff.capacity, None),
+      "max_rows": (ff.max_rows, None),
+      "aggregate": (ff.aggregate, None),
+      "shared": (ff.shared in (None, ff.experts), True),
+      "state": (sorted(set(block.state) - _OF_TRAINING), []),
+    }
+  bias = [name for name in block.params if "bias" in name]
+  for field, (own, known) in (facts | {"biases": (bias, [])}).items():
+    if own != known:
+      raise ValueError(
+        f"convert.emo: {field}={shown(own)}; the released code knows {shown(known)} "
+        "alone."
+      )
 
 
 def _take(left: dict[str, Any], name: str, shape: Sequence[int] | None = None) -> Any:

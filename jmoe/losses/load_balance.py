@@ -64,8 +64,8 @@ def load_balance(
       that hold a valid token.
     choices: "all" k of them count in f, or only the "first".
     accumulate: batches of one update over which choices are gathered, as gradients
-      are: f is of this batch and of those before it (`State.counted`; Qiu et al. 2025,
-      section 3), P of this batch alone.
+      are: f is of this batch and of those before it (`State.counted`; arXiv
+      2501.11873 does so), P of this batch alone.
     axes: mesh axes of `over="mesh"`: sums f and P over them (three small psums).
     before: i32[E] choices of the earlier batches of the update.
 

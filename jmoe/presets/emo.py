@@ -22,7 +22,7 @@ def layer(
 ) -> MoEConfig:
   """An EMO layer.
 
-  Wang, Bhagia, Min 2026, arXiv 2605.06663, section 3 and the released model: 127 routed
+  Wang, Bhagia, Min 2026, arXiv 2605.06663, and the released model: 127 routed
   experts of width 1024, seven a token, weighed by the softmax within the document's
   pool, not divided by their sum; one shared expert as wide, of weight 1; pools of
   U{8..127} experts; balance over the global batch 0.1, z-loss 0.001 (from the released

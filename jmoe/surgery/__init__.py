@@ -40,6 +40,7 @@ from jmoe.surgery.frame import Block as Block
 from jmoe.surgery.frame import Layer as Layer
 from jmoe.surgery.frame import Model as Model
 from jmoe.surgery.frame import blocks as blocks
+from jmoe.surgery.frame import layer_configs as layer_configs
 from jmoe.surgery.frame import layers as layers
 from jmoe.surgery.frame import model_of as model_of
 from jmoe.surgery.frame import on_layers as on_layers

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jmoe.config import MoEConfig
 from jmoe.parallel.rules import letters
 from jmoe.surgery.frame import Layer, Model, on_layers
@@ -39,19 +41,19 @@ def cut(layer: Layer, experts: Sequence[int]) -> Layer:
     )
   if len(kept) == E:
     return layer
-  state = layer.state
+  state, index = layer.state, np.array(kept)  # no list: jax takes none as an index
   return Layer(
     cut_config(config, kept),
     {
-      part: tree if part in WHOLE else _taken(tree, kept, E, part)
+      part: tree if part in WHOLE else _taken(tree, index, E, part)
       for part, tree in layer.params.items()
     },
     State(
-      bias=None if state.bias is None else state.bias[kept],
-      gate=_taken(state.gate, kept, E, "state.gate"),
+      bias=None if state.bias is None else state.bias[index],
+      gate=_taken(state.gate, index, E, "state.gate"),
       # Hashed routing counts through what a token may use.
       table=None if state.table is None else state.table % len(kept),
-      counted=None if state.counted is None else 0 * state.counted[kept],
+      counted=None if state.counted is None else 0 * state.counted[index],
       batches=None if state.batches is None else 0 * state.batches,
     ),
   )
@@ -115,7 +117,7 @@ def cut_config(config: MoEConfig, experts: Sequence[int]) -> MoEConfig:
   return dataclasses.replace(config, **changed)
 
 
-def _taken(tree: Mapping[str, Any], kept: list[int], E: int, where: str) -> Any:
+def _taken(tree: Mapping[str, Any], kept: np.ndarray, E: int, where: str) -> Any:
   """Arrays of a part along their experts' dimension."""
   taken = {}
   for name, leaf in tree.items():

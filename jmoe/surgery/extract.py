@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jmoe.surgery.cut import cut, cut_model
-from jmoe.surgery.frame import Layer, Model, layers
+from jmoe.surgery.frame import Layer, Model, layer_configs
 from jmoe.surgery.receipt import Sample
 from jmoe.surgery.walk import Score, Seen, walk
 from jmoe.use import shown
@@ -26,7 +26,7 @@ class Extracted(NamedTuple):
 def mean_probability(seen: Seen) -> Array:
   """f32[E] sum over tokens of the routing probability: EMO's own score.
 
-  Wang, Bhagia, Min 2026, arXiv 2605.06663, section 4.
+  Wang, Bhagia, Min 2026, arXiv 2605.06663; the authors' code has the same sum.
   """
   keep_T1 = seen.valid_T[:, None]
   return jnp.sum(jnp.where(keep_T1, seen.plan.routing.probs, 0), axis=0)
@@ -110,7 +110,7 @@ def at_random(model: Model, *, keep: int | Sequence[int], seed: int) -> Extracte
   """
   counts = _counts(model, keep)
   random = np.random.Generator(np.random.PCG64(seed))
-  scores = [random.random(layer.config.num_experts) for layer in layers(model)]
+  scores = [random.random(ff.num_experts) for ff in layer_configs(model.config)]
   kept = [best(score_E, n) for score_E, n in zip(scores, counts, strict=True)]
   return Extracted(cut_model(model, kept), kept, scores)
 
@@ -122,7 +122,7 @@ def best(score_E: np.ndarray, count: int) -> list[int]:
 
 def _counts(model: Model, keep: int | Sequence[int]) -> list[int]:
   """Experts of each sparse layer."""
-  sizes = [layer.config.num_experts for layer in layers(model)]
+  sizes = [ff.num_experts for ff in layer_configs(model.config)]
   each = [keep] * len(sizes) if isinstance(keep, int) else list(keep)
   if len(each) != len(sizes):
     raise ValueError(

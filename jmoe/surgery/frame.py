@@ -163,6 +163,13 @@ def layers(model: Model) -> list[Layer]:
   return [block.layer for block in blocks(model) if block.sparse]
 
 
+def layer_configs(config: ModelConfig) -> list[MoEConfig]:
+  """The sparse layers of a model in order of depth, without their arrays."""
+  kinds = [kinds for kinds, repeat in config.segments for _ in range(repeat)]
+  found = [block.ff for block in itertools.chain(*kinds)]
+  return [ff for ff in found if isinstance(ff, MoEConfig)]
+
+
 def _outside(arrays: Mapping[str, Any]) -> Arrays:
   return {n: x for n, x in arrays.items() if not n.startswith("segments.")}
 

@@ -84,8 +84,7 @@ def walk(
   for depth, block in enumerate(blocks(model)):
     run = functools.partial(
       _run,
-      dict(block.params),
-      dict(block.state),
+      *jax.device_put((dict(block.params), dict(block.state))),  # once for all batches
       score=score if block.sparse else None,
       made=_blueprint(block.config, model.config.d_model, model.config.dtype),
     )
@@ -96,8 +95,7 @@ def walk(
       block = block.with_layer(change(len(sums) - 1, block.layer, sums[-1]))
       run = functools.partial(
         _run,
-        dict(block.params),
-        dict(block.state),
+        *jax.device_put((dict(block.params), dict(block.state))),
         score=None,
         made=_blueprint(block.config, model.config.d_model, model.config.dtype),
       )

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from jmoe import score, surgery, use
+from jmoe import balance, gates, score, surgery, use
 from jmoe.convert import emo
+from jmoe.experts import glu
 from tests import _cases
 from tests.surgery import cases
 from tests.tolerance import assert_close
@@ -179,6 +180,12 @@ def test_what_is_not_known_is_refused():
   refuses("left over", tie_word_embeddings=True)
   without = {k: TENSORS[k] for k in TENSORS if "lm" not in k}
   refuses("'lm_head.weight' is missing", without)
-  model = cases.model(cases.config(cases.layer(score=use(score.sigmoid))))
-  with pytest.raises(ValueError, match="score=sigmoid"):
-    emo.to_released(model)
+  for field, changed in (
+    ("score='sigmoid'", dict(score=use(score.sigmoid))),
+    ("state=", dict(balance=use(balance.update))),
+    ("shared=False", dict(shared=use(glu, d_ff=7))),
+    ("biases=", dict(gate=use(gates.linear, bias=True))),
+  ):
+    model = cases.model(cases.config(cases.layer(**changed)))
+    with pytest.raises(ValueError, match=field):
+      emo.to_released(model)

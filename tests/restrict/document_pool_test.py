@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 
 import chex
 import jax
@@ -16,7 +17,7 @@ from jmoe.contexts import flatten
 from jmoe.parallel import Rules, mesh
 from jmoe.types import Context
 from jmoe.use import use
-from tests import _cases as cases
+from tests import _cases as cases, jaxprs
 from tests.tolerance import assert_close
 
 B, S, D, E, K = 4, 16, 8, 8, 2
@@ -110,6 +111,21 @@ def test_documents_packed_together_have_the_pools_that_they_have_alone():
   )
   chosen = np.flatnonzero(np.asarray(alone)[0]).tolist()
   assert chosen == pools(select, least=3, most=3)[1]
+
+
+def test_no_array_is_of_documents_by_tokens():
+  rows, seq, experts_ = 4, 64, 4
+  T = rows * seq
+  context = flatten(Context(segment=jnp.ones((rows, seq), jnp.int32)), (rows, seq))
+
+  def pool(select, key):
+    return restrict.document_pool(
+      select, context, least=2, max_documents=8, key=key, train=True
+    )
+
+  made = jax.make_jaxpr(pool)(jnp.ones((T, experts_)), KEY)
+  sizes = [math.prod(array.shape) for array in jaxprs.arrays(made)]
+  assert max(sizes) == T * experts_ < rows * 8 * T
 
 
 def test_later_documents_of_a_row_share_the_pool_of_the_last():

@@ -89,6 +89,18 @@ def test_biases_of_selection_go_with_their_experts():
     np.testing.assert_array_equal(new.state.bias, old.state.bias[kept])
 
 
+def test_arrays_on_devices_are_cut_there():
+  model = cases.model(cases.config(cases.BALANCED))
+  there = model._replace(
+    **jax.tree.map(jnp.asarray, model._asdict() | {"config": None})
+  )
+  there = there._replace(config=model.config)
+  found, expected = (surgery.cut_model(m, [[0, 3], [1]]) for m in (there, model))
+  assert all(isinstance(x, jax.Array) for x in found.params.values())
+  chex.assert_trees_all_equal(dict(found.params), dict(expected.params))
+  chex.assert_trees_all_equal(dict(found.state), dict(expected.state))
+
+
 def test_layers_may_keep_different_numbers():
   model = cases.model(cases.config())
   found = surgery.at_random(model, keep=[1, 99], seed=3)

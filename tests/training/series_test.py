@@ -80,7 +80,7 @@ def test_arms_of_balance_change_the_loss_and_the_bias_alone():
     ("dag", "give the number of rounds"),
     ("dag=2-relu", "perhaps one of silu, sigmoid, ungated"),
     ("shared=0", "give the number of rounds"),
-    ("balance=lost", "give none, loss or bias"),
+    ("balance=lost", "give none, loss, bias or sequence"),
     ("steps=0", "give a share of the run's 12 steps"),
     ("steps=half", "give a share of the run's 12 steps"),
   ],
