@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jmoe
-from jmoe import experts, renormalise, routers, surgery
+from jmoe import aggregate, combine, experts, renormalise, routers, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.surgery import grow as growing, prune as pruning, upcycle as upcycling
 from jmoe.surgery.to_dense import to_dense
@@ -164,6 +164,16 @@ def test_scores_are_their_formulas():
   assert not reap[~some].any()
   counted = pruning.by_frequency(model, [SAMPLE, SAMPLE])[0]
   np.testing.assert_array_equal(counted, 2 * load)
+
+
+def test_layers_that_add_the_skip_connection_themselves_are_walked_too():
+  messages = use(aggregate.dag, d_message=3)
+  ff = cases.layer(combine=use(combine.stack), aggregate=messages)
+  model = cases.model(cases.config(ff))
+  module = model.module()
+  infos = jax.jit(lambda *each: module(*each)[1])(*SAMPLE)
+  counted = pruning.by_frequency(model, [SAMPLE])
+  np.testing.assert_array_equal(counted, infos[0].load)
 
 
 def test_the_best_are_kept_evenly_or_where_they_are():
