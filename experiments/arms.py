@@ -5,6 +5,11 @@ An arm is a name, or `name=value`:
   sparse        the run as it is
   dense         the dense model of equal active FLOPs
   experts=N     N experts of the same active FLOPs; one expert is a dense layer
+  finer=N       N times as many experts a token takes, and there are; each 1/N as wide
+  dag=L         DAG-MoE's L rounds of messages among a token's experts, SiLU edges;
+                dag=L-sigmoid  their edges sigmoid; dag=L-ungated  without edges
+  shared=L      a shared expert of as many parameters as dag=L has for its messages;
+                shared=L-flops  of as many FLOPs a token
   steps=F       the run as it is, planned to end after a share F of its steps
   balance=none  no balancing at all
   balance=loss  by the load-balance loss that the run has
@@ -19,10 +24,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
+
 from experiments.config import Run
-from jmoe import balance, losses, restrict
+from jmoe import aggregate, balance, combine, losses, restrict
 from jmoe.analysis import cost
 from jmoe.config import BlockConfig, Dense, ModelConfig, MoEConfig
+from jmoe.layer import param_shapes
 from jmoe.use import nearest, use
 
 _LOSS = "load_balance"
@@ -68,6 +76,86 @@ def _experts(run: Run, value: str | None) -> Run:
     )
 
   return dataclasses.replace(run, model=_layers(run.model, change))
+
+
+def _finer(run: Run, value: str | None) -> Run:
+  if value is None or not value.isdecimal() or not int(value):
+    raise ValueError(f"--arms finer={value}: give a whole number, >= 1.")
+  times = int(value)
+
+  def change(ff: MoEConfig) -> MoEConfig:
+    wide = ff.experts.get("d_ff")
+    if ff.k is None or wide % times:
+      raise ValueError(
+        f"--arms finer={value}: experts of width {wide} and k={ff.k} do not split "
+        f"into {value}; give a divisor of the width, and a router with a k."
+      )
+    return dataclasses.replace(
+      ff,
+      num_experts=ff.num_experts * times,
+      router=ff.router.replace(k=ff.k * times),
+      experts=ff.experts.replace(d_ff=wide // times),
+    )
+
+  return dataclasses.replace(run, model=_layers(run.model, change))
+
+
+_EDGES = {
+  "silu": dict(activation=jax.nn.silu),
+  "sigmoid": dict(activation=jax.nn.sigmoid),
+  "ungated": dict(gated=False),
+}
+
+
+def _dag(run: Run, value: str | None) -> Run:
+  rounds, edges = _rounds("dag", value, {"": "silu", **{name: name for name in _EDGES}})
+  model = _layers(run.model, lambda ff: _with_messages(ff, rounds, edges))
+  return dataclasses.replace(run, model=model)
+
+
+def _with_messages(ff: MoEConfig, rounds: int, edges: str) -> MoEConfig:
+  """A layer with messages a quarter as wide as tokens, as the paper's are."""
+  messages = use(
+    aggregate.dag,
+    d_message=max(1, ff.d_model // 4),
+    num_rounds=rounds,
+    **_EDGES[edges],
+  )
+  return dataclasses.replace(ff, combine=use(combine.stack), aggregate=messages)
+
+
+def _shared(run: Run, value: str | None) -> Run:
+  rounds, what = _rounds("shared", value, {"": "parameters", "flops": "flops"})
+
+  def change(ff: MoEConfig) -> MoEConfig:
+    if ff.shared is not None:
+      raise ValueError(
+        f"--arms shared={value}: the layers have a shared expert already."
+      )
+    messages = _with_messages(ff, rounds, "silu")
+    if what == "flops":
+      more = cost.feed_forward_flops(messages, ff.d_model)
+      more = (more - cost.feed_forward_flops(ff, ff.d_model)) / 2
+    else:
+      arrays = param_shapes(messages)["aggregate"]
+      more = sum(a.size for name, a in arrays.items() if name != "scale_LD")
+    matrices = getattr(ff.experts.function, "matrices", 3)
+    width = round(more / (matrices * ff.d_model))
+    return dataclasses.replace(ff, shared=ff.experts.replace(d_ff=max(1, width)))
+
+  return dataclasses.replace(run, model=_layers(run.model, change))
+
+
+def _rounds(name: str, value: str | None, kinds: dict[str, str]) -> tuple[int, str]:
+  """(rounds of messages, what comes after a hyphen by its full name)."""
+  number, _, kind = (value or "").partition("-")
+  if not number.isdecimal() or not int(number) or kind not in kinds:
+    known = ", ".join(kind for kind in kinds if kind)
+    raise ValueError(
+      f"--arms {name}={value}: give the number of rounds, >= 1, and perhaps one of "
+      f"{known} after a hyphen."
+    )
+  return int(number), kinds[kind]
 
 
 def _steps(run: Run, value: str | None) -> Run:
@@ -161,6 +249,9 @@ _ARMS: dict[str, Callable[[Run, str | None], Run]] = {
   "sparse": _sparse,
   "dense": _dense,
   "experts": _experts,
+  "finer": _finer,
+  "dag": _dag,
+  "shared": _shared,
   "steps": _steps,
   "balance": _balance,
   "pool": _pool,

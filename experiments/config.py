@@ -61,8 +61,8 @@ class Data:
 class Optim:
   """An optax chain; `role_factors` multiply the learning rate of a role (see `optim`).
 
-  `freeze` names what stays as it is: roles ("gate", "shared"), and experts by number
-  ("experts:0,3").
+  `freeze` names what stays as it is: roles ("gate", "shared"), experts by number
+  ("experts:0,3"), and what gates have for them ("columns:0,3").
   """
 
   learning_rate: float

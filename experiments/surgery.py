@@ -113,7 +113,8 @@ def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
   from experiments.whole import whole
   from jmoe import surgery
 
-  made = _run(name, source.run, outcome.model.config, arguments.set)
+  settings = [*outcome.settings, *arguments.set]
+  made = _run(name, source.run, outcome.model.config, settings)
   folder = epath.Path(arguments.out)
   job.check([(made, folder)])
   common = "workdir out step seed set cache".split()

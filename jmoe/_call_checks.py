@@ -110,6 +110,12 @@ def call(
   if residual is not None:
     _array("residual", residual, x.shape, jnp.floating)
     _read_by("residual", "aggregate", config.aggregate)
+  elif owns_skip(config):
+    raise ValueError(
+      f"residual=None, but aggregate={config.aggregate!r} adds the block's skip "
+      "connection itself; pass residual=..., shaped like x, and add nothing to the "
+      "output, or use residual='outer' there."
+    )
   if previous_logits is not None:
     _array("previous_logits", previous_logits, (T, E), jnp.floating)
     _read_by("previous_logits", "gate", config.gate)
@@ -118,6 +124,13 @@ def call(
   _axes(axes)
   _id_checks.call(config, context, forced, T)
   return context
+
+
+def owns_skip(config: Any) -> bool:
+  """Whether a layer's aggregation adds the block's skip connection itself."""
+  if config.aggregate is None:
+    return False
+  return fact(config.aggregate, "skips", lambda **_: False)(**config.aggregate.kwargs)
 
 
 def _read_by(name: str, stage: str, use: Use | None) -> None:

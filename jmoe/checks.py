@@ -21,6 +21,7 @@ from jmoe._call_checks import (
   call as call,
   flag as flag,
   layer_of as layer_of,
+  owns_skip as owns_skip,
   params as params,
   random_key as random_key,
 )

@@ -79,6 +79,10 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     gspmd: of a dispatch: True if XLA splits it over a mesh, outside `shard_map`.
     levels: of a priority: `(routing) -> int`, if it gives whole numbers, all of them
       from `1 - levels` to 0: queues are then sorted by one key.
+    skips: of an aggregation: `(**keywords) -> bool`, whether it adds `residual`, the
+      block's skip connection, itself; the block then must not.
+    macs: of an aggregation: `(k, d_model, **keywords) -> int`, multiplications of
+      matrix products for a token; each weight once if it does not say.
     fits: of a loss: `(config, **keywords) -> str | None`, a remedy if it does not fit.
   """
 

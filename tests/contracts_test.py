@@ -121,7 +121,7 @@ CAPACITY = {  # rule -> factor; values are those of the table in its docstring
 }  # fmt: skip
 RENORMALISE = {
   n: [use(getattr(renormalise, n))]
-  for n in ("never", "before_dropping", "after_dropping", "over_chosen")
+  for n in ("never", "before_dropping", "after_dropping", "over_chosen", "ones")
 }
 DISPATCH = {
   "sort": [use(dispatch.sort), use(dispatch.sort, block=8)],
@@ -143,7 +143,13 @@ EXPERTS = {
   ],
 }
 COMBINE = {n: [use(getattr(combine, n))] for n in ("weighted_sum", "stack")}
-AGGREGATE = {"per_task": [use(aggregate.per_task, num_tasks=3)]}
+AGGREGATE = {
+  "dag": [
+    use(aggregate.dag, d_message=4),
+    use(aggregate.dag, d_message=3, gated=False, residual="outer"),
+  ],
+  "per_task": [use(aggregate.per_task, num_tasks=3)],
+}
 JOIN = {n: [use(getattr(join, n))] for n in ("add", "sigmoid_gate", "blend")}
 LOSSES = {  # value when every expert has the same load and probability
   "load_balance": (use(losses.load_balance), 1.0),
@@ -462,7 +468,7 @@ def test_renormalised_weights_sum_to_the_scale(member):
   )
   counted = kept if member.name == "after_dropping" else np.asarray(routing.live)
   total = np.where(counted, after.routing.weight, 0).reshape(T, 3).sum(1)
-  if member.name != "never":
+  if member.name not in ("never", "ones"):
     some = counted.reshape(T, 3).any(1)
     assert_close(total[some], np.full(some.sum(), 2.5, np.float32))
     assert (total[~some] == 0).all()
@@ -599,9 +605,16 @@ def test_aggregations_of_equal_outputs_give_that_output(member):
   plan, _ = _plan(limited=False, k=E)
   params = member.init(KEY, d_model=D, num_experts=E, dtype=jnp.float32)
   same_TKD = jnp.broadcast_to(_x()[:, None], (T, E, D))
-  y = member(params, same_TKD, plan, _x())
-  assert_close(y, jnp.broadcast_to(_x()[:, None], y.shape))
-  grads = jax.grad(lambda p: jnp.sum(jnp.sin(member(p, same_TKD, plan, _x()))))(params)
+  # Weights of all experts sum to one; what is not to be added is zero.
+  nothing = jnp.zeros((T, D))
+  x = _x() if member.name == "per_task" else nothing
+  y = jax.jit(member)(params, same_TKD, plan, x, nothing)
+  valid_T1 = FULL.valid[:, None]
+  expected = _x() if member.name == "per_task" else jnp.where(valid_T1, _x(), 0)
+  assert_close(y, jnp.broadcast_to(
+    expected[:, None] if y.ndim == 3 else expected, y.shape))  # fmt: skip
+  total = lambda p: jnp.sum(jnp.sin(member(p, same_TKD, plan, _x(), _x())))  # noqa: E731
+  grads = jax.jit(jax.grad(total))(params)
   chex.assert_tree_all_finite(grads)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import jmoe
-from jmoe import Context, presets
+from jmoe import Context, checks, presets
 from jmoe.assign import capacity, priority, renormalise
 from jmoe.kernels import grouped_matmul
 from jmoe.layer import init_state, param_shapes
@@ -77,6 +77,7 @@ TABLE = {  # module.function: keywords of a tiny layer
   "moe_plus_plus.layer": SIZES,
   "hash_layers.layer": {**SIZES, "vocab_size": 11},
   "megablocks.layer": SIZES,
+  "dag_moe.layer": TOP_2,
   "emo.layer": {**TOP_2, "least": 3},
 }
 NO_GATE = ("mmoe.layer", "pangu_sigma.layer", "hash_layers.layer")
@@ -145,6 +146,7 @@ def run(name: str):
       state=state,
       key=key,
       train=True,
+      residual=x_TD if checks.owns_skip(config) else None,
       with_plan=True,
     )
     loss = jnp.sum(jnp.square(y)) + jmoe.total_loss(info, loss_weights(name))
@@ -272,6 +274,7 @@ CHECKS = {
   "qwen2_moe.layer": weights_are_probabilities_times(1.0),
   "llama_4.layer": weights_are_probabilities_times(1.0),
   "megablocks.layer": weights_are_probabilities_times(1.0),
+  "dag_moe.layer": weights_are_probabilities_times(1.0),
   "deepseek_v2.lite_layer": weights_are_probabilities_times(1.0),
   "deepseek_v2.layer": weights_are_probabilities_times(16.0),
   "deepseek_v3.layer": bias_moves_against_the_load,

@@ -20,6 +20,7 @@ class Outcome(NamedTuple):
   model: surgery.Model
   kept: Sequence[Any]  # as of `surgery.receipt`
   notes: Mapping[str, Any] = {}  # for the receipt, ready for JSON
+  settings: Sequence[str] = ()  # of the new run, as by `--set`, which goes after them
 
 
 class Source:

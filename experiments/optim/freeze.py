@@ -1,4 +1,4 @@
-"""What stays as it is: whole roles, and experts by number in every layer."""
+"""What stays as it is: whole roles, and experts or gate columns by number."""
 # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,15 @@ from jax import Array
 from experiments.optim import roles
 from jmoe.use import nearest
 
-_EXPERTS = "experts:"
+_EXPERTS, _COLUMNS = "experts:", "columns:"
+_ONE = {"experts": "expert", "columns": "column"}
 
 
 class Frozen(NamedTuple):
   """What `freeze` names, for one model."""
 
   names: frozenset[str]  # parameters that stay as a whole
-  members: dict[str, np.ndarray]  # bool[E, 1, ...] of others: the experts that stay
+  members: dict[str, np.ndarray]  # bool[E, 1, ...] of others: the ones that stay
 
   def without(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """The arrays that are trained, with zeros for frozen experts."""
@@ -42,7 +43,8 @@ def frozen(freeze: Sequence[str], params: Mapping[str, Any]) -> Frozen:
   """What `Optim.freeze` means for these parameters.
 
   Args:
-    freeze: roles, and "experts:0,3": experts by number, the same in every layer.
+    freeze: roles; "experts:0,3", experts by number, the same in every layer; and
+      "columns:0,3", what gates have for these experts.
     params: anything with a shape, by name.
 
   Raises:
@@ -51,11 +53,14 @@ def frozen(freeze: Sequence[str], params: Mapping[str, Any]) -> Frozen:
   present = {name: roles.role(name) for name in params}
   names: set[str] = set()
   numbers: set[int] = set()
+  columns: set[int] = set()
   for entry in freeze:
     if entry.startswith(_EXPERTS):
       numbers |= _numbers(entry)
+    elif entry.startswith(_COLUMNS):
+      columns |= _numbers(entry)
     elif entry not in roles.ROLES:
-      known = (*roles.ROLES, "experts:0,1")
+      known = (*roles.ROLES, "experts:0,1", "columns:0,1")
       raise ValueError(f"optim.freeze={entry!r}; {nearest(entry, known)}")
     elif entry not in present.values():
       raise ValueError(
@@ -64,16 +69,26 @@ def frozen(freeze: Sequence[str], params: Mapping[str, Any]) -> Frozen:
       )
     names |= {name for name, r in present.items() if r == entry}
   experts = _experts(params)
-  _check(numbers, experts)
+  gates = _gates(params)
+  _check("experts", numbers, experts)
+  _check("columns", columns, {name: range(size) for name, (size, _) in gates.items()})
   members: dict[str, np.ndarray] = {}
-  for name, inside in experts.items():
-    frozen_E = np.isin(inside, list(numbers))
-    if name not in names and frozen_E.any():
-      after = len(params[name].shape) - roles.stacked(name)
+  asked = {
+    name: (
+      np.isin(inside, list(numbers)),
+      len(params[name].shape) - roles.stacked(name),
+    )
+    for name, inside in experts.items()
+  }
+  asked |= {
+    name: (np.isin(np.arange(size), list(columns)), after)
+    for name, (size, after) in gates.items()
+  }
+  for name, (frozen_E, after) in asked.items():
+    if frozen_E.all():
+      names.add(name)
+    elif frozen_E.any() and name not in names:
       members[name] = frozen_E.reshape(-1, *[1] * after)
-      if frozen_E.all():
-        names.add(name)
-        del members[name]
   if names == set(params):
     raise ValueError(
       f"optim.freeze={tuple(freeze)} leaves nothing to train; name less."
@@ -82,10 +97,11 @@ def frozen(freeze: Sequence[str], params: Mapping[str, Any]) -> Frozen:
 
 
 def _numbers(entry: str) -> set[int]:
-  parts = entry.removeprefix(_EXPERTS).split(",")
+  kind, _, listed = entry.partition(":")
+  parts = listed.split(",")
   if not all(part.strip().isdecimal() for part in parts):
     raise ValueError(
-      f"optim.freeze={entry!r}; give the numbers of experts, as in 'experts:0,3'."
+      f"optim.freeze={entry!r}; give the numbers of experts, as in '{kind}:0,3'."
     )
   return {int(part) for part in parts}
 
@@ -107,18 +123,29 @@ def _experts(params: Mapping[str, Any]) -> dict[str, range]:
   return found
 
 
-def _check(numbers: set[int], experts: Mapping[str, range]) -> None:
+def _gates(params: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+  """Of what gates have for each expert: how many, and dimensions after that one."""
+  found: dict[str, tuple[int, int]] = {}
+  for name, param in params.items():
+    letters = name.rpartition("_")[2]
+    if ".gate." in name and roles.role(name) == "gate" and "E" in letters:
+      after = len(letters) - 1 - letters.index("E")
+      found[name] = param.shape[-1 - after], after
+  return found
+
+
+def _check(kind: str, numbers: set[int], experts: Mapping[str, range]) -> None:
   if numbers and not experts:
     raise ValueError(
-      "optim.freeze names experts, but no layer has any; leave them out."
+      f"optim.freeze names {kind}, but no layer has any; leave them out."
     )
   sizes: dict[str, int] = {}
   for name, inside in experts.items():
-    layer = name.partition(".experts.")[0]
+    layer = name.partition(".experts." if kind == "experts" else ".gate.")[0]
     sizes[layer] = max(sizes.get(layer, 0), inside.stop)
   for layer, size in sizes.items():
     if numbers and max(numbers) >= size:
       raise ValueError(
-        f"optim.freeze names expert {max(numbers)}, but {layer} has {size} with "
+        f"optim.freeze names {_ONE[kind]} {max(numbers)}, but {layer} has {size} with "
         f"parameters; give numbers of 0 to {size - 1}."
       )

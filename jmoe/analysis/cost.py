@@ -14,7 +14,7 @@ import jax
 
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, MoEConfig
 from jmoe.layer import param_shapes
-from jmoe.use import Use
+from jmoe.use import Use, fact
 
 
 class Parameters(NamedTuple):
@@ -79,9 +79,11 @@ def feed_forward_flops(ff: Dense | MoEConfig, d_model: int) -> float:
   flops = 2.0 * share * _matrices(shapes["experts"], ndim=3)
   flops += 2.0 * _matrices(shapes.get("gate", {}), ndim=2)
   flops += 2.0 * _matrices(shapes.get("shared", {}), ndim=3)
-  return flops + 2.0 * sum(
-    _matrices(shapes.get(part, {}), ndim=2) for part in ("join", "aggregate")
-  )
+  flops += 2.0 * _matrices(shapes.get("join", {}), ndim=2)
+  macs = None if ff.aggregate is None else fact(ff.aggregate, "macs")
+  if ff.aggregate is None or macs is None:
+    return flops + 2.0 * _matrices(shapes.get("aggregate", {}), ndim=2)
+  return flops + 2.0 * macs(ff.k, d_model, **ff.aggregate.kwargs)
 
 
 def experts_per_token(ff: MoEConfig) -> float:

@@ -1,7 +1,8 @@
 """What a token's weights sum to: `(plan) -> plan`, with weights made anew.
 
-After any of these but `never`, the weights that count sum to `routing.scale`.  With one
-choice a token that is a constant, so a configuration with a learned gate is refused.
+After any of these but `never` and `ones`, weights that count sum to `routing.scale`.
+With one choice a token that is a constant, so a configuration with a learned gate is
+refused.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -39,6 +40,14 @@ def _learns(config, weighed: int) -> None:
       f"renormalise={config.renormalise!r} with router={config.router!r}: one weight a "
       "token is then constant and the gate does not learn; use "
       "renormalise=use(renormalise.never)."
+    )
+
+
+def _check_ones(config) -> None:
+  if fact(config.gate, "init") and not fact(config.router, "fixed"):
+    raise ValueError(
+      f"renormalise=ones with gate={config.gate!r}: weights are constant and the gate "
+      "does not learn; use gates.keys, or another renormalise."
     )
 
 
@@ -102,3 +111,15 @@ def over_chosen(plan: Plan) -> Plan:
   live_TK = routing.live.reshape(chosen_TK.shape)
   share_TK = jax.nn.softmax(jnp.where(live_TK, chosen_TK, -1e30), axis=1)
   return _with_weight(plan, jnp.where(live_TK, share_TK, 0) * routing.scale)
+
+
+@marked(check=_check_ones)
+def ones(plan: Plan) -> Plan:
+  """Every choice weighs `scale`: scores select and do nothing else.
+
+  EMoE (arXiv 2310.10908), whose groups of hidden units together are the dense
+  feed-forward that they were cut from.
+  """
+  routing = plan.routing
+  weight_N = jnp.where(routing.live, routing.scale, 0).astype(routing.weight.dtype)
+  return _with_weight(plan, weight_N)

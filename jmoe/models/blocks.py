@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jmoe import config as configs
+from jmoe import checks, config as configs
 from jmoe.keeping import named
 from jmoe.models.attention import attention
 from jmoe.nnx import MoE
@@ -108,6 +108,7 @@ class Block(nnx.Module):
     self.sparse = isinstance(config.ff, configs.MoEConfig)
     if isinstance(config.ff, configs.MoEConfig):
       self.moe = MoE(config.ff, rngs=rngs)
+      self.skips = checks.owns_skip(config.ff)  # its aggregation adds x
       nnx.update(self.moe, _outputs_scaled(nnx.state(self.moe, nnx.Param), depth_scale))
     else:
       self.ff = FeedForward(config.ff, d_model, **kwargs)
@@ -147,9 +148,15 @@ class Block(nnx.Module):
     if not self.sparse:
       return x_BSD + self.ff(h_BSD), None
     y_BSD, info = self.moe(
-      h_BSD, context=context, key=key, train=train, forced=forced, with_plan=with_plan
+      h_BSD,
+      context=context,
+      key=key,
+      train=train,
+      residual=x_BSD if self.skips else None,
+      forced=forced,
+      with_plan=with_plan,
     )
-    return x_BSD + y_BSD, info
+    return y_BSD if self.skips else x_BSD + y_BSD, info
 
 
 def _outputs_scaled(params, scale: float):

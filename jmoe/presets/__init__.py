@@ -10,6 +10,7 @@ a preset with `dataclasses.replace`.
 from types import ModuleType
 from typing import Any
 
+from jmoe.presets import dag_moe as dag_moe
 from jmoe.presets import dbrx as dbrx
 from jmoe.presets import deepseek_v2 as deepseek_v2
 from jmoe.presets import deepseek_v3 as deepseek_v3

@@ -4,6 +4,14 @@ compose  models cut out of one, as one again
 cut      a layer or model with some of its experts
 extract  which experts: those that some text asks for, or at random
 frame    `Model`, `Block`, `Layer`: what operations take and give
+cluster  dense feed-forwards in groups of hidden units (EMoE)
+upcycle  dense feed-forwards copied into experts; experts copied (`expand`)
+prune    scores by which experts are chosen, REAP's among them
+merge    models averaged, their experts side by side, dense models as experts
+flex     experts trained apart beside a public model (FlexOlmo)
+grow     new experts beside those of a trained model
+to_dense one feed-forward of a layer's experts
+moments  an optimizer's state after an operation that takes or copies experts
 walk     a model run on calibration text, scored and changed layer by layer
 receipt  what was kept, parameters before and after, how far outputs moved
 
@@ -12,6 +20,12 @@ them on checkpoints.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+from jmoe.surgery import cluster as cluster
+from jmoe.surgery import flex as flex
+from jmoe.surgery import grow as grow
+from jmoe.surgery import merge as merge
+from jmoe.surgery import prune as prune
+from jmoe.surgery import upcycle as upcycle
 from jmoe.surgery.compose import compose as compose
 from jmoe.surgery.cut import cut as cut
 from jmoe.surgery.cut import cut_model as cut_model
@@ -31,9 +45,11 @@ from jmoe.surgery.frame import layers as layers
 from jmoe.surgery.frame import model_of as model_of
 from jmoe.surgery.frame import on_layers as on_layers
 from jmoe.surgery.frame import rebuilt as rebuilt
+from jmoe.surgery.moments import moments as moments
 from jmoe.surgery.receipt import Receipt as Receipt
 from jmoe.surgery.receipt import Sample as Sample
 from jmoe.surgery.receipt import moved as moved
 from jmoe.surgery.receipt import receipt as receipt
+from jmoe.surgery.to_dense import to_dense as to_dense
 from jmoe.surgery.walk import Seen as Seen
 from jmoe.surgery.walk import walk as walk

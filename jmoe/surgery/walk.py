@@ -159,7 +159,10 @@ def _run(
   if score is None:
     return block.feed(x_BSD, context)[0], None
   h_BSD = modules.normed(block.ff_norm, x_BSD)
-  y_BSD, info = block.moe(h_BSD, context=context, with_plan=True)
+  skip = x_BSD if block.skips else None  # the layer then adds it itself
+  y_BSD, info = block.moe(h_BSD, context=context, residual=skip, with_plan=True)
+  if skip is not None:
+    y_BSD -= skip
   D = x_BSD.shape[-1]
   h_TD, y_TD = h_BSD.reshape(-1, D), y_BSD.reshape(-1, D)
   flat = Context(valid=None if context.valid is None else context.valid.reshape(-1))

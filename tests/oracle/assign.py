@@ -8,7 +8,7 @@ import numpy as np
 from tests.oracle.routers import ranks
 from tests.oracle.scores import softmax
 
-RENORMALISE = ("never", "before_dropping", "after_dropping", "over_chosen")
+RENORMALISE = ("never", "before_dropping", "after_dropping", "over_chosen", "ones")
 
 
 def assign(
@@ -122,6 +122,7 @@ def renormalise(entries, kept, rule, scale=1.0, logits=None):
   before_dropping  scale * weight / the token's sum over them     of the live entries
   after_dropping   scale * weight / the token's sum over them     of the kept entries
   over_chosen      scale * softmax of the token's logits over     the live entries
+  ones             scale                                          of the live entries
   """
   if rule not in RENORMALISE:
     raise ValueError(rule)
@@ -140,7 +141,9 @@ def renormalise(entries, kept, rule, scale=1.0, logits=None):
     if not mine:
       continue
     parts = np.array([values[n] for n in mine])
-    if rule == "over_chosen":
+    if rule == "ones":
+      parts = np.ones(len(mine))
+    elif rule == "over_chosen":
       parts = softmax(parts)
     elif rule != "never":
       parts = parts / sum(parts) if sum(parts) else 0 * parts

@@ -107,10 +107,19 @@ def test_stacks_come_home_vector_by_vector(used):
     router=use(jmoe.routers.every_expert),
     dispatch=use(used),
   )
+  if used is not dispatch.all_gather:
+    given = dict(residual=jnp.cos(X))
+    config = dataclasses.replace(
+      config,
+      aggregate=use(aggregate.dag, d_message=3),
+      router=use(jmoe.routers.top_k, k=3),
+    )
+  else:
+    given = {}
   ids = jnp.zeros((B, S), jnp.int32)
   sort = dataclasses.replace(config, dispatch=use(dispatch.sort))
   context = Context(task_id=ids)
-  compare(config, "data=2,expert=4", alone=sort, context=context)
+  compare(config, "data=2,expert=4", alone=sort, context=context, **given)
 
 
 @pytest.mark.parametrize("explicit", [False, True])

@@ -71,3 +71,20 @@ def job(encoded):
       return data.batches(windows, batch=4, seq=32, seed=seed, num_workers=num_workers)
 
   return Job
+
+
+@pytest.fixture(scope="session")
+def trained(job, texts, encoded, tmp_path_factory):
+  """A folder like that of a run of `micro`, with a checkpoint of its first state."""
+  from etils import epath
+
+  from experiments import checkpoint, opening, workdir
+
+  folder = epath.Path(tmp_path_factory.mktemp("runs") / "micro")
+  workdir.claim(job.run, folder)
+  saved = checkpoint.Checkpoints(
+    folder / "checkpoints", opening.facts(job.run, texts, encoded)
+  )
+  saved.save(job.init(), opening.training_batches(job.run, encoded))
+  saved.close()
+  return folder

@@ -74,3 +74,18 @@ def test_experts_beside_free_ones_are_numbered_through():
   assert still[EXPERT + "constant_CD"].tolist() == [[False, True]]
   with pytest.raises(ValueError, match="has 5 with parameters; give numbers of 0 to 4"):
     optim.optimizer(plain(freeze=("experts:5",)), steps=9, params=params)
+
+
+def test_frozen_columns_of_gates_keep_every_bit():
+  params, grad = draw(SHAPES), draw(SHAPES, seed=1)
+  config = plain(freeze=("columns:1", "experts:0"))
+  optimizer = optim.optimizer(config, steps=9, params=params)
+  after, *_ = repeated(optimizer, params, grad, 3)
+  gates = [n for n in SHAPES if ".moe.gate." in n]
+  assert gates
+  for name in gates:
+    same = np.asarray(after[name]) == np.asarray(params[name])
+    assert same[..., 1].all() and not same[..., 0].any()
+  with pytest.raises(ValueError, match="names column 9, but .* has"):
+    config = plain(freeze=("columns:9",))
+    optim.optimizer(config, steps=9, params=params)

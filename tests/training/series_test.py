@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -23,9 +24,11 @@ def flops(run):
   return cost.flops_per_token(run.model, seq=run.data.seq)
 
 
-@pytest.mark.parametrize("name", ["dense", "experts=1", "experts=2", "experts=8"])
+@pytest.mark.parametrize(
+  "name", ["dense", "experts=1", "experts=2", "experts=8", "finer=2", "finer=4"]
+)
 def test_arms_have_the_active_flops_of_the_run(name):
-  gate = 2 * RUN.model.d_model * 8  # of the most experts; the rest is equal
+  gate = 2 * RUN.model.d_model * 16  # of the most experts; the rest is equal
   assert abs(flops(arms.arm(RUN, name)) - flops(RUN)) <= gate
 
 
@@ -33,6 +36,26 @@ def test_an_arm_of_experts_keeps_the_active_width():
   for number, k in ((1, 1), (2, 2), (8, 2)):
     (ff,) = sparse_layers(arms.arm(RUN, f"experts={number}").model)
     assert (ff.num_experts, ff.k, ff.experts.get("d_ff")) == (number, k, 32 // k)
+
+
+def test_arms_of_messages_and_what_they_are_compared_with():
+  rounds = arms.arm(RUN, "dag=2")
+  count, plain = (cost.parameters(r.model).total for r in (rounds, RUN))
+  equal = arms.arm(RUN, "shared=2")
+  norms = 2 * RUN.model.d_model  # of two rounds; a shared expert has none
+  assert cost.parameters(equal.model).total == count - norms > plain
+  alike = arms.arm(RUN, "shared=2-flops")
+  one = 2 * 3 * RUN.model.d_model  # of a width of one more
+  assert abs(flops(alike) - flops(rounds)) <= one / 2
+  assert flops(equal) < flops(alike)
+  edges = {
+    text: sparse_layers(arms.arm(RUN, f"dag={text}").model)[0].aggregate
+    for text in ("1", "2-silu", "2-sigmoid", "2-ungated")
+  }
+  assert edges["1"].get("num_rounds") == 1
+  assert edges["2-silu"] == sparse_layers(rounds.model)[0].aggregate
+  assert edges["2-sigmoid"].get("activation") is jax.nn.sigmoid
+  assert edges["2-ungated"].get("gated") is False
 
 
 def test_arms_of_balance_change_the_loss_and_the_bias_alone():
@@ -53,6 +76,10 @@ def test_arms_of_balance_change_the_loss_and_the_bias_alone():
     ("experts", "give the number of experts"),
     ("experts=0", "give the number of experts"),
     ("dense=3", "takes no value"),
+    ("finer=3", "do not split into 3"),
+    ("dag", "give the number of rounds"),
+    ("dag=2-relu", "perhaps one of silu, sigmoid, ungated"),
+    ("shared=0", "give the number of rounds"),
     ("balance=lost", "give none, loss, bias or sequence"),
     ("steps=0", "give a share of the run's 12 steps"),
     ("steps=half", "give a share of the run's 12 steps"),

@@ -8,26 +8,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import checkpoint, main, opening, recorded, surgery
+from experiments import checkpoint, main, recorded, surgery
 from experiments.errors import BadCheckpoint
 from experiments.operations._source import Source
 from jmoe import surgery as operations
 from tests import _cases
-
-
-@pytest.fixture(scope="module")
-def trained(job, texts, encoded, tmp_path_factory):
-  """A folder like that of a run, with a checkpoint of its first state."""
-  from experiments import workdir
-
-  folder = epath.Path(tmp_path_factory.mktemp("runs") / "micro")
-  workdir.claim(job.run, folder)
-  saved = checkpoint.Checkpoints(
-    folder / "checkpoints", opening.facts(job.run, texts, encoded)
-  )
-  saved.save(job.init(), opening.training_batches(job.run, encoded))
-  saved.close()
-  return folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,39 @@
+"""Dense feed-forwards cut into groups of hidden units, of which a token takes some.
+
+  python -m experiments.surgery cluster --workdir runs/dense --experts 64 --k 16 \
+      --blocks 10 --out runs/emoe
+
+EMoE (arXiv 2310.10908): input weights of hidden units are clustered into groups of one
+size; chosen groups weigh one.  --partition random is a control.  The receipt has where
+each hidden unit was.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+from typing import Any
+
+from experiments.operations._several import count, numbers
+
+
+def arguments(add: Any) -> None:
+  """Its own arguments."""
+  add("--experts", required=True, type=count, metavar="N")
+  add("--k", required=True, type=count, help="groups of a token")
+  add("--blocks", required=True, type=numbers, metavar="N,N,...", help="from 0")
+  add("--partition", choices=("keys", "random"), default="keys")
+
+
+def operate(source: Any, arguments: argparse.Namespace) -> Any:
+  """The model in groups."""
+  from experiments.operations._source import Outcome
+  from jmoe.surgery import cluster
+
+  made = cluster.cluster(
+    source.model,
+    num_experts=arguments.experts,
+    k=arguments.k,
+    blocks_changed=arguments.blocks,
+    seed=arguments.seed,
+    partition=arguments.partition,
+  )
+  return Outcome(made.model, [order_F.tolist() for order_F in made.orders])

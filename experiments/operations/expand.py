@@ -1,0 +1,38 @@
+"""Several copies of each expert, and as many times the choices.
+
+  python -m experiments.surgery expand --workdir runs/small --times 2 --out runs/wide
+
+Without --noise the new model says what the old one did.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+from typing import Any
+
+from experiments.operations._several import count
+
+
+def arguments(add: Any) -> None:
+  """Its own arguments."""
+  add("--times", required=True, type=count, metavar="M", help="copies of each expert")
+  add("--k", type=count, help="experts of a token; M times as many if not given")
+  add("--noise", type=float, default=0.0, help="share of the weights' deviation")
+
+
+def operate(source: Any, arguments: argparse.Namespace) -> Any:
+  """The wider model."""
+  from experiments.operations._source import Outcome
+  from jmoe.surgery import layers, upcycle
+
+  made = upcycle.expand(
+    source.model,
+    times=arguments.times,
+    k=arguments.k,
+    seed=arguments.seed,
+    noise=arguments.noise,
+  )
+  kept = [
+    [e // arguments.times for e in range(layer.config.num_experts)]
+    for layer in layers(made)
+  ]
+  return Outcome(made, kept)

@@ -1,0 +1,49 @@
+"""New experts beside those of a trained model, to learn text that it has not seen.
+
+  python -m experiments.surgery grow --workdir runs/twelve --new 2 --domain thirteenth \
+      --bias -2 --out runs/grown
+
+The new run trains its new experts and its gates alone (`optim.freeze`, which --set may
+change).  --domain: gate columns are the layer's mean input on training text of this
+domain, instead of being drawn.  --bias lowers the new experts' logits, so that what the
+model said before moves less.  --set data... says what to train on.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+from typing import Any
+
+from experiments.operations._several import calibration_rows, count
+
+
+def arguments(add: Any) -> None:
+  """Its own arguments."""
+  add("--new", required=True, type=count, metavar="N", help="experts a layer")
+  add("--domain", metavar="NAME", help="of the run's corpus")
+  add("--documents", type=count, default=16, metavar="N", help="of the domain")
+  add("--silent", action="store_true", help="with outputs of zero, instead of copies")
+  add("--bias", type=float, help="of the new experts' logits; none if not given")
+  add("--noise", type=float, default=0.0, help="share of the weights' deviation")
+
+
+def operate(source: Any, arguments: argparse.Namespace) -> Any:
+  """The larger model."""
+  from experiments.operations._source import Outcome
+  from jmoe.surgery import grow, layers
+
+  columns = None
+  if arguments.domain is not None:
+    rows = calibration_rows(source, arguments, arguments.domain)
+    columns = grow.inputs(source.model, rows)
+  made = grow.grow(
+    source.model,
+    arguments.new,
+    copied=not arguments.silent,
+    columns=columns,
+    bias=arguments.bias,
+    noise=arguments.noise,
+    seed=arguments.seed,
+  )
+  kept = [list(range(layer.config.num_experts)) for layer in layers(source.model)]
+  freeze = grow.freeze(source.model)
+  return Outcome(made, kept, {"freeze": freeze}, settings=(f"optim.freeze={freeze!r}",))

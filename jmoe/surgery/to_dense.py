@@ -1,0 +1,54 @@
+"""Experts made one dense feed-forward again."""
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import Any
+
+from jmoe.config import Dense
+from jmoe.surgery import dense
+from jmoe.surgery.columns import concatenated
+from jmoe.surgery.frame import Block, Model, blocks, rebuilt
+
+
+def to_dense(model: Model, *, how: str = "average") -> Model:
+  """A model without sparse layers.
+
+  What experts share comes back to the bit: an upcycled model that was not trained gives
+  its parent.  A shared expert of the layer is hidden width beside that of the others.
+
+  Args:
+    model: with experts that are glu or mlp without biases.
+    how: "average" of all experts, as wide as one; or "concatenate", all of them side by
+      side, what a layer gives that weighs each of them one.
+
+  Raises:
+    ValueError: another `how`, or experts that are no plain feed-forward.
+  """
+  if how not in ("average", "concatenate"):
+    raise ValueError(f"to_dense: how={how!r}; give 'average' or 'concatenate'.")
+  made = [_densified(b, how) if b.sparse else b for b in blocks(model)]
+  return rebuilt(model, made)
+
+
+def _densified(block: Block, how: str) -> Block:
+  config, params, _ = block.layer
+  stacked = dense.of_experts(config, params)
+  matrices: dict[str, Any] = {}
+  for name, x in stacked.items():
+    if how == "average":
+      # Around the first one, so that equal experts give exactly themselves.
+      matrices[name] = x[0] + (x - x[:1]).mean(0)
+    else:
+      matrices[name] = concatenated(list(x), 0 if name == "down" else 1)
+  if config.shared is not None:
+    if config.join.name != "add":
+      raise ValueError(
+        f"to_dense: join={config.join!r} weighs the shared expert by the token; only "
+        "join.add can be dense."
+      )
+    for name, x in dense.of_experts(config, params, "shared").items():
+      axis = 0 if name == "down" else 1
+      matrices[name] = concatenated([matrices[name], x[0]], axis)
+  width = matrices["up"].shape[1]
+  activation = config.experts.get("activation")
+  gated = "gate" in matrices
+  return dense.as_block(block, matrices, Dense(int(width), gated, activation))

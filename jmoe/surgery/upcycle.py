@@ -1,0 +1,209 @@
+"""Dense feed-forwards copied into experts: a model that begins as its parent."""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jmoe import dispatch, experts, gates, routers
+from jmoe.assign import renormalise
+from jmoe.config import Dense, MoEConfig
+from jmoe.surgery import dense
+from jmoe.surgery.columns import resized, take
+from jmoe.surgery.frame import Block, Layer, Model, blocks, on_layers, rebuilt
+from jmoe.use import shown, use
+
+_START = 0.02  # of a new gate, as the paper's
+
+
+def upcycle(
+  model: Model,
+  *,
+  num_experts: int,
+  k: int = 2,
+  seed: int = 0,
+  blocks_changed: Sequence[int] | None = None,
+  renormalised: bool = True,
+  granularity: int = 1,
+  noise: float = 0.0,
+  reinit: float = 0.0,
+  config: MoEConfig | None = None,
+) -> Model:
+  """A sparse model whose experts are copies of a dense one's feed-forwards.
+
+  Komatsuzaki et al. 2022, arXiv 2212.05055: every expert a copy, a new gate of standard
+  deviation 0.02, all else kept.  With renormalised weights and nothing drawn the new
+  model's outputs are the old one's; without, a feed-forward's is times the sum of a
+  token's weights.
+
+  `granularity` g cuts each copy into g slices of its hidden width, so that there are
+  `num_experts / g` copies (He et al. 2024, arXiv 2410.07524, virtual groups): slices of
+  a copy have equal gate columns, a token takes whole copies, and the weights, times g,
+  sum to g.
+
+  Args:
+    model: with dense blocks.
+    num_experts: E, a multiple of the granularity.
+    k: experts of a token, a multiple of the granularity.
+    seed: of what is drawn.
+    blocks_changed: numbers of blocks in order of depth; None: every dense one.
+    renormalised: weights of a token's experts sum to one.
+    granularity: g.
+    noise: added to each expert's matrices, as a share of their standard deviation.
+    reinit: share of each expert's hidden units that begin anew, other ones for each, by
+      a normal with mean and deviation of what was there (Drop-Upcycling, Nakamura et
+      al. 2025, arXiv 2502.19261).
+    config: what the layers are like beside experts, router and gate; None: dropless,
+      with jmoe's losses.
+
+  Raises:
+    ValueError: a block that is sparse, or numbers that do not divide.
+  """
+  g = granularity
+  if num_experts % g or k % g or not 0 < k <= num_experts:
+    raise ValueError(
+      f"upcycle: num_experts={num_experts} and k={k} with granularity={g}; give "
+      "multiples of it, k at most num_experts."
+    )
+  if noise < 0 or not 0 <= reinit <= 1:
+    raise ValueError(
+      f"upcycle: noise={noise} and reinit={reinit}; give a number >= 0, and a share."
+    )
+  parts = blocks(model)
+  chosen = [n for n, block in enumerate(parts) if not block.sparse]
+  if blocks_changed is not None:
+    chosen = list(blocks_changed)
+  wrong = [n for n in chosen if not 0 <= n < len(parts) or parts[n].sparse]
+  if wrong or not chosen:
+    raise ValueError(
+      f"upcycle: blocks_changed={shown(chosen)}; give numbers of dense blocks of the "
+      f"{len(parts)}."
+    )
+  random = np.random.default_rng(seed)
+  for n in chosen:
+    parts[n] = _upcycled(
+      parts[n], num_experts, k, random, renormalised, g, noise, reinit, config
+    )
+  return rebuilt(model, parts)
+
+
+def _upcycled(block: Block, E, k, random, renormalised, g, noise, reinit, config):
+  ff = block.config.ff
+  assert isinstance(ff, Dense)
+  matrices = dense.of_block(block)
+  d_model, width = matrices["up"].shape
+  if width % g:
+    raise ValueError(f"upcycle: d_ff={width} is no multiple of granularity={g}.")
+  # Expert e holds slice e % g of copy e // g.
+  slices = {
+    name: np.stack(
+      np.split(np.asarray(x), g, axis=0 if name == "down" else 1) * (E // g)
+    )
+    for name, x in matrices.items()
+  }
+  if reinit:
+    slices = _partly_new(slices, reinit, random)
+  if noise:
+    slices = {n: x + noise * _like(x, random) for n, x in slices.items()}
+  gate_DE = _START * random.standard_normal((d_model, E // g)).astype(np.float32)
+  params = {
+    "gate": {"kernel_DE": np.repeat(gate_DE, g, axis=1)},
+    "experts": dense.as_experts(slices),
+  }
+  expert = experts.glu if ff.gated else experts.mlp
+  made = dict(
+    d_model=d_model,
+    num_experts=E,
+    gate=use(gates.linear),
+    router=use(routers.top_k, k=k, scale=float(g)),
+    experts=use(expert, d_ff=width // g, activation=ff.activation),
+    renormalise=use(renormalise.before_dropping if renormalised else renormalise.never),
+  )
+  if config is None:
+    sparse = MoEConfig(dispatch=use(dispatch.sort), **made)  # type: ignore[arg-type]
+  else:
+    sparse = dataclasses.replace(config, **made)
+  return block.with_layer(Layer(sparse, params))
+
+
+def _like(x: np.ndarray, random: np.random.Generator) -> np.ndarray:
+  """Noise of the standard deviation of an array, expert by expert."""
+  drawn = random.standard_normal(x.shape).astype(x.dtype)
+  return drawn * x.std(axis=(1, 2), keepdims=True)
+
+
+def _partly_new(
+  slices: dict[str, np.ndarray], share: float, random: np.random.Generator
+) -> dict[str, np.ndarray]:
+  made = {name: x.copy() for name, x in slices.items()}
+  E, _, width = made["up"].shape
+  for e in range(E):
+    units = random.choice(width, round(share * width), replace=False)
+    for name, x in made.items():
+      at = (e, units) if name == "down" else (e, slice(None), units)
+      old = x[at]
+      if old.size:
+        drawn = random.standard_normal(old.shape) * old.std() + old.mean()
+        x[at] = drawn.astype(x.dtype)
+  return made
+
+
+def expand(
+  model: Model, *, times: int, k: int | None = None, seed: int = 0, noise: float = 0.0
+) -> Model:
+  """`times` as many experts, each with its copies, under equal gate columns.
+
+  With `k` times as large too a token takes all copies of what it took, each at an equal
+  share of its weight, so that without noise the outputs are the old ones.
+
+  Args:
+    model: with sparse layers; scores are a softmax, or weights are renormalised.
+    times: m, copies of each expert.
+    k: choices per token; None: m times as many.
+    seed: of the noise.
+    noise: added to the copies' matrices and to all gate columns, as a share of their
+      standard deviation; an expert itself stays as it is.
+
+  Raises:
+    ValueError: times or k that cannot be, or weights that would grow with the copies.
+  """
+  if times < 1 or noise < 0:
+    raise ValueError(f"expand: times={times}, noise={noise}; give >= 1 and >= 0.")
+  random = np.random.default_rng(seed)
+
+  def change(number: int, layer: Layer) -> Layer:
+    del number
+    config = layer.config
+    if config.score.name != "softmax" and config.renormalise.name == "never":
+      raise ValueError(
+        f"expand: score={config.score.name} without renormalised weights: copies would "
+        "add up; renormalise first."
+      )
+    E = config.num_experts
+    made = take(layer, np.repeat(np.arange(E), times).tolist())
+    made = made._replace(
+      config=resized(config, E * times, (config.k or 1) * times if k is None else k)
+    )
+    if not noise:
+      return made
+    new = np.arange(E * times) % times > 0  # not the first one of its copies
+    parts: dict[str, Any] = {
+      name: np.where(new[(...,) + (None,) * (x.ndim - 1)], _noisy(x, noise, random), x)
+      for name, x in ((n, np.asarray(x)) for n, x in made.params["experts"].items())
+    }
+    gate = {
+      name: _noisy(np.asarray(x), noise, random)
+      if "E" in name.rpartition("_")[2]
+      else x
+      for name, x in made.params["gate"].items()
+    }
+    return made._replace(params={**made.params, "experts": parts, "gate": gate})
+
+  return on_layers(model, change)
+
+
+def _noisy(x: np.ndarray, noise: float, random: np.random.Generator) -> np.ndarray:
+  drawn = random.standard_normal(x.shape).astype(x.dtype)
+  return (x + noise * x.std() * drawn).astype(x.dtype)

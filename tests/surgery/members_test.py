@@ -1,0 +1,191 @@
+"""Upcycling, pruning, back to dense: what each keeps to the bit, and their formulas."""
+# SPDX-License-Identifier: Apache-2.0
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmoe
+from jmoe import aggregate, combine, experts, renormalise, routers, surgery
+from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
+from jmoe.surgery import grow as growing, prune as pruning, upcycle as upcycling
+from jmoe.surgery.to_dense import to_dense
+from jmoe.use import use
+from tests import _cases, oracle
+from tests.surgery import cases
+from tests.tolerance import assert_close
+
+SAMPLE = cases.sample()
+VALID = np.asarray(SAMPLE.segment) > 0
+
+
+@pytest.fixture(autouse=True)
+def _compiled_quickly():
+  with _cases.quickly():
+    yield
+
+
+def logits(model):
+  return cases.logits(model, SAMPLE)[VALID]
+
+
+def expert_fn(params, e):
+  """Expert e, SwiGLU, as a function of one token."""
+  gate, up, down = (params[n][e] for n in ("gate_EDF", "up_EDF", "down_EFD"))
+  return oracle.glu(gate, up, down, oracle.silu)
+
+
+def dense_model(activation=jax.nn.silu):
+  block = BlockConfig(Attention(num_heads=2), Dense(6, activation=activation))
+  return cases.model(ModelConfig(cases.V, cases.D, (((block,), 2),), remat=False))
+
+
+PARENT = dense_model()
+
+
+@pytest.mark.parametrize(
+  "fields", [dict(num_experts=3), dict(num_experts=6, k=4, granularity=2)], ids=str
+)
+def test_upcycled_with_renormalised_weights_begins_as_its_parent(fields):
+  made = upcycling.upcycle(PARENT, **fields)
+  assert_close(logits(made), logits(PARENT))
+  if "granularity" not in fields:
+    back = to_dense(made)
+    assert back.config == PARENT.config
+    chex.assert_trees_all_equal(dict(back.params), dict(PARENT.params))
+
+
+def test_upcycled_without_is_the_parent_times_the_sum_of_weights():
+  made = upcycling.upcycle(
+    PARENT, num_experts=3, renormalised=False, blocks_changed=[1]
+  )
+  first, layer = surgery.blocks(made)[0], surgery.blocks(made)[1].layer
+  assert not first.sparse
+  x = np.random.default_rng(0).normal(size=(5, cases.D)).astype(np.float32)
+  y, _ = jmoe.moe(layer.params, jnp.asarray(x), layer.config)
+  probs = oracle.softmax(x @ np.asarray(layer.params["gate"]["kernel_DE"]))
+  weight = np.sort(probs, 1)[:, -2:].sum(1, keepdims=True)
+  one = expert_fn(layer.params["experts"], 0)
+  assert_close(y, weight * np.stack([one(row) for row in x]).astype(np.float32))
+
+
+def test_partial_reinitialisation_leaves_the_other_hidden_units():
+  made = upcycling.upcycle(PARENT, num_experts=3, reinit=0.5)
+  layer = surgery.layers(made)[0].params["experts"]
+  old = surgery.blocks(PARENT)[0].params["ff.up.kernel"]
+  same = np.all(layer["up_EDF"] == old, axis=1)  # bool[E,F]
+  np.testing.assert_array_equal(same.sum(1), [3, 3, 3])
+  assert len({tuple(row) for row in same}) > 1  # not the same ones in all
+  down = surgery.blocks(PARENT)[0].params["ff.down.kernel"]
+  np.testing.assert_array_equal(np.all(layer["down_EFD"] == down, axis=2), same)
+  gone = upcycling.upcycle(PARENT, num_experts=3, noise=0.1)
+  noisy = surgery.layers(gone)[0].params["experts"]["up_EDF"] - old
+  np.testing.assert_allclose(noisy.std() / old.std(), 0.1, rtol=0.25)
+
+
+def test_copies_of_experts_with_as_many_choices_change_nothing():
+  """Weights as they are: copies share a softmax; renormalised, they share more."""
+  ff = cases.layer(renormalise=use(renormalise.never))
+  model = cases.model(cases.config(ff))
+  made = upcycling.expand(model, times=2)
+  config = surgery.layers(made)[0].config
+  assert (config.num_experts, config.k) == (12, 4)
+  assert_close(logits(made), logits(model))
+  other = upcycling.expand(model, times=2, k=2, noise=0.1)
+  assert surgery.layers(other)[0].config.k == 2
+  kept = surgery.layers(other)[0].params["experts"]["up_EDF"][::2]
+  np.testing.assert_array_equal(
+    kept, surgery.layers(model)[0].params["experts"]["up_EDF"]
+  )
+
+
+MODEL = cases.model(cases.config(cases.BALANCED))
+
+
+def test_pruning_nothing_is_the_identity():
+  made = surgery.cut_model(MODEL, [range(cases.E)] * 2)
+  assert made.config == MODEL.config
+  chex.assert_trees_all_equal(dict(made.params), dict(MODEL.params))
+  chex.assert_trees_all_equal(dict(made.state), dict(MODEL.state))
+
+
+def test_scores_are_their_formulas():
+  """Nothing but the embedding reaches the first layer: NumPy knows its inputs."""
+  ff = cases.layer(shared=None, renormalise=use(renormalise.before_dropping))
+  model = cases.model(cases.config(ff))
+  silent = ("attention.out.kernel", "ff.down.kernel")
+  params = {n: 0 * x if n.endswith(silent) else x for n, x in model.params.items()}
+  model = model._replace(params=params)
+  layer = surgery.layers(model)[0]
+  x = params["embed.embedding"][np.asarray(SAMPLE.inputs)[VALID]].astype(np.float64)
+  x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
+  x = x * params["segments.1.0.ff_norm.scale"][0]
+  probs = oracle.softmax(x @ layer.params["gate"]["kernel_DE"])
+  fns = [expert_fn(layer.params["experts"], e) for e in range(cases.E)]
+  load, saliency = np.zeros(cases.E), np.zeros(cases.E)
+  for token, p in zip(x, probs, strict=True):
+    chosen = np.argsort(-p)[: cases.K]
+    for e in chosen:
+      load[e] += 1
+      saliency[e] += p[e] / p[chosen].sum() * np.linalg.norm(fns[e](token))
+  (mean_D, _) = growing.inputs(model, [SAMPLE, SAMPLE])
+  assert_close(mean_D.astype(np.float32), x.mean(0).astype(np.float32))
+  some = load > 0
+  reap = pruning.by_reap(model, [SAMPLE, SAMPLE])[0]
+  assert_close(reap[some].astype(np.float32), saliency[some] / load[some])
+  assert not reap[~some].any()
+  counted = pruning.by_frequency(model, [SAMPLE, SAMPLE])[0]
+  np.testing.assert_array_equal(counted, 2 * load)
+
+
+def test_layers_that_add_the_skip_connection_themselves_are_walked_too():
+  messages = use(aggregate.dag, d_message=3)
+  ff = cases.layer(combine=use(combine.stack), aggregate=messages)
+  model = cases.model(cases.config(ff))
+  module = model.module()
+  infos = jax.jit(lambda *each: module(*each)[1])(*SAMPLE)
+  counted = pruning.by_frequency(model, [SAMPLE])
+  np.testing.assert_array_equal(counted, infos[0].load)
+
+
+def test_the_best_are_kept_evenly_or_where_they_are():
+  scores = [np.array([3.0, 1, 2, 0]), np.array([0.0, 0, 9, 3])]
+  assert pruning.choose(scores, keep=2) == [[0, 2], [2, 3]]
+  uneven = pruning.choose(scores, keep=2, uniform=False)
+  # Means 1.5 and 3: 3/1.5 = 2, 9/3 = 3, 2/1.5 = 1.33, 3/3 = 1.
+  assert uneven == [[0, 2], [2, 3]]
+  uneven = pruning.choose([np.array([4.0, 3, 3]), np.array([9.0, 0, 0])], keep=2,
+                        uniform=False)  # fmt: skip
+  assert uneven == [[0, 1, 2], [0]]
+  with pytest.raises(ValueError, match="keep=5"):
+    pruning.choose(scores, keep=5)
+
+
+def test_side_by_side_experts_are_what_all_of_them_give():
+  ff = cases.layer(
+    experts=use(experts.glu, d_ff=3),
+    router=use(routers.top_k, k=cases.E, scale=float(cases.E)),
+    renormalise=use(renormalise.before_dropping),
+  )
+  model = cases.model(cases.config(ff))
+  even = {n: x * 0 if ".gate.kernel_DE" in n else x for n, x in model.params.items()}
+  model = model._replace(params=even)  # so that each expert's weight is one
+  made = to_dense(model, how="concatenate")
+  ff = surgery.blocks(made)[1].config.ff
+  assert isinstance(ff, Dense) and ff.d_ff == 3 * cases.E + 5
+  assert_close(logits(made), logits(model))
+
+
+def test_mistakes_are_named():
+  for call, message in (
+    (lambda: upcycling.upcycle(PARENT, num_experts=3, granularity=2), "granularity=2"),
+    (lambda: upcycling.upcycle(MODEL, num_experts=2, blocks_changed=[1]), "dense"),
+    (lambda: upcycling.upcycle(PARENT, num_experts=4, reinit=2), "reinit=2"),
+    (lambda: surgery.cut_model(MODEL, [[0, 0], [1]]), "must be distinct"),
+    (lambda: surgery.cut_model(MODEL, [[0, 6], [1]]), "in 0..5"),
+    (lambda: to_dense(MODEL, how="sum"), "how='sum'"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      call()

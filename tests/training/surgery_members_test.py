@@ -1,0 +1,119 @@
+"""Each operation on a checkpoint: its arguments, what it makes, and what trains on."""
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments import main, operations, recorded, state as states, surgery
+from experiments.errors import BadData
+from experiments.operations._source import Source
+from experiments.settings import with_settings
+from jmoe import surgery as pure
+from tests import _cases
+
+
+@pytest.fixture(scope="module")
+def source(trained, cache):
+  return Source(trained, cache)
+
+
+def operated(name, source, *own):
+  """What an operation makes, from its own arguments."""
+  operation = operations.load(name)
+  given = ["--workdir", str(source.folder), "--out", "unused"]
+  parsed = surgery._parser(name, operation).parse_args([*given, *own])
+  parsed.cache = source._cache
+  with _cases.quickly():
+    outcome = operation.operate(source, parsed)
+  # What its model needs is there, and the new run is one.
+  made = outcome.model
+  _, shapes = states.blueprint(made.config)
+  wanted = {name: x.shape for name, x in shapes.items()}
+  assert {name: x.shape for name, x in made.params.items()} == wanted
+  with_settings(source.run, [s for s in outcome.settings if "loss_weights" not in s])
+  json.dumps([outcome.kept, dict(outcome.notes)])
+  return outcome
+
+
+def layer(model):
+  (one,) = pure.layers(model)
+  return one
+
+
+def test_what_has_grown_trains_its_new_experts_alone(
+  trained, cache, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # the process keeps its own
+  out = tmp_path / "grown"
+  given = ["--workdir", str(trained), "--out", str(out), "--cache", str(cache)]
+  own = ["--new", "1", "--domain", "code", "--documents", "2", "--bias", "-1"]
+  assert surgery.main(["grow", *given, *own, "--set", "steps=3"]) == 0
+  assert json.loads((out / "receipt.json").read_text())["kept"] == [[0, 1, 2, 3]]
+  before = recorded.read(epath.Path(out))[2].params
+  assert main.main(["--workdir", str(out), "--cache", str(cache)]) == 0
+  after = recorded.read(epath.Path(out))[2].params
+  for name, old in before.items():
+    same = np.asarray(old) == np.asarray(after[name])
+    if ".experts." in name:
+      assert same[:, :4].all() and not same[:, 4:].all(), name
+    else:
+      assert same.all() == (".moe.gate." not in name), name
+
+
+def test_pruned_by_what_experts_do(source):
+  own = ["--keep", "3", "--domain", "code", "--documents", "2"]
+  for score in ("reap", "frequency", "random"):
+    made = operated("prune", source, *own, "--score", score)
+    assert layer(made.model).config.num_experts == 3 == len(made.kept[0])
+    assert len(made.notes["scores"][0]) == 4
+    worst = set(range(4)) - set(made.kept[0])
+    assert np.argmin(made.notes["scores"][0]) in worst
+
+
+def test_dense_again_upcycled_and_expanded(source):
+  made = operated("to_dense", source)
+  assert not pure.layers(made.model)
+  assert layer(operated("expand", source, "--times", "2").model).config.k == 4
+  dense = Source.__new__(Source)
+  dense.__dict__.update(source.__dict__, model=made.model)
+  up = operated("upcycle", dense, "--experts", "3", "--blocks", "1")
+  assert layer(up.model).config.num_experts == 3
+  groups = operated("cluster", dense, "--experts", "4", "--k", "2", "--blocks", "0")
+  assert sorted(groups.kept[0]) == list(range(32))
+  begun = operated("flex", dense, "--domain", "code", "--public-domain", "prose",
+                   "--documents", "2")  # fmt: skip
+  assert len(pure.layers(begun.model)) == 2
+  assert begun.settings[0].startswith("optim.freeze=('embedding'")
+
+
+def test_merged_with_another_run(source):
+  other = ["--with", str(source.folder)]
+  both = operated("merge", source, *other, "--how", "concatenate")
+  assert layer(both.model).config.num_experts == 8
+  assert both.kept[0][str(source.folder)]
+  mean = operated("merge", source, *other, "--how", "average")
+  for name, x in source.model.params.items():
+    np.testing.assert_array_equal(mean.model.params[name], x)
+  less = Source.__new__(Source)
+  less.__dict__.update(source.__dict__, model=both.model)
+  made = operated("flex", less, "--without", "7")
+  assert made.kept == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+  ("name", "own", "said"),
+  [
+    ("flex", [], "to begin, or --without"),
+    ("upcycle", ["--experts", "4"], "numbers of dense blocks|d_ff"),
+    ("prune", ["--keep", "9", "--score", "random"], "keep=9"),
+    ("grow", ["--new", "1", "--domain", "cod"], "did you mean 'code'"),
+  ],
+)
+def test_bad_input_is_named(source, name, own, said):
+  with pytest.raises((ValueError, BadData), match=said):
+    if name == "upcycle" and "--blocks" not in own:
+      own = [*own, "--blocks", "1"]
+    operated(name, source, *own)
