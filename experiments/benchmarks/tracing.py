@@ -95,10 +95,25 @@ def _table(compiled: Any, operands: list[Any], kept: int | None) -> list[list[An
   text = compiled.as_text()
   places = dict(re.findall(r"%?([\w.-]+) = [^\n]*?op_name=\"([^\"]*)\"", text))
   found = measured(compiled, operands, kept=kept)
-  return sorted(
-    (
+  return merged(
+    [
       [ms, count, name[:33], "/".join(places.get(name, "").split("/")[-4:])[-80:]]
       for name, (ms, count) in found.items()
-    ),
-    reverse=True,
+    ]
   )
+
+
+def merged(rows: list[list[Any]]) -> list[list[Any]]:
+  """One row for all operations of a kind and place, as layers have them; slowest first.
+
+  Args:
+    rows: [ms, times, operation, place] each; operations of a kind differ in a number
+      behind their name.
+  """
+  sums: dict[tuple[str, str], list[float]] = {}
+  for ms, count, name, where in rows:
+    total = sums.setdefault((re.sub(r"[.\d]+$", "", name), where), [0.0, 0.0])
+    total[0] += ms
+    total[1] += count
+  found = [[ms, count, *key] for key, (ms, count) in sums.items()]
+  return sorted(found, reverse=True)

@@ -101,7 +101,7 @@ def wide(tree):
     (dict(gated=False), jnp.float32),
     (dict(k=1), jnp.float32),
   ],
-  ids=str,
+  ids=["float32", "bfloat16", "outer", "ungated", "one"],
 )
 def test_equals_the_definition(fields, dtype):
   shape = {n: v for n, v in fields.items() if n in ("num_rounds", "gated", "k")}
