@@ -18,13 +18,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from experiments.batches import FEATURES, Batch
 from experiments.errors import BadData
 from experiments.tokens import Tokens
 
-Batch = dict[str, np.ndarray]  # i32[B,S] each: see `batches`
 _FEW = 1 << 10  # windows
 _LEAST = 1e-9  # of the tokens, for a domain
-_FEATURES = ("inputs", "targets", "scored", "domain")
 
 
 class Windows:
@@ -200,15 +199,6 @@ def _worker(parent: int, index: int, count: int) -> None:
   threading.Thread(target=watch, daemon=True).start()
 
 
-def shapes(batch: int, seq: int, models: int | None = None) -> dict[str, Any]:
-  """What `batches` gives, as shapes; of several models at once, a stack of them."""
-  import jax
-
-  lead = () if models is None else (models,)
-  shape = jax.ShapeDtypeStruct((*lead, batch, seq), np.int32)
-  return dict.fromkeys((*_FEATURES, "segment", "position"), shape)
-
-
 def shares(windows: Windows, temperature: float) -> np.ndarray:
   """f64[domains] part of the training tokens that is of each domain."""
   sizes = windows.tokens_by_domain.astype(np.float64)
@@ -280,13 +270,13 @@ def _packed(order: grain.MapDataset, *, batch: int, seq: int) -> grain.IterDatas
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   return grain.experimental.FirstFitPackIterDataset(
     order.to_iter_dataset(options),
-    length_struct=dict.fromkeys(_FEATURES, seq),
+    length_struct=dict.fromkeys(FEATURES, seq),
     num_packing_bins=4 * batch,
   )
 
 
 def _renamed(packed: Batch) -> Batch:
-  return {name: packed[name] for name in _FEATURES} | {
+  return {name: packed[name] for name in FEATURES} | {
     "segment": packed["inputs_segment_ids"],
     "position": packed["inputs_positions"],
   }

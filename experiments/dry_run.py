@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments import data, dataset, fitting, settings, tokens
+from experiments import batches, dataset, fitting, settings, tokens
 from experiments.config import Run
 from experiments.program import program
 from experiments.sitting import Options
@@ -92,7 +92,7 @@ def _by_domain(documents: Sequence[Any]) -> Mapping[int | None, tuple[int, int]]
 def _temporary(run: Run, made: Any, state: Any, over: Spread | None) -> int:
   """Bytes that a compiled step needs beside its state, on each device."""
   if over is None:
-    batch = data.shapes(run.data.batch, run.data.seq)
+    batch = batches.shapes(run.data.batch, run.data.seq)
     step = jax.jit(made.train_step, donate_argnums=0)
     compiled = step.lower(state, batch).compile()
   else:

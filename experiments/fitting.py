@@ -8,7 +8,7 @@ import math
 import jax
 import numpy as np
 
-from experiments import data
+from experiments import batches
 from experiments.config import Run, sparse_layers
 from experiments.errors import BadConfig
 from experiments.planning import mesh as planned
@@ -85,7 +85,7 @@ def _check(run: Run, spread: Spread) -> None:
           f"--mesh: {'*'.join(names)}={parts} does not divide {param.shape[dim]} of "
           f"{field}; use {remedy}."
         )
-  batch = data.shapes(run.data.batch, run.data.seq)
+  batch = batches.shapes(run.data.batch, run.data.seq)
 
   def forward(state, batch):
     model = made.blueprint.model(state.params, state.balance)

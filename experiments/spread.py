@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from experiments import data
+from experiments import batches
 from experiments.config import Run, sparse_layers
 from experiments.planning import sharding as by_name
 from experiments.program import Program
@@ -31,11 +31,12 @@ _EXCHANGED = {
   dispatch.sort: dispatch.ragged_all_to_all,
   dispatch.buckets: dispatch.all_to_all,
 }
+GATHER = "gather"  # matrices come to the tokens, and no row travels
 STRATEGIES = {
   name: function
   for name, function in vars(dispatch).items()
   if getattr(function, "exchanges", False) or getattr(function, "gspmd", False)
-}
+} | {GATHER: None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Spread:
     return dataclasses.replace(block, attention=attention, ff=ff)
 
   def _carrier(self, ff: MoEConfig) -> Any:
+    if self.strategy == GATHER:
+      return ff.dispatch
     function = STRATEGIES[self.strategy] if self.strategy else None
     if function is None and self.rules.axes("expert", self.sizes):
       function = _EXCHANGED.get(ff.dispatch.function)
@@ -131,7 +134,7 @@ class Spread:
     at = self._rows()
     return {
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
-      for name, x in data.shapes(run.data.batch, run.data.seq).items()
+      for name, x in batches.shapes(run.data.batch, run.data.seq).items()
     }
 
   def init(self, made: Program) -> TrainState:
@@ -166,7 +169,7 @@ class Spread:
     whole = NamedSharding(self.mesh, _WHOLE)
     return Step(self, jax.jit(made.eval_step, out_shardings=whole), None)
 
-  def put(self, batch: data.Batch, rows: "Rows | None" = None) -> dict[str, Any]:
+  def put(self, batch: batches.Batch, rows: "Rows | None" = None) -> dict[str, Any]:
     """A batch as global arrays, of which each device has its rows.
 
     Args:

@@ -20,7 +20,6 @@ from etils import epath
 
 from experiments import (
   checkpoint,
-  data,
   dataset,
   evaluate,
   loop,
@@ -30,6 +29,7 @@ from experiments import (
   tokens,
   workdir,
 )
+from experiments.batches import Batch, shapes
 from experiments.config import Run
 from experiments.program import Program, program
 from experiments.signals import Stop
@@ -43,7 +43,7 @@ class Reading:
 
   texts: dataset.Texts
   encoded: tokens.Encoded
-  held_out: Sequence[data.Batch]  # packed once for all of them
+  held_out: Sequence[Batch]  # packed once for all of them
 
 
 @dataclasses.dataclass
@@ -194,7 +194,7 @@ class _Together:
   def _compiled(self) -> Any:
     """The step of all seeds, and what it takes of memory."""
     of = self.first.run.data
-    batch = data.shapes(of.batch, of.seq, models=len(self.seeds))
+    batch = shapes(of.batch, of.seq, models=len(self.seeds))
     step = seeds.jitted(self.first.program.train_step)
     compiled = step.lower(self.state, batch).compile()
     found = compiled.memory_analysis()
@@ -209,7 +209,7 @@ class _Together:
         seed.checkpoints.save(one, seed.batches)
       self._summarise(n, loop.steps_of(state))
 
-  def _report(self, step: int, batch: data.Batch, values: Any, found: Any) -> None:
+  def _report(self, step: int, batch: Batch, values: Any, found: Any) -> None:
     values = jax.device_get(values)  # one transfer for all
     every = self.first.run.watch_every
     for n, report in enumerate(self.reports):
@@ -249,12 +249,12 @@ def _shared(folder: epath.Path) -> dict[str, Any]:
   return {name: found[name] for name in ("seeds_at_once", "memory") if name in found}
 
 
-class _Stacked(Iterator[data.Batch]):
+class _Stacked(Iterator[Batch]):
   """A batch of each of several iterators at a time, stacked."""
 
-  def __init__(self, batches: Sequence[Iterator[data.Batch]]):
+  def __init__(self, batches: Sequence[Iterator[Batch]]):
     self._batches = batches
 
-  def __next__(self) -> data.Batch:
+  def __next__(self) -> Batch:
     each = [next(batches) for batches in self._batches]
     return {name: np.stack([one[name] for one in each]) for name in each[0]}

@@ -15,13 +15,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import extras, program
-from experiments.planning import hlo, memory, sharded, step, work
+from experiments.planning import hlo, memory, step, work
 from experiments.planning.step import Question
 from experiments.planning.topology import Topology
+from experiments.spread import GATHER, STRATEGIES, Spread
+from jmoe import capacity
+from jmoe.config import BlockConfig, ModelConfig, MoEConfig
 from jmoe.kernels import devices
+from jmoe.use import fact, use
 
 _GIB = 2**30
-_FEATURES = ("inputs", "targets", "scored", "domain", "segment", "position")
+_NAMES = {"local": GATHER, "gather experts": GATHER}  # the planner's -> the job's
 
 
 class Compiled(NamedTuple):
@@ -59,10 +63,10 @@ def check(question: Question, strategy: str) -> None:
       f"--compile: attention is not written for context={question.mesh.context}; use "
       "other axes, or leave --compile out."
     )
-  if strategy not in sharded.STRATEGIES:
+  if strategy not in (known := {*_NAMES, *STRATEGIES}):
     raise ValueError(
       f"--compile: layers have no strategy {strategy!r}; use --strategy with one of "
-      f"{', '.join(sharded.STRATEGIES)}, or leave --compile out."
+      f"{', '.join(sorted(known))}, or leave --compile out."
     )
   extras.check("libtpu", "aot", needed_by="--compile")
 
@@ -146,22 +150,36 @@ def mesh_of(topology: Topology, sizes: dict[str, int]) -> Mesh:
 
 def lowered(run: Any, mesh: Mesh, strategy: str, factor: float = 1.25) -> Any:
   """The step of a run as its job makes it, on shapes with shardings."""
-  model = sharded.spread(run.model, strategy, factor)
+  spread = Spread(mesh, strategy=_NAMES.get(strategy, strategy))
+  model = spread.model(_limited(run.model, spread, factor))
   run = dataclasses.replace(run, model=model)
   made = program.program(run, byte_lengths=np.ones(1, np.int32), num_domains=1)
-  state = jax.eval_shape(made.init)
-  rows = sharded.rows(mesh)
-  shape = (run.data.batch, run.data.seq)
-  batch = {
-    name: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows) for name in _FEATURES
-  }
-  train_step = jax.jit(made.train_step, donate_argnums=0)
+  state = spread.shapes(jax.eval_shape(made.init))
   with (
     jax.numpy_dtype_promotion("standard"),  # as users have it; attention needs it
     devices.as_if("tpu"),
-    sharded.over(mesh),
   ):
-    return train_step.lower(sharded.placed(state, mesh), batch)
+    return spread.train_step(made).lower(state, spread.batch_shapes(run))
+
+
+def _limited(model: ModelConfig, spread: Spread, factor: float) -> ModelConfig:
+  """With a capacity, where a strategy of buckets meets layers without one."""
+  function = STRATEGIES[spread.strategy or GATHER]
+  if function is None or fact(use(function), "dropless") is not False:
+    return model
+
+  def one(block: BlockConfig) -> BlockConfig:
+    ff = block.ff
+    if not isinstance(ff, MoEConfig) or ff.capacity is not None:
+      return block
+    limit = use(capacity.by_factor, factor=factor)
+    limited = dataclasses.replace(
+      ff, capacity=limit, group_size="row", dispatch=use(function)
+    )
+    return dataclasses.replace(block, ff=limited)
+
+  segments = tuple((tuple(map(one, blocks)), n) for blocks, n in model.segments)
+  return dataclasses.replace(model, segments=segments)
 
 
 def _tokens(question: Question) -> int:

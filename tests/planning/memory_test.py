@@ -11,9 +11,11 @@ from jax.sharding import Mesh as Devices
 
 from experiments import configs, program
 from experiments.benchmarks.shapes import SHAPES
-from experiments.planning import memory, models, sharded, sharding, step, topology
+from experiments.config import sparse_layers
+from experiments.planning import memory, models, sharding, step, topology
 from experiments.planning.mesh import Mesh
 from experiments.settings import with_settings
+from experiments.spread import Spread
 from jmoe.kernels import devices
 from jmoe.presets import olmoe
 
@@ -40,7 +42,7 @@ def test_state_of_a_mesh_is_what_its_shardings_leave():
   sizes = Mesh(fsdp=4, expert=2).sizes
   devices = Devices(np.array(jax.devices()[:8]).reshape(4, 2), ("fsdp", "expert"))
   state = step.state_of(TINY)
-  placed = jax.tree.leaves(sharded.placed(state, devices))
+  placed = jax.tree.leaves(Spread(devices).shapes(state))
   expected = sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed
   )
@@ -53,10 +55,12 @@ def test_state_of_a_mesh_is_what_its_shardings_leave():
 def test_every_published_parameter_has_a_place():
   for name in models.published():
     run = models.load(name, rows=1)
+    experts = [ff.num_experts for ff in sparse_layers(run.model)]
+    sizes = Mesh(fsdp=8, expert=math.gcd(4, *experts), tensor=2).sizes
     for param, x in step.state_of(run).params.items():
-      spec = sharding.spec(param, x.shape, Mesh(fsdp=8, expert=4, tensor=2).sizes)
+      spec = sharding.spec(param, x.shape, sizes)
       for axis, size in zip(spec, x.shape):
-        assert axis is None or size % Mesh(fsdp=8, expert=4, tensor=2).sizes[axis] == 0
+        assert axis is None or size % sizes[axis] == 0
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
