@@ -56,8 +56,8 @@ def _learns(router: str | None, renormalise: str | None) -> bool:
   if router == "top_k 1":
     return renormalise in (None, "never")
   if router == "top_2 none":
-    return renormalise not in ("after_dropping", "over_chosen")
-  return True
+    return renormalise not in ("after_dropping", "over_chosen", "ones")
+  return renormalise != "ones" or router in (None, "hashed")
 
 
 def product(*names: str, **fixed: Any) -> Iterator[dict[str, Any]]:

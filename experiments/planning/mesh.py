@@ -65,9 +65,11 @@ def check(run: Run, mesh: Mesh) -> None:
   if mesh.tensor > 1:
     for what, size in _divided_by_tensor(run.model):
       if size % mesh.tensor:
+        padded = -(-size // mesh.tensor) * mesh.tensor
+        more = f", or --set model.{what}={padded}" if what == "vocab_size" else ""
         raise ValueError(
           f"--mesh tensor={mesh.tensor} does not divide {what}={size}; use "
-          f"{_near(size, mesh.tensor)}."
+          f"{_near(size, mesh.tensor)}{more}."
         )
   if run.model.d_model % mesh.fsdp:
     raise ValueError(

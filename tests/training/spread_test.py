@@ -196,7 +196,7 @@ HEADS = [
     (
       "tensor=4,fsdp=2",
       HEADS,
-      "tensor=4 does not divide 258 of model.vocab_size; use --set model.vocab_size=26",
+      "does not divide vocab_size=258; use 3 or 6, or --set model.vocab_size=260",
     ),
     ("data=2,expert=4", ["--strategy", "all_to_al"], "did you mean 'all_to_all'?"),
     ("expert=4,context=2", ["--strategy", "all_to_all"], "dispatch=all_to_all"),

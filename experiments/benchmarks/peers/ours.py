@@ -138,7 +138,7 @@ def operands(shape: Shape, dtype: Any = jnp.bfloat16) -> tuple[Any, Array]:
 # Name -> what gives this library's layer, or one that is made of ragged products.
 LAYERS = {
   "jmoe dropless": layer,
-  "jmoe dropless, in one piece": functools.partial(layer, pieces=1),
+  "jmoe dropless, one piece": functools.partial(layer, pieces=1),
   "jmoe capacity 1.25": functools.partial(layer, capacity_factor=1.25),
   "plain, jmoe.ragged_dot": functools.partial(plain, ragged_dot=jmoe.ragged_dot),
   "plain, jax.lax.ragged_dot": functools.partial(plain, ragged_dot=jax.lax.ragged_dot),
