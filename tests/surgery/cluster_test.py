@@ -11,18 +11,11 @@ import jmoe
 from jmoe import surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.surgery import cluster as clustering
-from tests import _cases
 from tests.surgery import cases
 from tests.tolerance import assert_close
 
 SAMPLE = cases.sample()
 VALID = np.asarray(SAMPLE.segment) > 0
-
-
-@pytest.fixture(autouse=True)
-def _compiled_quickly():
-  with _cases.quickly():
-    yield
 
 
 def model(gated):

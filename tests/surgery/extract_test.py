@@ -12,18 +12,11 @@ import pytest
 import jmoe
 from jmoe import Context, presets, restrict, surgery
 from jmoe.use import use
-from tests import _cases
 from tests.surgery import cases
 from tests.tolerance import assert_close
 
 SAMPLE = cases.sample()
 VALID = np.asarray(SAMPLE.segment) > 0
-
-
-@pytest.fixture(autouse=True)
-def _compiled_quickly():
-  with _cases.quickly():
-    yield
 
 
 def probs(model: surgery.Model) -> list[np.ndarray]:

@@ -10,14 +10,7 @@ import pytest
 
 from jmoe import surgery
 from jmoe.surgery import frame
-from tests import _cases
 from tests.surgery import cases
-
-
-@pytest.fixture(autouse=True)
-def _compiled_quickly():
-  with _cases.quickly():
-    yield
 
 
 def test_a_model_is_the_sum_of_its_blocks():

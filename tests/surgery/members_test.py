@@ -13,18 +13,12 @@ from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.surgery import grow as growing, prune as pruning, upcycle as upcycling
 from jmoe.surgery.to_dense import to_dense
 from jmoe.use import use
-from tests import _cases, oracle
+from tests import oracle
 from tests.surgery import cases
 from tests.tolerance import assert_close
 
 SAMPLE = cases.sample()
 VALID = np.asarray(SAMPLE.segment) > 0
-
-
-@pytest.fixture(autouse=True)
-def _compiled_quickly():
-  with _cases.quickly():
-    yield
 
 
 def logits(model):

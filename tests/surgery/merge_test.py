@@ -15,7 +15,6 @@ from jmoe.parallel import mesh as meshes
 from jmoe.surgery import flex, merge, upcycle
 from jmoe.surgery.grow import freeze, grow, inputs
 from jmoe.use import use
-from tests import _cases
 from tests.surgery import cases
 from tests.tolerance import assert_close
 
@@ -35,12 +34,6 @@ DENSE = cases.model(
     remat=False,
   )
 )
-
-
-@pytest.fixture(autouse=True)
-def _compiled_quickly():
-  with _cases.quickly():
-    yield
 
 
 def logits(model):
