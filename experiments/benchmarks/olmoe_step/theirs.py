@@ -159,8 +159,14 @@ def _choose_experts(model: Any, name: str) -> None:
 
 
 def _sonic() -> Any:
-  """Experts by the package `sonicmoe`, in the form that transformers calls."""
+  """Experts by the package `sonicmoe`, in the form that transformers calls.
+
+  Tiles are those found for these experts: searching them anew takes ten minutes.
+  """
+  from experiments.benchmarks.peers import sonic
+
   torch = _module("torch")
+  sonic.give_tiles("olmoe")
   activation = _module("sonicmoe.enums").ActivationType.SWIGLU
   experts = _module("sonicmoe.functional").moe_general_routing_inputs
 

@@ -135,9 +135,14 @@ def _layer(given: Operands) -> Layer:
   return Layer(call, in_turns=True)
 
 
+def give_tiles(name: str) -> None:
+  """Has sonic-moe take the tiles that were found for experts of this name."""
+  _put(Chosen, SHAPES[name], sonic_tiles.TILES[name])
+
+
 def layer(given: Operands) -> Layer:
   (name,) = (n for n, shape in SHAPES.items() if shape == given.shape)
-  _put(Chosen, given.shape, sonic_tiles.TILES[name])
+  give_tiles(name)
   return _layer(given)
 
 
