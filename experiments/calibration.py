@@ -21,26 +21,36 @@ def number(domains: tuple[str, ...], name: str, argument: str = "--domain") -> i
   return domains.index(name)
 
 
+def drawn(some: Tokens, domain: int, *, seed: int) -> np.ndarray:
+  """i64[n] numbers of a domain's documents, in an order drawn from the seed."""
+  (own,) = np.nonzero(np.asarray(some.domain) == domain)
+  bits = np.random.PCG64([seed, domain]).random_raw(len(own))
+  return own[np.argsort(bits, kind="stable")]
+
+
+def part(some: Tokens, numbers: np.ndarray) -> Tokens:
+  """The documents of these numbers, in this order."""
+  begins = np.concatenate([[0], some.ends[:-1]])
+  pieces = [some.tokens[begins[n] : some.ends[n]] for n in numbers]
+  ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+  return Tokens(
+    np.concatenate(pieces), ends, some.domain[numbers], some.unscored[numbers]
+  )
+
+
 def documents(some: Tokens, domain: int, count: int, *, seed: int) -> Tokens:
   """Documents of a domain, in an order drawn from the seed; fewer are part of more.
 
   Raises:
     BadData: the domain has not as many.
   """
-  (own,) = np.nonzero(np.asarray(some.domain) == domain)
+  own = drawn(some, domain, seed=seed)
   if len(own) < count:
     raise BadData(
       f"--documents {count}: the domain has {len(own)} in training; give as many or "
       "fewer."
     )
-  bits = np.random.PCG64([seed, domain]).random_raw(len(own))
-  chosen = own[np.argsort(bits, kind="stable")[:count]]
-  begins = np.concatenate([[0], some.ends[:-1]])
-  pieces = [some.tokens[begins[n] : some.ends[n]] for n in chosen]
-  ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-  return Tokens(
-    np.concatenate(pieces), ends, some.domain[chosen], some.unscored[chosen]
-  )
+  return part(some, own[:count])
 
 
 def samples(

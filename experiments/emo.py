@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--documents", default="1,5,50", type=_counts, help="for calibration")
   add("--draws", default=3, type=int, help="random choices of experts; 3 if not given")
   add("--domains", help="separated by commas; all if not given")
+  add("--most", type=_bytes, help="of held-out text of a domain; all if not given")
   add("--results", type=Path, help="folder of claims; none are written if not given")
   add("--name", default="emo", help="of the claims; emo if not given")
   add("--plot", type=Path, metavar="FILE", help="bits by domain: .svg, .png or .pdf")
@@ -115,7 +116,7 @@ def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
           draws=arguments.draws,
         )
       )
-      work = extraction.Extraction(source, seed=arguments.seed)
+      work = extraction.Extraction(source, seed=arguments.seed, most=arguments.most)
       print(
         f"{folder}: {source.run.name}, seed {source.run.seed}, "
         f"{len(set(wanted) - set(work.done))} of {len(wanted)} cases to do",
@@ -234,6 +235,12 @@ def _shares(text: str) -> tuple[float, ...]:
   if not all(0 < share <= 1 for share in found):
     raise argparse.ArgumentTypeError(f"{text!r} are not shares over 0, up to 1")
   return found
+
+
+def _bytes(text: str) -> int:
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, as 131072")
+  return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

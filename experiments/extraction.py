@@ -60,10 +60,12 @@ class Extraction:
   Args:
     source: the run.
     seed: of the documents that are drawn for calibration.
+    most: bytes of held-out text of a domain, in whole documents drawn from the seed,
+      but at least one; None: all there is.
   """
 
-  def __init__(self, source: Source, *, seed: int = 0):
-    self.source, self._seed = source, seed
+  def __init__(self, source: Source, *, seed: int = 0, most: int | None = None):
+    self.source, self._seed, self._most = source, seed, most
     self._path = source.folder / FILE
     params, state = dict(source.model.params), dict(source.model.state)
     self._model = source.model._replace(  # there once, for all cases
@@ -72,13 +74,11 @@ class Extraction:
     self._samples = functools.lru_cache(maxsize=4)(self._read_samples)
     self._held_out = functools.lru_cache(maxsize=1)(self._read_held_out)
     self.done: dict[Case, float] = {}
-    self._records = [
-      record
-      for record in metrics.kept(self._path, source.step)
-      if record["step"] == source.step and record.get("seed") == seed
-    ]
+    self._records = metrics.kept(self._path, source.step)
     for record in self._records:
-      self.done[Case(*(record[name] for name in Case._fields))] = record["bits"]
+      same = record.get("seed") == seed and record.get("most") == most
+      if same and record["step"] == source.step:
+        self.done[Case(*(record[name] for name in Case._fields))] = record["bits"]
 
   def measure(self, wanted: Sequence[Case], stop: Any = None) -> dict[Case, float]:
     """Bits per byte of all cases that are wanted, those done before included.
@@ -100,8 +100,8 @@ class Extraction:
           stop.check(self.source.step)
         found, bits = self._one(case)
         self.done[case] = bits
-        about = {"step": self.source.step, "seed": self._seed, **case._asdict()}
-        lines.add(about | {"bits": bits, "kept": found.kept})
+        about = {"step": self.source.step, "seed": self._seed, "most": self._most}
+        lines.add({**about, **case._asdict(), "bits": bits, "kept": found.kept})
     finally:
       lines.close()
     return {case: self.done[case] for case in wanted}
@@ -135,13 +135,26 @@ class Extraction:
   def _read_held_out(self, number: int) -> tuple[list[data.Batch], int]:
     """Batches of a domain's held-out documents, and their bytes."""
     of, source = self.source.run.data, self.source
-    windows = data.Windows(source.encoded.held_out, seq=of.seq, context=of.eval_context)
-    batches = list(data.one_pass(windows.of(number), batch=of.batch, seq=of.seq))
-    sizes = evaluate.domain_sizes(source.texts.held_out, source.texts.domains)
-    name = source.texts.domains[number]
-    if not batches:
+    held_out, texts = source.encoded.held_out, source.texts
+    own = calibration.drawn(held_out, number, seed=self._seed)
+    if not len(own):
+      name = texts.domains[number]
       raise BadData(f"--domains {name}: no document of it is held out; leave it out.")
-    return batches, sizes[name]
+    sizes = np.array(
+      [
+        evaluate.domain_sizes([texts.held_out[int(n)]], texts.domains)["all"]
+        for n in own
+      ]
+    )
+    if self._most is not None:
+      count = max(1, int((np.cumsum(sizes) <= self._most).sum()))
+      own, sizes = own[:count], sizes[:count]
+    own.sort()  # as they are in an evaluation of all domains
+    windows = data.Windows(
+      calibration.part(held_out, own), seq=of.seq, context=of.eval_context
+    )
+    batches = list(data.one_pass(windows, batch=of.batch, seq=of.seq))
+    return batches, int(sizes.sum())
 
   def _eval_step(self, model: ModelConfig) -> Any:
     run = self.source.run

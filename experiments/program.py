@@ -20,9 +20,23 @@ class Program(NamedTuple):
 
   blueprint: states.Blueprint
   optimizer: optim.Optimizer
-  init: Callable[[], states.TrainState]  # the state before the first step
+  key: np.ndarray  # u32[2] data of the key that parameters are drawn with
+  start: Callable[[Any], states.TrainState]  # (key)
   train_step: Callable[[Any, Any], Any]  # (state, batch); donate the state
   eval_step: Callable[[Any, Any, Any], Any]  # (params, balance, batch)
+
+  def init(self) -> states.TrainState:
+    """The state before the first step."""
+    return self.start(self.key)
+
+  def of_seed(self, seed: int) -> "Program":
+    """The same of another seed, with nothing to be compiled anew."""
+    return self._replace(key=_key(seed))
+
+
+def _key(seed: int) -> np.ndarray:
+  # On the host, from where every device of every process takes it.
+  return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def program(
@@ -51,10 +65,9 @@ def program(
   return Program(
     blueprint,
     optimizer,
-    init=functools.partial(
+    key=_key(run.seed),
+    start=functools.partial(
       states.init_state,
-      # On the host, from where every device of every process takes it.
-      np.asarray(jax.random.key_data(jax.random.key(run.seed))),
       config=model,
       optimizer=optimizer,
       param_dtype=run.param_dtype,

@@ -4,7 +4,8 @@
       --seeds 0,1,2 --out runs/series
 
 The seeds of an arm are one program: their states are stacked and the step is vmapped;
-`--together N` for no more than N of them, where they do not fit.  Seed n draws its
+`--together N` for no more than N of them, where they do not fit.  `--ahead N` compiles
+all arms before the first is trained, N at a time.  Seed n draws its
 parameters and the order of its data from n, so that all arms see the same batches.
 Each seed leaves a folder OUT/ARM/seed-n like that of a single run, with checkpoints;
 what is finished there is not trained again, what was stopped goes on where it was, so a
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--against", help="the arm that the others are compared with; default: the last")
   add("--seeds", default="0,1,2", help="separated by commas")
   add("--together", type=int, default=0, metavar="N", help="seeds a program; 0: all")
+  add("--ahead", type=int, default=0, metavar="N", help="arms compiled at a time")
   add("--out", required=True, help="folder of the series")
   add("--no-checkpoints", action="store_true", help="what is stopped begins anew")
   add("--set", action="append", default=[], metavar="PATH=VALUE")
@@ -99,6 +101,8 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
     ) from None
   if arguments.together < 0:
     raise ValueError(f"--together {arguments.together}: give a number of seeds, or 0.")
+  if arguments.ahead < 0:
+    raise ValueError(f"--ahead {arguments.ahead}: give a number of arms, or 0.")
   if twice := [text for text in seeds if seeds.count(text) > 1]:
     raise ValueError(f"--seeds {arguments.seeds}: {twice[0]} is given twice.")
   out = workdir.opened(arguments.out, "--out")
@@ -140,26 +144,19 @@ def _run(found: list[Arm], arguments: argparse.Namespace, argv: list[str]) -> No
   held_out = list(opening.held_out_batches(first, encoded))
   reading = together.Reading(texts, encoded, held_out)
   command = ["python", "-m", "experiments.series", *argv]
+  missing = _missing(found, arguments.together)
   with Stop() as stop:
-    for arm in found:
-      missing = [
-        (run, folder)
-        for run, folder in zip(arm.runs, arm.folders, strict=True)
-        if not _finished(folder)
-      ]
-      if not missing:
-        print(f"{arm.name}: finished before", file=sys.stderr)
-      size = arguments.together or len(missing)
-      for begin in range(0, len(missing), size or 1):
-        runs, folders = zip(*missing[begin : begin + size], strict=True)
-        together.finish(
-          runs,
-          folders,
-          reading,
-          command=command,
-          stop=stop,
-          saved=not arguments.no_checkpoints,
-        )
+    ahead = _ahead(missing, reading, arguments.ahead)
+    for runs, folders in missing:
+      together.finish(
+        runs,
+        folders,
+        reading,
+        command=command,
+        stop=stop,
+        saved=not arguments.no_checkpoints,
+        ahead=ahead,
+      )
   against = arguments.against or found[-1].name
   measured = claims.measured(found, against)
   claims.show(measured)
@@ -172,6 +169,37 @@ def _run(found: list[Arm], arguments: argparse.Namespace, argv: list[str]) -> No
       name=arguments.name or arguments.config,
       command=functools.partial(_command, arguments, against),
     )
+
+
+def _missing(found: list[Arm], together: int) -> list[tuple[Any, Any]]:
+  """(runs, folders) of what is not finished, `together` at a time, or 0: all."""
+  parts = []
+  for arm in found:
+    missing = [
+      (run, folder)
+      for run, folder in zip(arm.runs, arm.folders, strict=True)
+      if not _finished(folder)
+    ]
+    if not missing:
+      print(f"{arm.name}: finished before", file=sys.stderr)
+    size = together or len(missing)
+    for begin in range(0, len(missing), size or 1):
+      parts.append(tuple(zip(*missing[begin : begin + size], strict=True)))
+  return parts
+
+
+def _ahead(missing: list[tuple[Any, Any]], reading: Any, workers: int) -> Any:
+  """The steps of what is missing, compiled `workers` at a time; 0: none."""
+  from experiments import compiling, together
+
+  if not workers:
+    return compiling.Ahead()
+  print(f"compiling {len(missing)} programs, {workers} at a time", file=sys.stderr)
+  wanted = [
+    compiling.Wanted(runs[0], together.program_of(runs[0], reading), len(runs))
+    for runs, _ in missing
+  ]
+  return compiling.Ahead(wanted, workers)
 
 
 def _command(arguments: argparse.Namespace, against: str, arm: str) -> str:

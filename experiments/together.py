@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from experiments import (
   tokens,
   workdir,
 )
-from experiments.batches import Batch, shapes
+from experiments.batches import Batch
+from experiments.compiling import Ahead, Steps, Wanted
 from experiments.config import Run
 from experiments.program import Program, program
 from experiments.signals import Stop
@@ -66,6 +67,7 @@ def finish(
   command: Sequence[str],
   stop: Stop,
   saved: bool = True,
+  ahead: Ahead | None = None,
 ) -> None:
   """Trains what is missing of some runs, evaluates, and writes their folders.
 
@@ -79,14 +81,17 @@ def finish(
     command: that was typed.
     stop: asked between two steps.
     saved: whether checkpoints are written.
+    ahead: steps that may be compiled already.
 
   Raises:
     BadCheckpoint, BadConfig, Diverged, Stopped: see there.
   """
+  ahead = Ahead() if ahead is None else ahead
+  first = program_of(runs[0], reading)
   with contextlib.ExitStack() as kept:
     found = []
     for run, folder in zip(runs, folders, strict=True):
-      made = _program(run, reading)
+      made = first.of_seed(run.seed)
       begun = (folder / "config.json").exists()
       # It may be refused, before the folder is this run's.
       state = None if begun else opening.started(run, made, reading.encoded)
@@ -96,7 +101,7 @@ def finish(
       kept.callback(found[-1].checkpoints.close)
     found.sort(key=_done, reverse=True)
     for _, equal in itertools.groupby(found, _done):
-      _Together(list(equal), reading, command, stop, saved).finish()
+      _Together(list(equal), reading, command, stop, saved, ahead).finish()
 
 
 def _done(seed: _Seed) -> int:
@@ -104,7 +109,8 @@ def _done(seed: _Seed) -> int:
   return loop.steps_of(seed.state)
 
 
-def _program(run: Run, reading: Reading) -> Program:
+def program_of(run: Run, reading: Reading) -> Program:
+  """What trains and evaluates a run of the series."""
   return program(
     run,
     byte_lengths=reading.encoded.vocabulary.byte_lengths,
@@ -143,12 +149,14 @@ class _Together:
     command: Sequence[str],
     stop: Stop,
     saved: bool,
+    ahead: Ahead,
   ):
     self.seeds, self.reading, self.saved = found, reading, saved
+    self.ahead = ahead
     self.command, self.stop = command, stop
     self.first = found[0]
     self.clocks = [opening.Clock(seed.folder) for seed in found]
-    self.memory: dict[str, int] = {}
+    self.memory: Mapping[str, int] = {}
     self.shared: list[dict[str, Any]] = [_shared(seed.folder) for seed in found]
     self.state = seeds.stack([seed.state for seed in found])
     for seed in found:
@@ -160,13 +168,14 @@ class _Together:
     ]
 
   def finish(self) -> None:
-    run = self.first.run
+    run, steps = self.first.run, self._compiled()
     try:
       if loop.steps_of(self.state) < run.steps:
+        self.memory = steps.memory
         self.state = loop.train(
           self.state,
           _Stacked([seed.batches for seed in self.seeds]),
-          train_step=self._compiled(),
+          train_step=steps.train,
           steps=run.steps,
           save_every=run.save_every,
           save=self._save,
@@ -176,13 +185,12 @@ class _Together:
     finally:
       for each in (*self.reports, *self.clocks):
         each.close()
-    eval_step = jax.jit(self.first.program.eval_step)
     bits = [
       sitting.evaluated(
         seed.run,
         seed.folder,
         state,
-        eval_step,
+        steps.evaluate,
         self.reading.texts,
         self.stop.between(self.reading.held_out, run.steps),
       ).bits
@@ -191,16 +199,9 @@ class _Together:
     for n, of_seed in enumerate(bits):
       self._summarise(n, run.steps, of_seed)
 
-  def _compiled(self) -> Any:
-    """The step of all seeds, and what it takes of memory."""
-    of = self.first.run.data
-    batch = shapes(of.batch, of.seq, models=len(self.seeds))
-    step = seeds.jitted(self.first.program.train_step)
-    compiled = step.lower(self.state, batch).compile()
-    found = compiled.memory_analysis()
-    self.memory["arguments"] = found.argument_size_in_bytes
-    self.memory["temporary"] = found.temp_size_in_bytes
-    return compiled
+  def _compiled(self) -> Steps:
+    run, made = self.first.run, self.first.program
+    return self.ahead.steps(Wanted(run, made, len(self.seeds)))
 
   def _save(self, state: TrainState) -> None:
     for n, one in enumerate(seeds.unstack(state)):
