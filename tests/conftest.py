@@ -1,32 +1,20 @@
-"""What holds in every test: CPU, eight host devices, strict dtypes, fixed examples.
-
-Set before jax makes a backend.  The device count is jax configuration rather than an
-environment variable, so that a subprocess started by a test has one device.
-"""
+"""What holds in every test: where it runs, fixed examples, programs that go again."""
 # SPDX-License-Identifier: Apache-2.0
 
 import gc
-import os
 import signal
 from pathlib import Path
+
+import hypothesis
+import jax
+
+from tests import eight_devices
 
 # What a shell starts in the background ignores Ctrl-C, and so do all its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator run sets it
-# Tests compile much and compute little: without LLVM's optimizations they take half the
-# time.  `XLA_FLAGS= pytest` runs them with what users have.
-os.environ.setdefault(
-  "XLA_FLAGS",
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-)
-
-import hypothesis
-import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+eight_devices.prepare()
 
 try:  # grain's worker processes read absl flags, which pytest never parses
   from absl import flags

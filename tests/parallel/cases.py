@@ -18,11 +18,12 @@ import jmoe
 from jmoe import Context, MoEConfig, capacity, dispatch, experts, losses, routers, use
 from jmoe.kernels.grouped_matmul.reference import reference
 from jmoe.layer import apply, param_shapes
-from jmoe.parallel import Rules, mesh
+from jmoe.parallel import Rules, mesh as meshes
 from tests import _cases
+from tests.tolerance import assert_close
 
 B, S, D, F, E, GROUP = 8, 8, 8, 4, 8, 4
-AXES = (*mesh.AXES, "node")
+AXES = (*meshes.AXES, "node")
 RULES = Rules(
   tokens=("data", "fsdp", "node", "expert"),
   sequence=("context",),
@@ -90,17 +91,35 @@ def fits(row: Mapping[str, Any]) -> bool:
   return not (own and extra == "random")
 
 
+def twin(row: Mapping[str, Any]) -> bool:
+  """Whether a row that does not fit would be the same layer as one that does.
+
+  Expert choice is its own limit, so strategies with and without slots are one.
+  """
+  own, extra = row["router"] == "expert_choice", row["extra"]
+  return (
+    own
+    and extra != "random"
+    and f"{row['strategy']}, slots" in STRATEGIES
+    and (row["strategy"] != "deduplicated")
+  )
+
+
+def limited(row: Mapping[str, Any]) -> bool:
+  """Whether an expert's queue ends somewhere."""
+  return row["router"] == "expert_choice" or STRATEGIES[row["strategy"]][1] is LIMITED
+
+
 def config_of(row: Mapping[str, Any], *, alone: bool = False) -> MoEConfig:
   """A row's layer, over a mesh or as one device runs it."""
   own = row["router"] == "expert_choice"
   used, fields = STRATEGIES[row["strategy"]]
   fields = DROPLESS if own else fields
-  limited = own or fields is LIMITED
   listed = [use(losses.router_z, over="mesh"), use(losses.importance)]
   if not own:
     listed += [use(losses.load_balance), use(losses.load_balance, over="sequence")]
   if alone:
-    used = use(dispatch.buckets if limited else dispatch.sort)
+    used = use(dispatch.buckets if limited(row) else dispatch.sort)
   return MoEConfig(
     D,
     E,
@@ -180,7 +199,33 @@ def alone(router: str, strategy: str, extra: str) -> dict[str, Any]:
 
 def one_device(row: Mapping[str, Any]) -> dict[str, Any]:
   """The result that a row must have."""
-  limited = (
-    STRATEGIES[row["strategy"]][1] is LIMITED or row["router"] == "expert_choice"
-  )
-  return alone(row["router"], "buckets" if limited else "sort", row["extra"])
+  return alone(row["router"], "buckets" if limited(row) else "sort", row["extra"])
+
+
+def check(row: Mapping[str, Any]) -> None:
+  """Output, all gradients, kept set, losses, load, drops and state are one device's."""
+  found = results(config_of(row), row["extra"], mesh=_mesh(row))
+  expected = one_device(row)
+  kept = found.pop("kept")
+  jax.tree.map(assert_close, found, {k: v for k, v in expected.items() if k != "kept"})
+  if "context" not in row["mesh"] and row["router"] != "expert_choice":
+    for a, b in zip(kept[:2], expected["kept"][:2], strict=True):
+      np.testing.assert_array_equal(a, b)
+  assert np.abs(found["y"]).max() > 0.01
+
+
+def check_refused(row: Mapping[str, Any]) -> None:
+  """A row that does not fit is an error of its configuration or of its tracing."""
+  try:
+    config = config_of(row)
+    given = (*arrays(config, row["extra"]), jax.random.key(5))
+    with jax.set_mesh(_mesh(row)):
+      jax.eval_shape(_program(config), *given)
+  except ValueError as error:
+    assert str(error).startswith(("priority: ", "dispatch=", "router=")), error
+  else:
+    raise AssertionError("a layer that nothing can run was configured and traced")
+
+
+def _mesh(row: Mapping[str, Any]):
+  return meshes.make(row["mesh"], axes=AXES, explicit=row["kind"] == "explicit")
