@@ -125,6 +125,8 @@ def counted(name: str) -> list[dict[str, Any]]:
   """Of the second pass's kernels, slowest first: means over launches of one name."""
   command = ["ncu", "--csv", "--clock-control", "none", "--target-processes", "all"]
   command += ["--metrics", ",".join(METRICS.values()), "--print-units", "base"]
+  # Others, XLA's own trials of products among them, would each be run several times.
+  command += ["--kernel-name", "regex:mosaic|rows|home"]
   command += [sys.executable, "-m", "experiments.benchmarks.counters"]
   command += ["--shape", name, "--once"]
   from jmoe.kernels import hopper
