@@ -97,9 +97,9 @@ def step(
   state_gb = models.gigabytes(job.like)
   plan = planned(arguments, model, sizes, rows)
   print(f"  planned: {plan}", flush=True)
+  state = job.state()  # while the step is compiled
   compiled, compiling = made.step.compiled.result()
   print(f"  compiled in {compiling:.0f} s", flush=True)
-  state = job.state()
   for other in filter(None, made):
     other.compiled.result()  # a compiler that tries kernels would slow what is timed
   memory: Any = compiled.memory_analysis()
