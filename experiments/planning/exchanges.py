@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from experiments.config import Run
-from experiments.planning import drops, work
+from experiments.planning import drops, rates, work
 from experiments.planning.mesh import Mesh
 from jmoe.config import MoEConfig
 from jmoe.parallel import costs
+
+_TILE = 128  # rows of Hopper's kernels
 
 
 class Exchange(NamedTuple):
@@ -46,6 +48,8 @@ class Layer:
   factor: float  # slots over mean rows, where there are buckets
   skew: float
   every_slot: bool = True  # whether empty slots are multiplied too, as on TPUs
+  popularity: Any = None  # of the experts, f32[E] that sum to k; None: by the skew
+  tile: int = 1  # rows that an expert's are filled up to a multiple of
 
   @property
   def slots(self) -> float:
@@ -59,6 +63,8 @@ class Layer:
   @property
   def chance_E(self):
     """Popularity of experts; routers that balance by themselves have none."""
+    if self.popularity is not None:
+      return self.popularity
     if self.config.k is None:
       return drops.popularity(self.config.num_experts, round(self.k), 0.0)
     return drops.popularity(self.config.num_experts, self.config.k, self.skew)
@@ -78,6 +84,25 @@ class Layer:
     """Rows that a dropless buffer holds, over a device's share: all that could come."""
     share = 1.0 if self.config.max_rows is None else self.config.max_rows
     return max(1.0, share * self.devices)
+
+  def filled(self, devices: int) -> float:
+    """Rows with those that fill half of an expert's last tile, over the mean.
+
+    Args:
+      devices: that bring their rows to an expert's one device.
+    """
+    rows = self.tokens * self.k * devices / self.config.num_experts
+    return 1 + self.tile / 2 / rows if self.tile > 1 else 1.0
+
+  def copied(self, name: str, rows: float) -> float:
+    """Bytes that memory moves for a strategy's exchanges, of all layers in a step.
+
+    Args:
+      name: of the strategy, in `rates.COPIES`.
+      rows: bytes of the rows that are exchanged, once.
+    """
+    again = 1.25 if self.again else 1.0  # one of four exchanges is made again
+    return rates.COPIES[name] * rows * again * self.repeat
 
   def sizes(self, **known: Any) -> costs.Sizes:
     """As the cost functions of strategies take them."""
@@ -111,6 +136,8 @@ class Outcome(NamedTuple):
   own: int  # over how many devices experts are divided while they multiply
   note: str = ""
   room: float | None = None  # rows that buffers hold, over its share; None: as `rows`
+  copied: float = 0.0  # bytes that memory moves for its exchanges, all layers together
+  filled: float = 1.0  # rows filled up to whole tiles, over those of one device alone
 
 
 Strategy = Callable[[Layer], Outcome | str]  # or why there is none
@@ -132,6 +159,8 @@ def all_gather(layer: Layer) -> Outcome | str:
     buffer=2 * sizes.token * (layer.devices - 1),
     own=layer.devices,
     room=layer.room,
+    copied=layer.copied("all_gather", layer.rows_out * (layer.devices - 1)),
+    filled=layer.filled(layer.devices) / layer.filled(1),
   )
 
 
@@ -139,10 +168,12 @@ def all_to_all(layer: Layer) -> Outcome | str:
   """Equal slots of every expert are exchanged; what finds none is dropped."""
   return Outcome(
     layer.sent(costs.all_to_all(layer.sizes())),
-    rows=layer.slots,
+    rows=layer.factor,  # empty slots come from everywhere, and are multiplied too
     buffer=2 * layer.factor * layer.rows_out,
     own=layer.devices,
     note=f"buckets of factor {layer.factor:g}",
+    copied=layer.copied("all_to_all", layer.factor * layer.rows_out),
+    filled=1 / layer.filled(1),
   )
 
 
@@ -156,6 +187,8 @@ def ragged_all_to_all(layer: Layer) -> Outcome | str:
     own=layer.devices,
     room=layer.room,
     note=f"busiest device {busiest:.2f} of the mean",
+    copied=layer.copied("ragged_all_to_all", busiest * layer.rows_out),
+    filled=layer.filled(layer.devices) / layer.filled(1),
   )
 
 
@@ -165,10 +198,12 @@ def hierarchical(layer: Layer) -> Outcome | str:
     return "the expert axis lies within one host or slice"
   return Outcome(
     layer.sent(costs.hierarchical(layer.sizes())),
-    rows=layer.slots,
+    rows=layer.factor,
     buffer=3 * layer.factor * layer.rows_out,
     own=layer.devices,
     note=f"buckets of factor {layer.factor:g}",
+    copied=layer.copied("hierarchical", layer.factor * layer.rows_out),
+    filled=1 / layer.filled(1),
   )
 
 
@@ -184,6 +219,8 @@ def deduplicated(layer: Layer) -> Outcome | str:
     own=n,
     room=layer.room,
     note=f"{sent:.2f} of {layer.k:g} rows a token are sent",
+    copied=layer.copied("deduplicated", busiest * sent * sizes.token),
+    filled=layer.filled(n) / layer.filled(1),
   )
 
 
@@ -197,8 +234,10 @@ def expert_tensor(layer: Layer) -> Outcome | str:
   sizes = layer.sizes()._replace(factor=2 * layer.factor)
   return Outcome(
     layer.sent(costs.all_to_all(sizes)),
-    rows=layer.slots, buffer=4 * layer.factor * layer.rows_out, own=n,
+    rows=layer.factor, buffer=4 * layer.factor * layer.rows_out, own=n,
     note=f"buckets of factor {layer.factor:g}, pairs of devices share experts",
+    copied=layer.copied("all_to_all", 2 * layer.factor * layer.rows_out),
+    filled=1 / layer.filled(1),
   )  # fmt: skip
 
 
@@ -247,4 +286,5 @@ def layer_of(
     factor=factor,
     skew=skew,
     every_slot=kind == "tpu",
+    tile=_TILE if kind == "gpu" else 1,
   )

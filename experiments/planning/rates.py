@@ -1,12 +1,13 @@
 """Which part of a chip's stated rate is reached: all that was measured, in one place.
 
 The shares of GPUs are of one H200 and of two (experiments/benchmarks/RESULTS.md, 26
-November 2026; exchanges of a quarter to one GB under `jax.shard_map`).  No TPU was run:
+November 2026; exchanges of 0.13 and 0.54 GB under `jax.shard_map`).  No TPU was run:
 theirs are the H200's for products, and assumed for links.  Who measures writes here.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,13 @@ _NARROWER = (768, 1024, 2048, 4096)
 _GROUPED = (0.519, 0.539, 0.596, 0.642)
 
 
+class Link(NamedTuple):
+  """What one collective reaches: a call takes `call + bytes / (share * link)`."""
+
+  share: float  # of the links, by what bytes add
+  call: float = 0.0  # seconds of a call beside its bytes: launch, first and last wave
+
+
 @dataclasses.dataclass(frozen=True)
 class Rates:
   """Shares of the stated rates."""
@@ -25,17 +33,19 @@ class Rates:
   product: float  # of dense matrix products
   attention: float  # of scores and values
   memory: float  # of HBM's bandwidth
-  all_to_all: float  # of links, by collective
-  ragged_all_to_all: float
-  all_gather: float
-  reduce_scatter: float
-  message: float  # seconds that one message costs beside its bytes; assumed
+  all_to_all: Link
+  ragged_all_to_all: Link
+  all_gather: Link
+  reduce_scatter: Link
+  message: float  # seconds that a message to each further device costs; assumed
   measured: str
 
-  def of(self, collective: str) -> float:
-    """Share of the links that a collective reaches."""
+  def of(self, collective: str) -> Link:
+    """What a collective reaches."""
     if collective == "all_reduce":  # one after the other
-      return 2 / (1 / self.all_gather + 1 / self.reduce_scatter)
+      gather, scatter = self.all_gather, self.reduce_scatter
+      share = 2 / (1 / gather.share + 1 / scatter.share)
+      return Link(share, gather.call + scatter.call)
     return getattr(self, collective)
 
 
@@ -43,13 +53,44 @@ class Rates:
 # two norms, rotary positions, two sums.  Counted by hand, not measured.
 PASSES = 48
 
-# GB/s that leave a GPU of 450: all_to_all 267, ragged 135 (512 updates a peer), gather
-# 259, reduce-scatter 229.  A product of 8192^3 runs at 765 TFLOP/s, a copy moves 4.27
-# TB/s.  Attention was never measured by itself.
+# How often memory moves an exchange's rows in a step, beside what a layer on one device
+# does: into the order of experts and back, out of slots, rows of nobody that are read
+# on the way home.  Fitted to the layers of two H200s, which agree to 0.03 but for three
+# that were timed once (tests/planning/exchanges_test.py names them).
+COPIES = {
+  "all_gather": 2.0,
+  "all_to_all": 4.0,
+  "ragged_all_to_all": 8.0,
+  "hierarchical": 8.0,  # as two of all_to_all
+  "deduplicated": 0.0,
+}
+
+# Lines through two sizes each.  At 0.54 GB they are 328, 199, 265 and 259 GB/s of 450
+# that leave a GPU (512 updates a peer of the ragged one), `ppermute` 352.  A product of
+# 8192^3 runs at 765 TFLOP/s, a copy moves 4.27 TB/s.  Attention was never measured by
+# itself.
 _H200 = Rates(
-  0.77, 0.45, 0.89, 0.59, 0.30, 0.575, 0.51, 5e-6, "on H200s, but attention"
+  0.77,
+  0.45,
+  0.89,
+  Link(0.778, 98e-6),
+  Link(0.447, 27e-6),
+  Link(0.608, 67e-6),
+  Link(0.595, 93e-6),
+  5e-6,
+  "on H200s, but attention",
 )
-_TPU = Rates(0.77, 0.35, 0.89, 0.80, 0.60, 0.80, 0.80, 1e-6, "on no TPU: assumed")
+_TPU = Rates(
+  0.77,
+  0.35,
+  0.89,
+  Link(0.80),
+  Link(0.60),
+  Link(0.80),
+  Link(0.80),
+  1e-6,
+  "on no TPU: assumed",
+)
 
 
 def rates(chip: Chip) -> Rates:

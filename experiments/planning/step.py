@@ -48,7 +48,7 @@ class Times(NamedTuple):
   between: float  # norms, positions and sums between products, by HBM's bandwidth
   update: float  # of parameters and moments, by HBM's bandwidth
   parameters: float  # gathers and gradients, which run behind products
-  rows: float  # exchanges that products wait for
+  rows: float  # exchanges that products wait for, and copies of rows for them
 
   @property
   def compute(self) -> float:
@@ -190,10 +190,10 @@ def _times(
   flops = work.of(run)
   device = topology.flops * mesh.devices
   ff = work.one_sparse(run.model)
-  share, pace = reached.product, 1.0
+  share, pace, copied = reached.product, 1.0, 0.0
   if ff is not None and outcome is not None:
     share = rates.grouped(ff.d_model, work.expert_width(ff) // mesh.tensor)
-    pace = outcome.rows
+    pace, copied = outcome.rows * outcome.filled, outcome.copied
   mixed = flops.useful / (
     flops.products / reached.product
     + flops.experts * pace / share
@@ -211,7 +211,7 @@ def _times(
     # Read and written once, and gradients read.
     update=(2 * (used.parameters + used.optimizer) + used.gradients) / hbm,
     parameters=sum(seconds(question, e) for e in parameters),
-    rows=sum(seconds(question, e) for e in rows),
+    rows=sum(seconds(question, e) for e in rows) + copied / hbm,
   )
 
 

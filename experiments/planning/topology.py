@@ -130,7 +130,7 @@ def seconds(
   A torus: gathers go round in rings, both ways, in all dimensions of the axis at once;
   in an all_to_all a byte crosses a quarter of each ring on average, half of a line.
   Hosts: what stays inside goes by NVLink, the rest by the network, one after the other.
-  A call is a message to each of the others, sent to one after another.
+  A call costs something beside its bytes, and for each further device a message.
 
   Args:
     topology: the chips.
@@ -147,8 +147,9 @@ def seconds(
   chip = topology.chip
   reached = rates.rates(chip)
   moving = _on_torus if chip.kind == "tpu" else _between_hosts
-  messages = calls * (extent.size - 1) * reached.message
-  return messages + size * moving(topology, extent, collective) / reached.of(collective)
+  link = reached.of(collective)
+  begun = calls * (link.call + (extent.size - 1) * reached.message)
+  return begun + size * moving(topology, extent, collective) / link.share
 
 
 def _between_hosts(topology: Topology, extent: Extent, collective: str) -> float:

@@ -1,12 +1,14 @@
 """Every device sees all tokens and runs its own experts; outputs are summed home."""
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jmoe.dispatch import carry
+from jmoe.dispatch import carry, everywhere
 from jmoe.dispatch.layout import ragged
 from jmoe.dispatch.ragged_all_to_all import buffer_rows
 from jmoe.dispatch.replicas import physical
@@ -15,8 +17,23 @@ from jmoe.kernels.devices import row_alignment
 from jmoe.types import Home, Plan, Rows
 from jmoe.use import marked
 
+# How tokens go out and sums come home, by name.
+_WAYS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
+  "all_gather": (
+    functools.partial(lax.all_gather, tiled=True),
+    functools.partial(lax.psum_scatter, tiled=True),
+  ),
+  "all_to_all": (everywhere.gathered, everywhere.scattered),
+}
 
-@marked(dropless=None, exchanges=True)
+
+def check(config: Any, *, by: str = "all_gather") -> None:
+  del config
+  if by not in _WAYS:
+    raise ValueError(f"by={by!r}: use one of {', '.join(map(repr, _WAYS))}.")
+
+
+@marked(dropless=None, exchanges=True, check=check)
 def all_gather(
   x_TD: Array,
   plan: Plan,
@@ -26,6 +43,7 @@ def all_gather(
   axis: tuple[str, ...] = (),
   placement: tuple[int, ...] | None = None,
   block: int | None = None,
+  by: str = "all_gather",
 ) -> Array:
   """Tokens and their choices are gathered, partial sums are scattered back.
 
@@ -40,6 +58,8 @@ def all_gather(
     axis: mesh axes over which the experts are; none: all are here.
     placement: the expert of each slot of these axes, if some are there twice.
     block: rows an expert's group is aligned to; None chooses.
+    by: "all_gather", XLA's collectives; "all_to_all", exchanges of equal parts, with
+      the copy of a device's own tokens and the sum beside them.
 
   Returns:
     `[T,D]` or `[T,K,D]`.
@@ -52,9 +72,8 @@ def all_gather(
   expert_N = jnp.where(plan.kept, expert_N, -1)
   if axis:
     me = lax.axis_index(axis)
-    x_TD, expert_N, weights = lax.all_gather(
-      (x_TD, expert_N, weights), axis, tiled=True
-    )
+    x_TD = _WAYS[by][0](x_TD, axis)
+    expert_N, weights = lax.all_gather((expert_N, weights), axis, tiled=True)
     expert_N = expert_N - me * local  # those before mine are negative
     if routing.k is None:
       token_N = lax.all_gather(token_N + me * T, axis, tiled=True)
@@ -66,4 +85,4 @@ def all_gather(
   layout = ragged(mine, block, alignment=row_alignment(x_TD.dtype, mean))
   way = Home(weights[0], input_scale=weights[1], sums=home.sums)
   y = carry.through(x_TD, layout, experts, way)
-  return lax.psum_scatter(y, axis, tiled=True) if axis else y
+  return _WAYS[by][1](y, axis) if axis else y

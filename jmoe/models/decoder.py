@@ -112,6 +112,7 @@ class Decoder(nnx.Module):
     x_BSD, infos = self.hidden(tokens_BS, segment_BS, position_BS, **given)
     return self.logits(x_BSD), infos
 
+  @over_mesh.by_xla(over_mesh.of_hidden)
   def hidden(
     self,
     tokens_BS: Array,
@@ -213,6 +214,7 @@ class Decoder(nnx.Module):
     for block, info in zip(sparse, infos, strict=True):
       block.moe.update(info)
 
+  @over_mesh.by_xla(over_mesh.of_loss)
   def cross_entropy(
     self,
     x_BSD: Array,
@@ -248,6 +250,7 @@ class Decoder(nnx.Module):
     loss, nats_T = cross_entropy(x_TD, matrix_DV, *each, **keywords)
     return loss, nats_T.reshape(target_BS.shape)
 
+  @over_mesh.by_xla(over_mesh.of_logits)
   def logits(self, x_BSD: Array) -> Array:
     """f32[B,S,V] of what the last block gave."""
     x_BSD = blocks.normed(self.norm, x_BSD)

@@ -1,19 +1,23 @@
 """What a model does over a mesh outside its sparse layers: activations and the loss.
 
 Attention and dense layers XLA splits by itself (GSPMD), from the shardings of their
-parameters and from constraints on activations.  The loss is a loop over tokens, which
-XLA would gather: here each device sums over its own.
+parameters and from constraints on activations.  Where arrays carry their shardings in
+their types (AxisType.Explicit) a model's methods leave that to XLA all the same, and
+what they give has types again.  The loss is a loop over tokens, which XLA would gather:
+here each device sums over its own.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array, lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec as P
 
 from jmoe.kernels.varying import over
 from jmoe.models.cross_entropy import cross_entropy
@@ -148,15 +152,66 @@ def _gathered(matrix: Array, split: Sequence[Axes], axes: Axes) -> Array:
   return matrix
 
 
+def by_xla(results: Callable[..., Any]) -> Callable[..., Any]:
+  """Decorator of a model's method, for meshes with axes of AxisType.Explicit.
+
+  There the method runs with axes of type Auto.  Without a table it runs as it is.
+
+  Args:
+    results: `(rows and sequence, axes each) -> specs` of what it returns, a tree that
+      may end earlier.
+  """
+
+  def decorated(method):
+    @functools.wraps(method)
+    def call(self, *args, **keywords):
+      rules, mesh = self.config.sharding, meshes.current()
+      if rules is None or mesh is None or not meshes.has_explicit(mesh):
+        return method(self, *args, **keywords)
+      sizes = mesh.shape
+      at = rules.axes("tokens", sizes), rules.axes("sequence", sizes)
+      graph, state = nnx.split(self)
+      leaves, tree = jax.tree.flatten((args, keywords))
+      arrays = [n for n, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+
+      def body(state, *given):
+        full = list(leaves)
+        for n, array in zip(arrays, given, strict=True):
+          full[n] = array
+        args, keywords = jax.tree.unflatten(tree, full)
+        return method(nnx.merge(graph, state), *args, **keywords)
+
+      automatic: Any = jax.sharding.auto_axes(body, out_sharding=results(*at))
+      return automatic(state, *(jnp.asarray(leaves[n]) for n in arrays))
+
+    return call
+
+  return decorated
+
+
+def of_hidden(rows: Axes, sequence: Axes) -> Any:
+  """Of `Decoder.hidden`."""
+  return tables.spec(rows, sequence, ()), P()
+
+
+def of_logits(rows: Axes, sequence: Axes) -> Any:
+  """Of `Decoder.logits`."""
+  return tables.spec(rows, sequence, ())
+
+
+def of_loss(rows: Axes, sequence: Axes) -> Any:
+  """Of `Decoder.cross_entropy`."""
+  return P(), tables.spec(rows, sequence)
+
+
 def _mesh(rules: Rules | None) -> Any:
   """The current mesh, where a model's table applies to it."""
   mesh = None if rules is None else meshes.current()
   if mesh is None:
     return None
-  if AxisType.Auto not in mesh.axis_types or meshes.has_explicit(mesh):
+  if AxisType.Auto not in mesh.axis_types:
     raise ValueError(
-      f"ModelConfig(sharding=...) over a mesh of axis types {mesh.axis_types}: "
-      "attention and dense layers are split by XLA; use a mesh of AxisType.Auto, as "
-      "jmoe.parallel.mesh.make gives."
+      f"ModelConfig(sharding=...) inside shard_map over {mesh.axis_names}: the model "
+      "makes its own; call it outside, or use sharding=None."
     )
   return mesh

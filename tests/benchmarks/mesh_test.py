@@ -49,7 +49,7 @@ def test_a_dry_run_times_compares_and_writes_what_it_was_asked_for(tmp_path, cap
 def test_collectives_send_equal_bytes():
   for call in links.calls(2.0**20, 4):
     if "skewed" not in call.name:
-      assert call.leaves == pytest.approx(2.0**20, rel=0.01), call.name
+      assert call.leaves == pytest.approx(2.0**20, rel=0.02), call.name
 
 
 def test_shares_are_of_equal_work():

@@ -31,6 +31,7 @@ STRATEGIES = {
   "deduplicated": (use(dispatch.deduplicated), None),
   "sort": (use(dispatch.sort), None),
 }
+BY_EXCHANGE = "all_gather by all_to_all"
 MESHES = ("data=2,expert=4", "fsdp=2,expert=2,tensor=2")
 NODES = "node=2,expert=4"
 # (strategy, mesh, pass) -> collective -> (how many, bytes)
@@ -159,6 +160,16 @@ GOLDEN = {
     "all-reduce": (2, 2816),
     "reduce-scatter": (6, 4608),
   },
+  (BY_EXCHANGE, "data=2,expert=4", "forward"): {
+    "all-gather": (2, 1024),
+    "all-to-all": (2, 8192),
+  },
+  (BY_EXCHANGE, "data=2,expert=4", "backward"): {
+    "all-gather": (2, 1024),
+    "all-reduce": (2, 3584),
+    "all-to-all": (3, 12288),
+    "reduce-scatter": (1, 128),
+  },
   ("all_to_all", "node=2,expert=4", "forward"): {"all-to-all": (2, 4096)},
   ("all_to_all", "node=2,expert=4", "backward"): {
     "all-reduce": (1, 512),
@@ -209,6 +220,8 @@ def compiled(strategy: str, sizes: str, backward: bool) -> dict[str, tuple[int, 
 
 CELLS = [*itertools.product(STRATEGIES, MESHES)]
 CELLS += [(strategy, NODES) for strategy in ("all_to_all", "hierarchical")]
+CELLS += [(BY_EXCHANGE, MESHES[0])]
+STRATEGIES[BY_EXCHANGE] = (use(dispatch.all_gather, by="all_to_all"), None)
 
 
 @pytest.mark.parametrize("strategy, sizes", CELLS)

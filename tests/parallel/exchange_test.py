@@ -1,6 +1,7 @@
 """What is sent to a GPU goes in pieces, and its kernels serve every shard of a mesh."""
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import re
 from typing import Any
 
@@ -8,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.benchmarks.mesh import layer
+from experiments.benchmarks.mesh import layer, variants
 from experiments.benchmarks.peers import ours
 from experiments.benchmarks.shapes import Shape
+from jmoe import MoEConfig, dispatch, use
 from jmoe.dispatch import exchange
 from jmoe.kernels import devices
+from jmoe.parallel import mesh as meshes
+from tests.parallel import cases
+from tests.tolerance import assert_close
 
 SHAPE = Shape(256, 128, 8, 2, 1024)
 
@@ -67,3 +72,48 @@ def test_shards_run_the_kernels_of_hopper_and_nothing_dense(strategy):
   if strategy == "ragged_all_to_all":
     sizes = re.findall(r"custom_call @ragged_all_to_all.*?tensor<(\d+)xi32>", text)
     assert sizes == 2 * ["128", "256"]  # pieces; from twice the room they come home
+
+
+def test_other_ways_to_a_gather_and_a_scattered_sum_give_the_same():
+  n, T, D = 8, 8, 3
+  mesh = meshes.make(f"expert={n}")
+  x_ND = jnp.asarray(np.random.default_rng(0).normal(size=(n * n * T, D)), jnp.float32)
+
+  def over(function):
+    at = PartitionSpec("expert")
+    made = jax.shard_map(
+      lambda x: function(x, ("expert",)), mesh=mesh, in_specs=at, out_specs=at
+    )
+    return np.asarray(jax.jit(made)(x_ND)).reshape(n, -1, D)
+
+  def parts(x_nND):  # in an order of their own
+    return np.sort(x_nND.reshape(n, -1), axis=1)
+
+  gathered = np.broadcast_to(x_ND, (n, *x_ND.shape))
+  np.testing.assert_array_equal(over(variants.gather_by_all_to_all), gathered)
+  for function in (variants.gather_by_ppermute, variants.gather_in_chunks):
+    np.testing.assert_array_equal(parts(over(function)), parts(gathered))
+  summed = np.asarray(x_ND).reshape(n, n, T, D).sum(0)
+  for function in (
+    variants.scatter_by_all_to_all,
+    variants.scatter_by_ppermute,
+    variants.scatter_in_chunks,
+  ):
+    np.testing.assert_allclose(over(function), summed, rtol=1e-5, atol=1e-6)
+
+
+def test_all_gather_by_exchanges_is_the_layer_of_one_device():
+  row = dict(router="top_k 1", strategy="all_gather", extra="plain")
+  config = cases.config_of(row)
+  used = use(dispatch.all_gather, by="all_to_all")
+  config = dataclasses.replace(config, dispatch=used)
+  found = cases.results(
+    config, "plain", mesh=meshes.make("data=2,expert=4", axes=cases.AXES)
+  )
+  expected = cases.one_device(row)
+  jax.tree.map(assert_close, *({**x, "kept": 0} for x in (found, expected)))
+
+
+def test_a_way_that_is_not_known_is_refused():
+  with pytest.raises(ValueError, match="by='ring': use one of 'all_gather'"):
+    MoEConfig(4, 4, dispatch=use(dispatch.all_gather, by="ring"))

@@ -2,20 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jmoe
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.models import over_mesh
-from jmoe.parallel import EXPERT_TENSOR, mesh
+from jmoe.parallel import EXPERT_TENSOR, mesh, param_specs
+from tests._cases import quickly
 from tests.tolerance import assert_close
 
 B, S, V = 4, 8, 12
+TWO_HEADS = jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
 LAYER = jmoe.simple(8, 8, num_experts=4, k=2)
 
 
@@ -26,8 +30,9 @@ def model(sharding):
   return jmoe.models.Decoder(config, rngs=nnx.Rngs(0))
 
 
-def outcome(sharding):
+def outcome(sharding, place=lambda params: params):
   graph, params, rest = nnx.split(model(sharding), nnx.Param, ...)
+  params = place(params)
   draw = np.random.default_rng(0)
   tokens_BS, target_BS = (draw.integers(0, V, (B, S)).astype(np.int32) for _ in "ab")
   weight_BS = draw.uniform(0.0, 1.0, (B, S)).astype(np.float32)
@@ -46,10 +51,17 @@ def outcome(sharding):
 
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
-  (loss, (nats_BS, infos)), grads = run(params)
+  with quickly():
+    (loss, (nats_BS, infos)), grads = run(params)
   return jax.device_get(
     (loss, nats_BS, [i.plan for i in infos], jax.tree.leaves(grads))
   )
+
+
+@functools.cache
+def alone():
+  """What one device gives."""
+  return outcome(None)
 
 
 def _choices(routing):
@@ -59,17 +71,53 @@ def _choices(routing):
 
 @pytest.mark.contract
 def test_a_model_over_a_mesh_is_that_of_one_device():
-  alone = outcome(None)
   # What a layer's own tests leave out: sequences, heads and the vocabulary are split.
   with jax.set_mesh(mesh.make("context=2,tensor=2", devices=jax.devices()[:4])):
     found = outcome(EXPERT_TENSOR)
-  jax.tree.map(assert_close, found, alone)
+  jax.tree.map(assert_close, found, alone())
 
 
-def test_a_table_and_a_mesh_of_explicit_axes_are_refused():
-  with jax.set_mesh(mesh.make("data=8", explicit=True)):
-    with pytest.raises(ValueError, match="use a mesh of AxisType.Auto"):
-      over_mesh.activations(jnp.zeros((8, 4, 8)), EXPERT_TENSOR)
+@pytest.mark.contract
+def test_a_model_runs_over_explicit_axes_too():
+  over = mesh.make("data=2,expert=2", devices=jax.devices()[:4], explicit=True)
+
+  def place(params):
+    pure = nnx.to_pure_dict(params)
+    specs = param_specs(pure, EXPERT_TENSOR, over.shape)
+    put = jax.tree.map(
+      lambda x, at: jax.device_put(x, NamedSharding(over, at)), pure, specs
+    )
+    nnx.replace_by_pure_dict(params, put)
+    return params
+
+  with jax.set_mesh(over):
+    found = outcome(EXPERT_TENSOR, place)
+  jax.tree.map(assert_close, found, alone())
+
+
+def test_heads_may_fold_onto_the_devices_of_experts():
+  folded = dataclasses.replace(EXPERT_TENSOR, heads=("expert",))
+  over = mesh.make("data=2,expert=2", devices=jax.devices()[:4])
+  shapes = {"segments": {"0": {"0": {"attention": {"query": {"kernel": TWO_HEADS}}}}}}
+  (at,) = jax.tree.leaves(
+    param_specs(shapes, folded, over.shape), is_leaf=lambda x: isinstance(x, P)
+  )
+  assert "expert" in jax.tree.leaves(tuple(at))
+  with jax.set_mesh(over):
+    found = outcome(folded)
+  jax.tree.map(assert_close, found, alone())
+
+
+def test_a_model_inside_shard_map_is_refused():
+  over = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+
+  def local(x):
+    return over_mesh.activations(x, EXPERT_TENSOR)
+
+  with pytest.raises(ValueError, match="inside shard_map over .'data',.: the model"):
+    jax.shard_map(local, mesh=over, in_specs=P("data"), out_specs=P("data"))(
+      jnp.zeros((8, 4, 8))
+    )
 
 
 def test_what_is_no_table_is_refused():

@@ -13,7 +13,8 @@ the shape's tokens are those of all GPUs together).
   routings    balanced: every expert has as many tokens, capacity 1 drops none;
               skewed: log-normal popularity, capacity `--factor`
   strategies  of jmoe.dispatch, and `gather`: matrices come to the tokens
-  parts       layer; links: GB/s of collectives, `ppermute` at equal bytes the limit;
+  parts       layer; links: GB/s of collectives and of other ways to the same results,
+              `ppermute` at equal bytes the limit;
               liger: liger-cute-kernels' expert-parallel layer, from `--liger-site`
 
 For four tokens the output and the gradients are compared with float32, and the gradient
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--strategies", default=_STRATEGIES, metavar="A,B")
   add("--routings", default="balanced,skewed", metavar="A,B")
   add("--overlaps", default="1,2", metavar="N,M", help="chunks of all_to_all")
+  add("--copies", action="store_true", help="all-to-alls by copy engines, too")
   add("--factor", type=float, default=1.25, help="of capacity, skewed routing")
   add("--room", type=float, default=2.0, help="rows of a dropless buffer over the mean")
   add("--parts", default="links,layer,liger", metavar="A,B")
@@ -136,6 +138,11 @@ class Session:
       "shape": dataclasses.asdict(shape) | {"name": arguments.shape},
       "device": jax.devices()[0].device_kind,
       "jax": jax.__version__,
+      "environment": {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("NCCL_") or name == "XLA_FLAGS"
+      },
       "groups": [],
       "links": [],
     }
@@ -171,7 +178,8 @@ class Session:
   def _links(self) -> None:
     from experiments.benchmarks.mesh import links
 
-    n, until = self.arguments.gpus, time.monotonic() + 0.15 * self.arguments.limit
+    n, share = self.arguments.gpus, 1.0 if self.parts == ("links",) else 0.15
+    until = time.monotonic() + share * self.arguments.limit
     print(f"links of {n} GPUs", flush=True)
     rounds = min(5, self.arguments.rounds)
     self.found["links"] = links.measured(
@@ -195,6 +203,7 @@ class Session:
     made = build.jobs(
       shape, n, () if only_liger else self.strategies, self.overlaps,
       factor=arguments.factor, room=arguments.room, routings=self.routings,
+      copies=arguments.copies,
     )  # fmt: skip
     print(f"EP {n}, {shape.tokens} tokens a GPU: {len(made)} programs", flush=True)
     programs = []

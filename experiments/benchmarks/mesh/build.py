@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmarks.mesh import errors, layer
+from experiments.benchmarks.mesh import errors, layer, variants
 from experiments.benchmarks.mesh.layer import Way
 from experiments.benchmarks.peers import rows
 from experiments.benchmarks.shapes import Shape
@@ -69,7 +69,9 @@ def _compile(job: Job, until: float) -> Any:
   else:
     function = layer.sharded(job.shape, job.way, job.mesh)
   arguments = job.given.arguments(*job.given.routed(job.routings[0]))
-  options = HIDING if job.way and jax.default_backend() == "gpu" else None
+  options = None
+  if job.way and jax.default_backend() == "gpu":
+    options = HIDING | (variants.COPIES if job.way.copies else {})
   program = jax.jit(layer.step(function)).lower(*arguments)
   program = program.compile(compiler_options=options)
   memory: Any = program.memory_analysis()
@@ -114,7 +116,7 @@ def row(job: Job, made: Any, routing: str) -> Any:
 
 def jobs(
   shape: Shape, n: int, strategies: Sequence[str], overlaps: Sequence[int], *,
-  factor: float, room: float | None, routings: Sequence[str],
+  factor: float, room: float | None, routings: Sequence[str], copies: bool = False,
 ) -> list[Job]:  # fmt: skip
   """What is timed over n devices, of which the first is also timed alone.
 
@@ -126,6 +128,7 @@ def jobs(
     factor: of capacity where routing is skewed; balanced loads fill slots exactly.
     room: of dropless buffers; None: for all rows that could come.
     routings: some of `layer.ROUTINGS`.
+    copies: exchanges of equal parts by the GPUs' copy engines, too.
   """
   made = []
   here = layer.operands(shape, shape.tokens, None)
@@ -135,17 +138,20 @@ def jobs(
   mesh = layer.mesh_of(n)
   given = layer.operands(shape, n * shape.tokens, mesh)
   for strategy in strategies:
-    if strategy not in layer.BUCKETS:
-      # More than all rows of all devices never come.
-      bound = None if strategy == "gather" or room is None or room >= n else room
-      way = Way(strategy, room=bound)
-      made.append(Job(str(way), shape, way, given, mesh, tuple(routings)))
-      continue
-    for overlap in overlaps if strategy == "all_to_all" else (1,):
-      for routing in routings:
-        way = Way(strategy, overlap, 1.0 if routing == "balanced" else factor)
-        if not way.unfit(n):
-          made.append(Job(str(way), shape, way, given, mesh, (routing,)))
+    equal = copies and strategy in ("all_to_all", layer.BY_EXCHANGE)
+    for by_copies in (False, True) if equal else (False,):
+      if strategy not in layer.BUCKETS:
+        # More than all rows of all devices never come.
+        bound = None if strategy == "gather" or room is None or room >= n else room
+        way = Way(strategy, room=bound, copies=by_copies)
+        made.append(Job(str(way), shape, way, given, mesh, tuple(routings)))
+        continue
+      for overlap in overlaps if strategy == "all_to_all" else (1,):
+        for routing in routings:
+          fill = 1.0 if routing == "balanced" else factor
+          way = Way(strategy, overlap, fill, copies=by_copies)
+          if not way.unfit(n):
+            made.append(Job(str(way), shape, way, given, mesh, (routing,)))
   whole = dataclasses.replace(shape, tokens=n * shape.tokens)
   all_here = layer.operands(whole, whole.tokens, None, params=here.params)
   made.append(Job(ALL, whole, None, all_here, None, tuple(routings)))

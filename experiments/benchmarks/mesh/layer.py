@@ -32,7 +32,8 @@ SHAPES = {
   "dsv3-256": Shape(7168, 2048, 256, 8, 8192),  # DeepSeek-V3's whole layer
 }
 BUCKETS = ("all_to_all", "hierarchical")  # they need a capacity, and may drop
-DROPLESS = ("all_gather", "ragged_all_to_all", "deduplicated", "gather")
+BY_EXCHANGE = "all_gather by all_to_all"
+DROPLESS = ("all_gather", BY_EXCHANGE, "ragged_all_to_all", "deduplicated", "gather")
 ROUTINGS = ("balanced", "skewed")
 
 
@@ -41,17 +42,20 @@ class Way:
   """How a layer runs over devices.
 
   Args:
-    strategy: of `jmoe.dispatch`; "gather": matrices come to the tokens.
+    strategy: of `jmoe.dispatch`; "gather": matrices come to the tokens; `BY_EXCHANGE`:
+      all_gather's way by exchanges of equal parts.
     overlap: chunks, of a strategy with buckets.
     factor: slots over the mean rows of an expert, of a strategy with buckets.
     room: rows that a device's buffer holds, over the mean of a device; None: all that
       could come.
+    copies: whether exchanges of equal parts go by the GPUs' copy engines.
   """
 
   strategy: str
   overlap: int = 1
   factor: float | None = None
   room: float | None = None
+  copies: bool = False
 
   def __str__(self) -> str:
     said = [self.strategy]
@@ -61,6 +65,8 @@ class Way:
       said.append(f"overlap {self.overlap}")
     if self.room is not None:
       said.append(f"room {self.room:g}")
+    if self.copies:
+      said.append("copy engines")
     return ", ".join(said)
 
   def unfit(self, n: int) -> str | None:
@@ -93,7 +99,11 @@ def sharded(
   if way.strategy in BUCKETS:
     limit = use(capacity.by_factor, factor=way.factor, multiple_of=way.overlap)
     given["overlap"] = way.overlap
-  carry: Any = dispatch.sort if gathers else getattr(dispatch, way.strategy)
+  if way.strategy == BY_EXCHANGE:
+    given["by"] = "all_to_all"
+  carry: Any = dispatch.sort
+  if not gathers:
+    carry = getattr(dispatch, way.strategy.partition(" ")[0])
   experts = use(jmoe.experts.glu, d_ff=shape.d_ff)
   bound = None if way.room is None else int(way.room * shape.tokens * shape.k)
 

@@ -1,13 +1,15 @@
 """What the links between devices move, by collective, at the sizes that layers need.
 
 All collectives send as many bytes from a device; `ppermute`, which does nothing but
-send to a neighbour, is the limit.
+send to a neighbour, is the limit.  Beside them stand other ways to the same results
+(`variants`), and on GPUs exchanges by the copy engines.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import statistics
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from experiments.benchmarks.mesh import variants
 from experiments.benchmarks.peers import rows
 from experiments.benchmarks.shapes import Shape
 from jmoe.dispatch.exchange import exchange
@@ -24,13 +27,20 @@ AXIS = ("expert",)
 _WIDTH = 2048  # of a row, in bfloat16
 
 
-class Call(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Call:
   """A collective on a device's rows."""
 
   name: str
   per_device: int  # rows that go in
   leaves: float  # bytes that leave the device that sends or gets most
   function: Callable[..., Any]
+  options: dict[str, str | bool] = dataclasses.field(default_factory=dict)
+
+  def by_copies(self) -> "Call":
+    """The same by the GPUs' copy engines."""
+    name = f"{self.name}, copy engines"
+    return dataclasses.replace(self, name=name, options=variants.COPIES)
 
 
 def sizes(shape: Shape, n: int) -> dict[str, float]:
@@ -63,18 +73,39 @@ def calls(size: float, n: int) -> list[Call]:
   most = int(skewed_n.max())
   sent = row * max(all_rows - int(skewed_n.min()), most * (n - 1))
   exact = row * all_rows * (n - 1) / n
-  return [
+  gather, scatter = shard * row * (n - 1), shard * row * (n - 1)
+  whole = variants.CHUNKS * max(1, shard // variants.CHUNKS)  # rows, of equal chunks
+  chunked = whole * row * (n - 1)
+
+  def over(function):
+    return lambda x: function(x, AXIS)
+
+  found = [
     Call("ppermute", int(exact / row), int(exact / row) * row,
          lambda x: lax.ppermute(x, AXIS, ring)),
     Call("all_to_all", all_rows, exact,
          lambda x: lax.all_to_all(x, AXIS, 0, 0, tiled=True)),
     Call("ragged_all_to_all", all_rows, exact, ragged(even_n, all_rows)),
     Call("ragged_all_to_all, skewed", all_rows, sent, ragged(skewed_n, n * most)),
-    Call("all_gather", shard, shard * row * (n - 1),
+    Call("all_gather", shard, gather,
          lambda x: lax.all_gather(x, AXIS, tiled=True)),
-    Call("psum_scatter", shard * n, shard * row * (n - 1),
+    Call("all_gather by all_to_all", shard, gather,
+         over(variants.gather_by_all_to_all)),
+    Call("all_gather by ppermute", shard, gather, over(variants.gather_by_ppermute)),
+    Call("all_gather in chunks", whole, chunked, over(variants.gather_in_chunks)),
+    Call("psum_scatter", shard * n, scatter,
          lambda x: lax.psum_scatter(x, AXIS, tiled=True)),
+    Call("psum_scatter by all_to_all", shard * n, scatter,
+         over(variants.scatter_by_all_to_all)),
+    Call("psum_scatter by ppermute", shard * n, scatter,
+         over(variants.scatter_by_ppermute)),
+    Call("psum_scatter in chunks", whole * n, chunked,
+         over(variants.scatter_in_chunks)),
   ]  # fmt: skip
+  if jax.default_backend() == "gpu":
+    permuting = [c for c in found if c.name in ("ppermute", "all_to_all")]
+    found += [c.by_copies() for c in found if " by " in c.name or c in permuting]
+  return found
 
 
 def measured(
@@ -123,7 +154,12 @@ def _row(call: Call, mesh: Any, split: Any, n: int) -> rows.Row | rows.Missing:
     function = jax.shard_map(
       call.function, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS)
     )
-    compiled = jax.jit(function).lower(x).compile()
+    lowered = jax.jit(function).lower(x)
+    compiled = lowered.compile(compiler_options=call.options or None)
+    if call.options:
+      same = jax.jit(lambda a, b: (a == b).all())(compiled(x), lowered.compile()(x))
+      if not same:
+        return rows.Missing(call.name, "its result is not that without these options")
   except Exception as error:  # of a backend that lacks it
     return rows.Missing(call.name, rows.reason(error))
 
@@ -136,7 +172,7 @@ def _row(call: Call, mesh: Any, split: Any, n: int) -> rows.Row | rows.Missing:
 
 def shown(found: dict[str, Any]) -> str:
   """One collective in one line."""
-  said = f"  {found['collective']:<28}{found['size']:<9}{found['gb']:8.3f} GB"
+  said = f"  {found['collective']:<42}{found['size']:<9}{found['gb']:8.3f} GB"
   if "why" in found:
     return f"{said} missing: {found['why']}"
   return f"{said}{found['gb_s']:8.1f} GB/s{found['share']:7.2f} of ppermute"

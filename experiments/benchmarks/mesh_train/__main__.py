@@ -4,16 +4,17 @@
   python -m experiments.benchmarks.mesh_train --gpus 8 --model qwen3-30b-a3b
   python -m experiments.benchmarks.mesh_train --gpus 4 --dry
 
-Random tokens, rows of 4096, AdamW with parameters and moments in bfloat16, the state
-donated; experts, and with `--mesh fsdp=2,expert=4` matrices too, split over the GPUs.
-The step takes turns with 8192^3 products on one GPU, the ceiling.  FLOPs are 6 for each
-token and active parameter, without the embedding, and causal attention.  The loss must
-begin near the logarithm of the vocabulary and fall on the one batch.  Memory of a GPU
-stands beside the planner's (`experiments.plan`), which is given the state as it is.
+The step of a training job (`experiments.spread`): rows of 4096 random tokens, bfloat16
+parameters with float32 copies and moments of AdamW, the state donated; experts, and
+with `--mesh fsdp=2,expert=4` matrices too, split over the GPUs.  It takes turns with
+8192^3 products on one GPU, the ceiling.  FLOPs are 6 for each token and active
+parameter, without the embedding, and causal attention.  The loss must begin near the
+logarithm of the vocabulary and fall on the one batch.  Memory of a GPU stands beside
+the planner's (`experiments.plan`).
 
-Then a model of `--checkpoint-layers` layers is saved from all GPUs and restored on half
-of them, over another mesh: its arrays must be the same bits and its next loss as close
-as sums in another order are.
+Then a model of `--checkpoint-layers` layers is saved from all GPUs as a job saves it,
+and restored on half of them, over another mesh: its arrays must be the same bits and
+its next loss as close as sums in another order are.
 
 Exit codes: 0 done, 2 bad arguments, 3 a result was wrong.
 """
@@ -24,6 +25,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
   add = parser.add_argument
   add("--gpus", type=int, default=2)
   add("--model", default="olmoe-1b-7b", metavar="NAME")
-  add("--mesh", metavar="AXES", help="of data, fsdp, expert; expert alone if left out")
+  add("--mesh", metavar="AXES", help="as in training; expert alone if left out")
   add("--strategy", default="all_gather", metavar="NAME", help="of sparse layers")
   add(
     "--room", type=float, default=2.0, help="rows of a device's buffer, over the mean"
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--keep", help="nothing, attention, hidden, most, all")
   add("--layers", type=int, help="of the model; its own if left out")
   add("--rounds", type=int, default=5, help="of ceiling and steps")
-  add("--checkpoint-layers", type=int, default=2, help="0: no checkpoint")
+  add("--checkpoint-layers", type=int, default=1, help="0: no checkpoint")
   add("--folder", type=Path, help="for the checkpoint; a temporary one if left out")
   add("--limit", type=float, default=570, help="seconds that all of it may take")
   add("--dry", action="store_true", help="host devices and a tiny model, no GPU")
@@ -88,9 +90,7 @@ def _asked(arguments: argparse.Namespace) -> Any:
   gpus, there = arguments.gpus, len(jax.devices())
   if not 1 <= gpus <= there:
     raise ValueError(f"--gpus {gpus}: {there} devices are here")
-  sizes = meshes.parse(
-    arguments.mesh or f"expert={gpus}", axes=("data", "fsdp", "expert")
-  )
+  sizes = meshes.parse(arguments.mesh or f"expert={gpus}")
   meshes.check_product(sizes, gpus)
   return (sizes,)
 
@@ -120,16 +120,18 @@ def _run(arguments: argparse.Namespace, sizes: dict[str, int]) -> int:
   # What could fail last goes first: a step takes long, a checkpoint does not.
   right = True
   until = begin + arguments.limit
-  step = measure.step(arguments, sizes, until=until)
-  save(step=step)
-  right &= step["right"]
-  if arguments.checkpoint_layers and arguments.gpus > 1:
-    if time.monotonic() > begin + 0.8 * arguments.limit:
-      save(checkpoint={"why": "no time was left"})
-    else:
-      checkpoint = measure.checkpoint(arguments, sizes)
-      save(checkpoint=checkpoint)
-      right &= checkpoint["right"]
+  with ThreadPoolExecutor(3) as pool:
+    made = measure.programs(arguments, sizes, pool)
+    step = measure.step(arguments, sizes, made, until=until)
+    save(step=step)
+    right &= step["right"]
+    if made.saved is not None:
+      if time.monotonic() > begin + 0.8 * arguments.limit:
+        save(checkpoint={"why": "no time was left"})
+      else:
+        checkpoint = measure.checkpoint(arguments, sizes, made)
+        save(checkpoint=checkpoint)
+        right &= checkpoint["right"]
   print(f"took {time.monotonic() - begin:.0f} s", flush=True)
   return 0 if right else 3
 

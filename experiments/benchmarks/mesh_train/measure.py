@@ -7,79 +7,115 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from experiments import checkpoint as checkpoints
 from experiments.benchmarks import shapes
 from experiments.benchmarks.mesh_train import model as models
-from experiments.benchmarks.olmoe_step import training
-from jmoe.parallel import mesh as meshes
+from experiments.config import Run
 
 _STEPS = 4  # queued between two looks at the clock
 
 
-def _made(
+def run_of(
   arguments: argparse.Namespace, sizes: Mapping[str, int], layers: int | None
-) -> Any:
-  """(model, weights of its losses, rows of the batch)."""
+) -> Run:
+  """The run that a command asks for."""
   gpus = arguments.gpus
   model, weights, rows, keep = models.MODELS[arguments.model]
   keep = arguments.keep or keep
   experts = sizes.get("expert", 1)
   room = arguments.room / experts if arguments.room < experts else None
-  model = models.configured(
-    model, strategy=arguments.strategy, keep=keep, layers=layers, room=room
-  )
-  return model, weights, gpus * (arguments.rows or rows)
+  model = models.configured(model, keep=keep, layers=layers, room=room)
+  return models.run_of(model, gpus * (arguments.rows or rows), arguments.seq, weights)
+
+
+class Made(NamedTuple):
+  """A job, and its step (with the seconds that it took to compile) when it is there."""
+
+  job: models.Job
+  compiled: Future[tuple[Any, float]]
+
+
+class Programs(NamedTuple):
+  """The jobs of a command."""
+
+  step: Made
+  saved: Made | None  # the smaller model on all GPUs
+  restored: Made | None  # on half of them
+
+
+def programs(
+  arguments: argparse.Namespace, sizes: dict[str, int], pool: ThreadPoolExecutor
+) -> Programs:
+  """All steps of a command, in compilation at once."""
+
+  def made(layers: int | None, over: Mapping[str, int]) -> Made:
+    job = models.job(run_of(arguments, sizes, layers), over, arguments.strategy)
+    return Made(job, pool.submit(_compiled, job.lowered()))
+
+  gpus, layers = arguments.gpus, arguments.checkpoint_layers
+  whole = made(arguments.layers, sizes)
+  if not layers or gpus == 1:
+    return Programs(whole, None, None)
+  half = {"fsdp": gpus // 2} if gpus > 2 else {"expert": 1}
+  saved = whole if layers == arguments.layers else made(layers, sizes)
+  return Programs(whole, saved, made(layers, half))
+
+
+def _compiled(lowered: Any) -> tuple[Any, float]:
+  begin = time.perf_counter()
+  return lowered.compile(), time.perf_counter() - begin
 
 
 def step(
-  arguments: argparse.Namespace, sizes: dict[str, int], *, until: float
+  arguments: argparse.Namespace, sizes: dict[str, int], made: Programs, *, until: float
 ) -> dict[str, Any]:
   """Times, tokens a second, shares of the ceiling, memory, losses.
 
   Args:
     arguments: of the command.
     sizes: of the mesh.
+    made: of `programs`.
     until: of `time.monotonic`; no round begins later, but the first.
   """
-  gpus = arguments.gpus
-  model, weights, rows = _made(arguments, sizes, arguments.layers)
+  gpus, job = arguments.gpus, made.step.job
+  model, rows = job.run.model, job.run.data.batch
   count = models.counts(model, rows, arguments.seq)
-  mesh = meshes.make(sizes, devices=jax.devices()[:gpus])
   print(
     f"{arguments.model} over {dict(sizes)} by {arguments.strategy}: "
     f"{count.params / 1e9:.2f}e9 parameters, {count.active / 1e9:.2f}e9 active, "
     f"{count.tokens} tokens",
     flush=True,
   )
-  _, like = training.shapes(model)
-  state = models.drawn(like, mesh)
-  ids = models.batch(model, rows, arguments.seq, mesh)
-  state_gb = models.gigabytes(state)
-  plan = planned(arguments, model, sizes, rows, state_gb)
+  state_gb = models.gigabytes(job.like)
+  plan = planned(arguments, model, sizes, rows)
   print(f"  planned: {plan}", flush=True)
-  begin = time.perf_counter()
-  compiled = models.compiled(model, mesh, rows, arguments.seq, weights)
-  compiling = time.perf_counter() - begin
+  state = job.state()  # while the step is compiled
+  compiled, compiling = made.step.compiled.result()
+  print(f"  compiled in {compiling:.0f} s", flush=True)
+  for other in filter(None, made):
+    other.compiled.result()  # a compiler that tries kernels would slow what is timed
   memory: Any = compiled.memory_analysis()
   said = []
 
   def run(times: int) -> None:
     nonlocal state
     for _ in range(times):
-      state, metrics = compiled(state, ids)
+      state, metrics, _ = compiled(state, job.put())
       said.append(metrics["loss"])
     jax.block_until_ready(state)
 
   run(3)
   peaks = [
     (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
-    for device in mesh.devices.flat
+    for device in job.spread.mesh.devices.flat
   ]
   size = 128 if arguments.dry else None
   times, ceilings = [], []
@@ -127,78 +163,73 @@ def step(
 
 
 def planned(
-  arguments: argparse.Namespace,
-  model: Any,
-  sizes: dict[str, int],
-  rows: int,
-  state_gb: float,
+  arguments: argparse.Namespace, model: Any, sizes: dict[str, int], rows: int
 ) -> dict[str, Any]:
-  """The planner's memory and time of a GPU for the same step, with the state given.
-
-  Its own state has float32 copies of the parameters, which this step does not.
-  """
+  """The planner's memory and time of a GPU for the same step."""
   from experiments.planning import ask
 
   try:
     return ask.planned(
-      model,
-      rows=rows,
-      seq=arguments.seq,
-      sizes=sizes,
-      strategy=arguments.strategy,
-      state=state_gb * 1e9,
+      model, rows=rows, seq=arguments.seq, sizes=sizes, strategy=arguments.strategy
     )
   except ValueError as error:  # a chip that is not in its table
     return {"why": str(error)}
 
 
-def checkpoint(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str, Any]:
-  """Saved on all GPUs, restored on half of them over other axes; compared."""
-  import orbax.checkpoint as ocp
+class _Position:
+  """Where in the data a run is, as a checkpoint keeps it: here a number."""
 
-  gpus = arguments.gpus
-  model, weights, rows = _made(arguments, sizes, arguments.checkpoint_layers)
-  _, like = training.shapes(model)
-  mesh = meshes.make(sizes, devices=jax.devices()[:gpus])
-  half = {"fsdp": gpus // 2} if gpus > 2 else {"expert": 1}
-  smaller = meshes.make(half, devices=jax.devices()[: gpus // 2])
-  state = models.drawn(like, mesh)
-  ids = models.batch(model, rows, arguments.seq, mesh)
-  first = models.compiled(model, mesh, rows, arguments.seq, weights)
-  state, _ = first(state, ids)
+  def __init__(self, at: int):
+    self.at = at
+
+  def get_state(self) -> dict[str, int]:
+    return {"at": self.at}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self.at = state["at"]
+
+  def start_prefetch(self) -> None:
+    pass
+
+
+def checkpoint(
+  arguments: argparse.Namespace, sizes: dict[str, int], made: Programs
+) -> dict[str, Any]:
+  """Saved on all GPUs, restored on half of them over other axes; compared."""
+  assert made.saved is not None and made.restored is not None
+  job, fewer = made.saved.job, made.restored.job
+  first, second = (m.compiled.result()[0] for m in made[1:] if m is not None)
+  state, _, _ = first(job.state(), job.put())
   with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-    path = Path(folder) / "state"
+    path = epath.Path(folder) / "checkpoints"
     begin = time.perf_counter()
-    with ocp.StandardCheckpointer() as saver:
-      saver.save(path, state)
-      saver.wait_until_finished()
-      saving = time.perf_counter() - begin
-      wanted = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-        state, models.shardings(like, smaller),
-      )  # fmt: skip
-      begin = time.perf_counter()
-      restored = jax.block_until_ready(saver.restore(path, wanted))
-      restoring = time.perf_counter() - begin
-  same = all(
+    saver = checkpoints.Checkpoints(path, {"model": arguments.model})
+    saver.save(state, cast(Any, _Position(17)))
+    saver.close()
+    saving = time.perf_counter() - begin
+    begin = time.perf_counter()
+    reader = checkpoints.Checkpoints(path, {"model": arguments.model})
+    at = _Position(0)
+    restored = jax.block_until_ready(reader.restore(fewer.like, cast(Any, at)))
+    reader.close()
+    restoring = time.perf_counter() - begin
+  same = at.at == 17 and all(
     np.array_equal(_bits(one), _bits(other))
     for one, other in zip(
       jax.tree.leaves(state), jax.tree.leaves(restored), strict=True
     )
   )
   gigabytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e9
-  fewer = models.batch(model, rows, arguments.seq, smaller)
-  second = models.compiled(model, smaller, rows, arguments.seq, weights)
   losses = [
-    float(first(state, ids)[1]["loss"]),
-    float(second(restored, fewer)[1]["loss"]),
+    float(first(state, job.put())[1]["loss"]),
+    float(second(restored, fewer.put())[1]["loss"]),
   ]
   close = abs(losses[0] - losses[1]) < 2e-3 * losses[0]
   found = {
     "layers": arguments.checkpoint_layers,
     "gb": gigabytes,
     "from": dict(sizes),
-    "to": half,
+    "to": dict(fewer.spread.sizes),
     "save_s": saving,
     "restore_s": restoring,
     "same_bits": same,
@@ -206,7 +237,7 @@ def checkpoint(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str
     "right": bool(same and close),
   }
   print(
-    f"checkpoint of {gigabytes:.2f} GB from {dict(sizes)} to {half}: saved in "
+    f"checkpoint of {gigabytes:.2f} GB from {found['from']} to {found['to']}: saved in "
     f"{saving:.1f} s, restored in {restoring:.1f} s; the same bits: {same}; next "
     f"losses {losses[0]:.5f} and {losses[1]:.5f}",
     flush=True,
@@ -222,7 +253,7 @@ def _bits(x: Any) -> np.ndarray:
 def _show(found: dict[str, Any]) -> None:
   ms, gb, losses = found["ms"], found["gb"], found["losses"]
   print(
-    f"  compiled in {found['compile_s']:.0f} s; {statistics.median(ms):.1f} ms "
+    f"  {statistics.median(ms):.1f} ms "
     f"({min(ms):.1f} to {max(ms):.1f}), {found['tokens_per_s'] / 1e3:.2f}k tokens/s, "
     f"{found['tflops_per_gpu']:.0f} TFLOP/s a GPU, {found['share_of_ceiling']:.3f} of "
     f"the ceiling; loss {losses[0]:.3f} to {losses[-1]:.3f}"

@@ -1,13 +1,11 @@
-"""Published models over a mesh: configuration, state in its places, one step, FLOPs.
+"""Published models as runs over a mesh: configuration, batch, the job's step, FLOPs.
 
-Parameters and moments are bfloat16 and laid out by the layer's table of rules; sparse
-layers run in their own `shard_map`, the loss in one of its own, the rest is split by
-XLA from shardings.
+State, step and layout are those of a training run (`experiments.spread`): bfloat16
+parameters with float32 copies and moments, AdamW, clipping, routing metrics.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,20 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
-from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from experiments import batches
 from experiments.benchmarks.olmoe_step import size, training
-from jmoe import dispatch
+from experiments.config import Data, Optim, Run
+from experiments.program import Program, program
+from experiments.spread import Spread
+from experiments.state import TrainState
 from jmoe.config import Attention, BlockConfig, ModelConfig
-from jmoe.models import blocks, cross_entropy
-from jmoe.parallel import EXPERT_FSDP, param_specs
-from jmoe.parallel.rules import activation_spec
+from jmoe.parallel import mesh as meshes
 from jmoe.presets import olmoe, qwen3_moe
-from jmoe.use import use
 
-RULES = EXPERT_FSDP
 STRATEGIES = ("all_gather", "ragged_all_to_all", "deduplicated")
 
 
@@ -64,27 +59,44 @@ MODELS: dict[str, tuple[ModelConfig, tuple[tuple[str, float], ...], int, str]] =
 def configured(
   model: ModelConfig,
   *,
-  strategy: str,
   keep: str,
   layers: int | None = None,
   room: float | None = None,
 ) -> ModelConfig:
-  """The model with sparse layers over a mesh.
+  """The model as it is timed.
 
   Args:
     model: of one segment of equal blocks.
-    strategy: of `jmoe.dispatch`.
     keep: of `training.KEEPS`: what blocks keep for the backward pass.
     layers: instead of its own number.
     room: rows that a device's buffer holds as a share of all devices' rows.
   """
   (((block,), repeat),) = model.segments
-  sparse: Any = dataclasses.replace(
-    block.ff, dispatch=use(getattr(dispatch, strategy)), sharding=RULES, max_rows=room
-  )
-  block = dataclasses.replace(block, ff=sparse)
+  block = dataclasses.replace(block, ff=dataclasses.replace(block.ff, max_rows=room))
   return dataclasses.replace(
-    model, segments=(((block,), layers or repeat),), remat=training.KEEPS[keep]
+    model,
+    segments=(((block,), layers or repeat),),
+    remat=training.KEEPS[keep],
+    future_drops=room is not None,
+  )
+
+
+def run_of(
+  model: ModelConfig,
+  rows: int,
+  seq: int,
+  loss_weights: tuple[tuple[str, float], ...],
+) -> Run:
+  """A run of the model: AdamW, bfloat16 parameters with float32 copies."""
+  return Run(
+    name="measured",
+    model=model,
+    data=Data(max_bytes=1, seq=seq, batch=rows, eval_context=0),
+    optim=Optim(learning_rate=3e-4, warmup_steps=1, schedule="constant"),
+    loss_weights=loss_weights,
+    steps=1000,
+    save_every=1000,
+    param_dtype="bfloat16",
   )
 
 
@@ -113,80 +125,57 @@ def counts(model: ModelConfig, rows: int, seq: int) -> Counts:
   return Counts(params, active, rows * seq, 6.0 * active * rows * seq + attention)
 
 
-def specs(like: Mapping[str, Any], mesh: Mesh) -> dict[str, P]:
-  """The spec of each parameter, by its dotted name."""
-  nested = traverse_util.unflatten_dict(dict(like), sep=".")
-  found: Any = param_specs(nested, RULES, mesh.shape)
-  return dict(traverse_util.flatten_dict(found, sep="."))  # type: ignore[arg-type]
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run over some devices, as a training job makes it."""
+
+  run: Run
+  spread: Spread
+  program: Program
+
+  @property
+  def like(self) -> TrainState:
+    """Shapes of the state with their shardings."""
+    return self.spread.shapes(jax.eval_shape(self.program.init))
+
+  def state(self) -> TrainState:
+    """Before the first step, each device's share made where it lies."""
+    return self.spread.init(self.program)
+
+  def lowered(self) -> Any:
+    """`(state, batch of `put`) -> (state, metrics, routing)`; takes the state away."""
+    step = self.spread.train_step(self.program)
+    return step.lower(self.like, self.spread.batch_shapes(self.run))
+
+  def put(self) -> dict[str, Any]:
+    """A batch of random tokens, each scored on the next, one document a row."""
+    data, vocab = self.run.data, self.run.model.vocab_size
+    shape = (data.batch, data.seq)
+    ids = np.random.default_rng(7).integers(0, vocab, (data.batch, data.seq + 1))
+    made = {name: np.zeros(shape, np.int32) for name in batches.shapes(*shape)}
+    made |= {"inputs": ids[:, :-1].astype(np.int32), "targets": ids[:, 1:]}
+    made["targets"] = made["targets"].astype(np.int32)
+    made["scored"] += 1
+    made["segment"] += 1
+    made["position"] += np.arange(data.seq, dtype=np.int32)
+    return self.spread.put(made)
 
 
-def shardings(like: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-  """Of the state of `training.drawn`: moments lie as their parameters."""
-  where = {name: NamedSharding(mesh, at) for name, at in specs(like, mesh).items()}
-  return {"step": NamedSharding(mesh, P()), "params": where, "moments": (where, where)}
+def job(run: Run, sizes: Mapping[str, int], strategy: str) -> Job:
+  """The run over the first devices that are here.
 
-
-def drawn(like: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-  """A random state, each device's share made where it lies."""
-  made = jax.jit(lambda: training.drawn(like), out_shardings=shardings(like, mesh))
-  return made()
-
-
-def batch(model: ModelConfig, rows: int, seq: int, mesh: Mesh) -> Array:
-  """i32[rows,seq] random tokens, split by rows."""
-  ids = np.random.default_rng(7).integers(0, model.vocab_size, (rows, seq))
-  at = NamedSharding(mesh, activation_spec(3, RULES, mesh.shape))
-  return jax.device_put(ids.astype(np.int32), at)
-
-
-@functools.lru_cache(maxsize=4)
-def compiled(
-  model: ModelConfig,
-  mesh: Mesh,
-  rows: int,
-  seq: int,
-  loss_weights: tuple[tuple[str, float], ...],
-) -> Any:
-  """`(state, i32[rows,seq]) -> (state, losses)`, which takes the state away."""
-  blueprint, like = training.shapes(model)
-  step = functools.partial(
-    training.train_step,
-    blueprint=blueprint,
-    chunk=None,
-    in_backward=False,
-    loss_weights=dict(loss_weights),
-    cross_entropy=functools.partial(_loss, mesh),
-  )
-  where = shardings(like, mesh)
-  state = jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-    jax.eval_shape(lambda: training.drawn(like)),
-    where,
-  )
-  at = NamedSharding(mesh, activation_spec(3, RULES, mesh.shape))
-  ids = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=at)
-  out = where, NamedSharding(mesh, P())
-  with jax.set_mesh(mesh):
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-    return jitted.lower(state, ids).compile()
-
-
-def _loss(mesh: Mesh, model, x_BSD, target_BS, weight_BS, *, chunk) -> Array:
-  """The model's loss, each device over its own tokens: a loop over chunks of them."""
-  at = activation_spec(3, RULES, mesh.shape)
-  axes = tuple(a for a in RULES.tokens if mesh.shape.get(a, 1) > 1)
-
-  def local(x_BSD, matrix_DV, target_BS, weight_BS):
-    x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-    each = target_BS.reshape(-1), weight_BS.reshape(-1)
-    loss, _ = cross_entropy(x_TD, matrix_DV, *each, chunk=chunk)
-    return lax.psum(loss, axes) if axes else loss
-
-  found = jax.shard_map(
-    local, mesh=mesh, in_specs=(at, P(), at, at), out_specs=P(), check_vma=True
-  )
-  x_BSD = blocks.normed(model.norm, x_BSD)
-  return found(x_BSD, model.unembed.kernel[...], target_BS, weight_BS)
+  Args:
+    run: from `run_of`.
+    sizes: of the mesh.
+    strategy: of `STRATEGIES`; without an expert axis nothing travels.
+  """
+  devices = jax.devices()[: math.prod(sizes.values())]
+  mesh = meshes.make(sizes, devices=devices)
+  used = strategy if sizes.get("expert", 1) > 1 else None
+  spread = Spread(mesh, strategy=used)
+  lengths = np.ones(run.model.vocab_size, np.int32)
+  made = program(run, byte_lengths=lengths, num_domains=1, spread=spread)
+  return Job(run, spread, made)
 
 
 def gigabytes(tree: Any) -> float:
