@@ -34,6 +34,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.turns import HELP, turn
 from experiments.parser import Parser, run
 
 PARTS = ("layer", "links", "liger")
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--rounds", type=int, default=10)
   add("--threads", type=int, default=6, help="programs compiled at a time")
   add("--limit", type=float, default=280, help="seconds that all of it may take")
+  add("--turn", type=Path, metavar="FILE", help=HELP)
   add("--liger-site", type=Path, metavar="DIR", help="an unpacked liger-cute-kernels")
   add("--dry", action="store_true", help="host devices and a tiny layer, no GPU")
   add("--out", type=Path, help="JSON file for the figures")
@@ -182,9 +184,10 @@ class Session:
     until = time.monotonic() + share * self.arguments.limit
     print(f"links of {n} GPUs", flush=True)
     rounds = min(5, self.arguments.rounds)
-    self.found["links"] = links.measured(
-      self.shape, n, rounds=rounds, until=until, tiny=self.arguments.dry
-    )
+    with turn(self.arguments.turn):
+      self.found["links"] = links.measured(
+        self.shape, n, rounds=rounds, until=until, tiny=self.arguments.dry
+      )
     for entry in self.found["links"]:
       print(links.shown(entry), flush=True)
     self.save()
@@ -215,10 +218,11 @@ class Session:
       print(f"  {job.name:<38}{said}", flush=True)
       programs.append((job, program))
     right = True
-    for i, routing in enumerate(self.routings):
-      left = max(0.0, until - time.monotonic())
-      stop = time.monotonic() + left / (len(self.routings) - i)
-      right &= self._group(n, shape, routing, programs, peer, stop)
+    with turn(arguments.turn):
+      for i, routing in enumerate(self.routings):
+        left = max(0.0, until - time.monotonic())
+        stop = time.monotonic() + left / (len(self.routings) - i)
+        right &= self._group(n, shape, routing, programs, peer, stop)
     if peer is not None:
       peer.close()
     return right

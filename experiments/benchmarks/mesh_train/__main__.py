@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.turns import HELP, turn
 from experiments.parser import Parser, run
 
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--checkpoint-layers", type=int, default=1, help="0: no checkpoint")
   add("--folder", type=Path, help="for the checkpoint; a temporary one if left out")
   add("--limit", type=float, default=570, help="seconds that all of it may take")
+  add("--turn", type=Path, metavar="FILE", help=HELP)
   add("--dry", action="store_true", help="host devices and a tiny model, no GPU")
   add("--out", type=Path, help="JSON file for the figures, written as they come")
   arguments = parser.parse_args(argv)
@@ -122,7 +124,12 @@ def _run(arguments: argparse.Namespace, sizes: dict[str, int]) -> int:
   until = begin + arguments.limit
   with ThreadPoolExecutor(3) as pool:
     made = measure.programs(arguments, sizes, pool)
-    step = measure.step(arguments, sizes, made, until=until)
+    state = made.step.job.state()  # while the step is compiled
+    for program in filter(None, made):
+      # A compiler that tries kernels would slow what is timed.
+      program.compiled.result()
+    with turn(arguments.turn):
+      step = measure.step(arguments, sizes, made, state, until=until)
     save(step=step)
     right &= step["right"]
     if made.saved is not None:

@@ -75,14 +75,20 @@ def _compiled(lowered: Any) -> tuple[Any, float]:
 
 
 def step(
-  arguments: argparse.Namespace, sizes: dict[str, int], made: Programs, *, until: float
+  arguments: argparse.Namespace,
+  sizes: dict[str, int],
+  made: Programs,
+  state: Any,
+  *,
+  until: float,
 ) -> dict[str, Any]:
   """Times, tokens a second, shares of the ceiling, memory, losses.
 
   Args:
     arguments: of the command.
     sizes: of the mesh.
-    made: of `programs`.
+    made: of `programs`, compiled.
+    state: of the job; donated.
     until: of `time.monotonic`; no round begins later, but the first.
   """
   gpus, job = arguments.gpus, made.step.job
@@ -97,11 +103,8 @@ def step(
   state_gb = models.gigabytes(job.like)
   plan = planned(arguments, model, sizes, rows)
   print(f"  planned: {plan}", flush=True)
-  state = job.state()  # while the step is compiled
   compiled, compiling = made.step.compiled.result()
   print(f"  compiled in {compiling:.0f} s", flush=True)
-  for other in filter(None, made):
-    other.compiled.result()  # a compiler that tries kernels would slow what is timed
   memory: Any = compiled.memory_analysis()
   said = []
 
