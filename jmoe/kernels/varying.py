@@ -53,14 +53,17 @@ def like(tree: Any, *others: Any) -> Any:
 
 
 def struct(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtypeStruct:
-  """What a kernel gives, differing over the mesh axes over which its operands do."""
-  for leaf in jax.tree.leaves(operands):
+  """What a kernel gives, differing over the mesh axes over which its operands do.
+
+  Inside `shard_map` jax wants to be told even where nothing differs.
+  """
+  leaves = sorted(jax.tree.leaves(operands), key=lambda leaf: not _own(leaf))
+  for leaf in leaves[:1]:
     manual = getattr(jax.typeof(leaf), "manual_axis_type", None)
-    if _own(leaf) and manual is not None:
+    if manual is not None:
       return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
-    if _own(leaf):
-      made: Any = jax.ShapeDtypeStruct  # its argument's name before jax 0.10
-      return made(shape, dtype, vma=_own(leaf))
+    made: Any = jax.ShapeDtypeStruct  # its argument's name before jax 0.10
+    return made(shape, dtype, vma=_own(leaf))
   return jax.ShapeDtypeStruct(shape, dtype)
 
 

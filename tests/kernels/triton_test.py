@@ -228,7 +228,8 @@ def test_an_interpreted_layer_is_that_of_a_cpu(limited, monkeypatch):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
-def test_layers_trace_for_triton_inside_shard_map():
+@pytest.mark.parametrize("axes", [("data",), ()], ids=["split", "all_the_same"])
+def test_layers_trace_for_triton_inside_shard_map(axes):
   import jmoe
 
   auto = (jax.sharding.AxisType.Auto,)
@@ -241,13 +242,13 @@ def test_layers_trace_for_triton_inside_shard_map():
     return jmoe.moe(params, x[0], config)[0][None]
 
   split = jax.shard_map(
-    layer, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data")
+    layer, mesh=mesh, in_specs=(spec(), spec(*axes)), out_specs=spec(*axes)
   )
   x = jnp.ones((8, 300, 256))
   with devices.as_if("ampere"):
     grad = jax.grad(lambda params, x: jnp.sum(split(params, x)))
     text = str(jax.jit(grad).trace(params, x).jaxpr)
-  assert text.count("name=grouped_matmul") >= 9 and "psum" in text
+  assert text.count("name=grouped_matmul") >= 9 and ("psum" in text) == bool(axes)
 
 
 def products(function, *operands):
