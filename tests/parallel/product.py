@@ -98,7 +98,10 @@ class Product:
     self.records: dict[str, Row] = {}
     folder.mkdir(parents=True, exist_ok=True)
     if self.path.exists():
-      for line in self.path.read_text().splitlines():
+      text = self.path.read_text()
+      if text and not text.endswith("\n"):
+        self.path.write_text(text + "\n")
+      for line in text.splitlines():
         try:
           one = json.loads(line)
         except ValueError:
