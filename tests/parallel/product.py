@@ -29,6 +29,7 @@ from typing import Any
 import jax
 
 from tests import eight_devices
+from tests.parallel import cases
 
 Row = dict[str, Any]
 AT_MOST = 36  # cells of a process: a layer over a mesh is up to 700 mappings of memory
@@ -42,25 +43,24 @@ def name(row: Row) -> str:
 
 def every_row() -> Iterator[Row]:
   """The product, with what cannot be configured."""
-  from tests.parallel import cases
-
   for values in itertools.product(*cases.FACTORS.values()):
     yield dict(zip(cases.FACTORS, values, strict=True))
+
+
+def shared(row: Row) -> tuple[Any, ...]:
+  """Of what the results of one device depend on."""
+  return row["router"], row["extra"], cases.limited(row), cases.fits(row)
 
 
 @functools.cache
 def batches() -> Sequence[Sequence[Row]]:
   """All cells; those of one batch are compared with the same results of one device."""
-  from tests.parallel import cases
-
-  shared = collections.defaultdict(list)
+  together = collections.defaultdict(list)
   for row in every_row():
     if not cases.twin(row):
-      shared[row["router"], row["extra"], cases.limited(row), cases.fits(row)].append(
-        row
-      )
+      together[shared(row)].append(row)
   found = []
-  for rows in shared.values():
+  for rows in together.values():
     number = -(-len(rows) // AT_MOST)
     found += [rows[n::number] for n in range(number)]
   return found
@@ -68,8 +68,6 @@ def batches() -> Sequence[Sequence[Row]]:
 
 def work() -> None:
   """Checks the rows that standard input names, one JSON list; a line for each."""
-  from tests.parallel import cases
-
   gc.freeze()
   gc.disable()  # tracing makes much garbage, and a process ends soon
   for row in json.load(sys.stdin):
@@ -100,7 +98,10 @@ class Product:
     self.records: dict[str, Row] = {}
     folder.mkdir(parents=True, exist_ok=True)
     if self.path.exists():
-      for line in self.path.read_text().splitlines():
+      text = self.path.read_text()
+      if text and not text.endswith("\n"):
+        self.path.write_text(text + "\n")
+      for line in text.splitlines():
         try:
           one = json.loads(line)
         except ValueError:

@@ -102,10 +102,11 @@ def test_bad_input_is_one_line_and_changes_nothing(
   folder = tmp_path / "run"
   before(job, folder)
   files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-  start = time.perf_counter()
+  start, used = time.perf_counter(), time.process_time()
   some = ["--workdir", folder, "--cache", tmp_path / "cache", *arguments]
   assert outcome(*some) == 2
-  assert time.perf_counter() - start < 5  # a second on a machine that is not shared
+  assert time.process_time() - used < 5  # it is one
+  assert time.perf_counter() - start < 60  # nothing was waited for
   shown = capsys.readouterr()
   assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
   assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files

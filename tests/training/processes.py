@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 300  # seconds; a run takes some
 
 
 class Process:
@@ -24,12 +26,10 @@ class Process:
   """
 
   def __init__(self, workdir: Path, cache: Path, *arguments: str, devices: int = 1):
-    environment = os.environ | {
+    environment = os.environ | {  # with the tests' flags, so that bits are the same
       "JAX_PLATFORMS": "cpu",
       "JAX_NUM_CPU_DEVICES": str(devices),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-      "--xla_llvm_disable_expensive_passes=true",
     }
     command = ["--config", "micro", "--workdir", workdir, "--cache", cache, *arguments]
     self._workdir = workdir
@@ -44,11 +44,17 @@ class Process:
 
   def signalled(self, number: int, when: Callable[[], bool]) -> tuple[int, str]:
     """`ended` after a signal, sent as soon as something holds."""
-    deadline = time.monotonic() + 300
-    while not when() and self._process.poll() is None and time.monotonic() < deadline:
-      time.sleep(0.001)
+    self.until(when)
     self._process.send_signal(number)
     return self.ended()
+
+  def until(self, when: Callable[[], bool]) -> None:
+    """Waits until something holds, or the process has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while not when() and self._process.poll() is None:
+      if time.monotonic() > deadline:
+        self._gives_up("what is waited for did not come")
+      time.sleep(0.001)
 
   def killed(self, when: Callable[[], bool]) -> bool:
     """SIGKILL as soon as something holds; False if the run was over before."""
@@ -56,8 +62,17 @@ class Process:
 
   def ended(self) -> tuple[int, str]:
     """The exit code and all that was printed."""
-    output, _ = self._process.communicate(timeout=300)
+    try:
+      output, _ = self._process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+      self._gives_up("it did not end")
     return self._process.returncode, output
+
+  def _gives_up(self, why: str) -> NoReturn:
+    """Leaves no process behind that would slow other tests down."""
+    self._process.kill()
+    output, _ = self._process.communicate()
+    raise AssertionError(f"{why} in {PATIENCE} s; the process said: {output}")
 
 
 def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -90,13 +90,13 @@ def test_hosts_share_a_number_of_windows_that_they_do_not_divide(temperature):
 @pytest.mark.parametrize("count", [1, 2, 3, 61])
 def test_few_windows_are_drawn_at_once_and_once_an_epoch(count):
   windows = windows_of([SEQ - 1] * count)
-  begin = time.perf_counter()
+  begin = time.process_time()  # others may use the machine
   order = data._epochs(windows, seed=0)
   epochs = [
     [bytes(order[epoch * count + n]["targets"]) for n in range(count)]
     for epoch in range(2000 // count)
   ]
-  assert time.perf_counter() - begin < 4  # it was up to 24 ms for each
+  assert time.process_time() - begin < 4  # it was up to 24 ms for each
   assert all(len(set(epoch)) == count for epoch in epochs)
   assert count == 1 or len({tuple(epoch) for epoch in epochs}) > 1
 

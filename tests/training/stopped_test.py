@@ -37,7 +37,7 @@ def test_a_run_killed_stopped_and_damaged_ends_as_one_that_never_was(
   draw = random.Random(seed)
   whole, workdir = tmp_path / "whole", tmp_path / "stopped"
   undisturbed = Process(whole, cache, *SETTINGS, "--compare-dense")
-  wait_for(lambda: steps(whole) > 0)  # now the compiled step is in the cache
+  undisturbed.until(lambda: steps(whole) > 0)  # the compiled step is in the cache
 
   def process():
     return Process(workdir, cache, *SETTINGS)
@@ -66,12 +66,6 @@ def test_a_run_killed_stopped_and_damaged_ends_as_one_that_never_was(
   equal(whole, workdir)
   shows_every_step_once(workdir)
   fine_tuned(whole, cache, tmp_path)
-
-
-def wait_for(holds):
-  deadline = time.monotonic() + 300
-  while not holds() and time.monotonic() < deadline:
-    time.sleep(0.01)
 
 
 def stopped_in_order(workdir, number, code, output):

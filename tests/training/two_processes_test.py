@@ -13,12 +13,13 @@ import jax
 import pytest
 from etils import epath
 
-from experiments import opening, program, settings, spread
+from experiments import hosts, opening, program, settings, spread
 from experiments.checkpoint import Checkpoints, digests
 from jmoe.parallel import mesh as meshes
 from tests.training.processes import Process, lines, steps, summary
 
-SETTINGS = ["steps=900", "save_every=6", "data.readers=2"]
+# More steps than are made before a signal comes, on however slow a machine.
+SETTINGS = ["steps=9000", "save_every=6", "data.readers=2"]
 ARGUMENTS = [part for setting in SETTINGS for part in ("--set", setting)]
 ARGUMENTS += ["--mesh", "expert=2"]
 
@@ -67,7 +68,7 @@ def test_two_processes_killed_and_resumed_equal_one(
   for code, output in (stopped, first.ended()):
     assert code == 128 + signal.SIGTERM and "Traceback" not in output, output
   done = steps(workdir)
-  assert enough <= done < 900
+  assert enough <= done < run.steps
   for _ in range(done):
     state, values, _ = step(state, next(batches))
     losses.append(float(values["loss"]))
@@ -94,5 +95,5 @@ def test_processes_with_other_inputs_end_with_one_line_each(texts, cache, tmp_pa
     said = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2 and "Traceback" not in output, output
     assert len(said) == 1 and "config of process 1 is " in said[0], output
-  assert time.monotonic() - start < 60
+  assert time.monotonic() - start < hosts.PATIENCE / 2  # none waited for the other
   assert not (tmp_path / "run").exists()
