@@ -12,8 +12,9 @@ so small leave a GPU idle: `--at-once N` trains N arms beside each other.
 
 A line of OUT/composition.jsonl is a seed of an arm at a step: share of right answers by
 kind.  Arms that have all their lines are not trained again.  The table has the last
-step, its difference from --against over paired seeds with Student's 95 % interval, and
-the first step at which nine tenths of the two-step problems are right.
+step; `speed`, the mean over all evaluations of the two-step problems of training; and
+how much more than --against speed and held-out problems are, over paired seeds with
+Student's 95 % interval.
 
 Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 """
@@ -36,7 +37,6 @@ from experiments import extras
 from experiments.parser import Parser, run as run_command
 
 FILE = "composition.jsonl"
-ENOUGH = 0.9
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -225,71 +225,73 @@ def _trained(
   return lines
 
 
+def ends(lines: Sequence[Mapping[str, Any]]) -> dict[Any, dict[str, dict[int, float]]]:
+  """(layers, arm) -> kind of problem, or "speed" -> seed -> share of right answers."""
+  from experiments.problems import KINDS
+
+  last = max(x["step"] for x in lines)
+  found: dict[Any, Any] = {}
+  for x in lines:
+    own = found.setdefault((x["layers"], x["arm"]), {name: {} for name in KINDS})
+    own.setdefault("speed", {}).setdefault(x["seed"], []).append(x[KINDS[1]])
+    if x["step"] == last:
+      for kind in KINDS:
+        own[kind][x["seed"]] = x[kind]
+  for own in found.values():
+    own["speed"] = {seed: sum(each) / len(each) for seed, each in own["speed"].items()}
+  return found
+
+
 def table(lines: Sequence[Mapping[str, Any]], *, against: str) -> list[str]:
   """The lines of the table."""
   from experiments import intervals
-  from experiments.problems import KINDS
 
-  head = f"{'right answers':<24}{'parameters':>11}" + "".join(f"{k:>11}" for k in KINDS)
-  rows = [head + f"{'held out, more than ' + against:>34}{'steps to 0.9':>14}"]
-  last = max(x["step"] for x in lines)
-  for layers, arm in dict.fromkeys((x["layers"], x["arm"]) for x in lines):
-
-    def ends(name: str, kind: str, layers: int = layers) -> dict[int, float]:
-      at = (layers, name, last)
-      return {
-        x["seed"]: x[kind] for x in lines if (x["layers"], x["arm"], x["step"]) == at
-      }
-
-    own = [x for x in lines if (x["layers"], x["arm"]) == (layers, arm)]
-    cells = "".join(
-      f"{intervals.student(list(ends(arm, kind).values())).mean:>11.3f}"
-      for kind in KINDS
-    )
-    gap = intervals.paired(ends(arm, KINDS[2]), ends(against, KINDS[2]))
-    more = "" if gap is None or arm == against else intervals.shown(gap)
-    reached = [
-      min(
-        (x["step"] for x in own if x["seed"] == s and x[KINDS[1]] >= ENOUGH), default=0
-      )
-      for s in sorted({x["seed"] for x in own})
-    ]
-    first = sum(reached) / len(reached) if all(reached) else None
-    label = f"{arm}, layers={layers}"
-    rows.append(
-      f"{label:<24}{own[0]['parameters']:>11}{cells}{more:>34}"
-      + (f"{first:>14.0f}" if first else f"{'not all':>14}")
-    )
+  found = ends(lines)
+  sizes = {(x["layers"], x["arm"]): x["parameters"] for x in lines}
+  names = list(next(iter(found.values())))
+  gaps = ("speed", "held out")
+  rows = [
+    f"{'right answers':<24}{'parameters':>11}" + "".join(f"{n:>10}" for n in names)
+  ]
+  rows[0] += "".join(f"{f'{name}, more than {against}':>32}" for name in gaps)
+  for (layers, arm), own in found.items():
+    row = f"{f'{arm}, layers={layers}':<24}{sizes[layers, arm]:>11}"
+    for name in names:
+      row += f"{intervals.student(list(own[name].values())).mean:>10.3f}"
+    for name in gaps if arm != against else ():
+      gap = intervals.paired(own[name], found[layers, against][name])
+      row += f"{'' if gap is None else intervals.shown(gap):>32}"
+    rows.append(row)
   return rows
 
 
 def _claim(lines: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> None:
   """Appends to FOLDER/composition-LAYERS-KIND.json, as `experiments.series`."""
   from experiments import results
-  from experiments.problems import KINDS
   from experiments.summary import hardware, versions
   from jmoe.use import to_jsonable
 
-  last = max(x["step"] for x in lines)
   runs = {key: to_jsonable(run) for key, run in _runs(arguments).items()}
-  for line in (x for x in lines if x["step"] == last):
-    layers, arm = line["layers"], line["arm"]
-    config = dict(runs[layers, arm], task=line["task"])
-    for kind in KINDS:
-      results.append(
-        arguments.results / f"composition-{layers}-{kind.replace(' ', '_')}.json",
-        claim=f"problems of composition answered rightly with layers={layers}, {kind}",
-        unit="share",
-        against=arguments.against,
-        arm=arm,
-        seed=line["seed"],
-        value=line[kind],
-        command=f"python -m experiments.composition --arms {arguments.arms} "
-        f"--dtype {arguments.dtype} --out runs/composition",
-        config=config,
-        versions=versions(),
-        hardware=hardware(),
-      )
+  same = f"--steps {arguments.steps} --dtype {arguments.dtype}"
+  for (layers, arm), own in ends(lines).items():
+    of = f"problems of composition answered rightly with layers={layers}"
+    for name, values in own.items():
+      what = "two steps, mean over training" if name == "speed" else name
+      for seed, value in values.items():
+        results.append(
+          arguments.results / f"composition-{layers}-{name.replace(' ', '_')}.json",
+          claim=f"{of}: {what}",
+          unit="share",
+          against=arguments.against,
+          arm=arm,
+          seed=seed,
+          value=value,
+          command=f"python -m experiments.composition --arms {arguments.arms} {same} "
+          "--out runs/composition",
+          config=dict(runs[layers, arm], task=dataclasses.asdict(_task(arguments))),
+          versions=versions(),
+          hardware=hardware(),
+        )
 
 
 if __name__ == "__main__":

@@ -100,6 +100,21 @@ def test_a_probe_is_not_made_twice(tmp_path, capsys, monkeypatch):
   assert (tmp_path / composition.FILE).read_text().splitlines() == lines
 
 
+def test_speed_is_the_mean_over_evaluations_and_gaps_are_paired():
+  def line(arm, seed, step, two, held):
+    some = dict(layers=1, arm=arm, seed=seed, step=step, parameters=7)
+    return {**some, "one step": 1.0, "two steps": two, "held out": held}
+
+  lines = [line("a", 0, 1, 0.2, 0.0), line("a", 0, 2, 0.6, 0.1)]
+  lines += [line("b", 0, 1, 0.4, 0.0), line("b", 0, 2, 0.8, 0.5)]
+  found = composition.ends(lines)
+  assert found[1, "a"]["speed"] == {0: pytest.approx(0.4)}
+  assert found[1, "b"]["held out"] == {0: 0.5}
+  _, plain, other = composition.table(lines, against="a")
+  assert plain.split() == ["a,", "layers=1", "7", "1.000", "0.600", "0.100", "0.400"]
+  assert other.split()[-3:] == ["0.600", "0.200", "0.400"]
+
+
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
