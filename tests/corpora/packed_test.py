@@ -59,7 +59,7 @@ def test_two_builds_are_the_same_bytes(tmp_path):
 def test_some_domains_may_be_packed_alone(tmp_path, source, chosen, capsys):
   out = tmp_path / "b.jsonl.gz"
   assert build.main([source, "--domains", "c", "--out", str(out)]) == 2
-  assert "--domains c: no such domain; known: a, b." in capsys.readouterr().err
+  assert "--domains c: no such domain; known: a, b, lines." in capsys.readouterr().err
   assert build.main([source, "--domains", "b", "--out", str(out)]) == 0
   assert chosen(f"packed:{out}") == [doc for doc in chosen(source) if doc.domain == "b"]
 
