@@ -150,12 +150,12 @@ def _measured(
     flush=True,
   )
   if arguments.parts:
-    # The state is donated: the table's steps begin with another.
     figures["parts"] = divided(
       step.as_text(), tracing.measured(step, (state, batch), kept=0)
     )
-    state = seeds.stack([made.of_seed(n).init() for n in range(num)])
   if arguments.table:
+    if arguments.parts:  # the state was donated
+      state = seeds.stack([made.of_seed(n).init() for n in range(num)])
     figures["table"] = tracing.shown(step, (state, batch), arguments.table, kept=0)
   return figures
 
