@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
   def name(self) -> tuple[Run, int]:
     """Equal where the steps are: they do not depend on seeds."""
     data = dataclasses.replace(self.run.data, seed=0)
-    return dataclasses.replace(self.run, seed=0, data=data), self.many
+    return dataclasses.replace(self.run, seed=0, data=data, start_from=""), self.many
 
 
 def compiled(wanted: Wanted) -> Steps:

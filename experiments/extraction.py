@@ -160,7 +160,9 @@ class Extraction:
     run = self.source.run
     # Of all seeds, as they differ in nothing that is compiled.
     of = dataclasses.replace(run.data, seed=0)
-    run = dataclasses.replace(run, model=model, loss_weights=(), data=of, seed=0)
+    run = dataclasses.replace(
+      run, model=model, loss_weights=(), data=of, seed=0, start_from=""
+    )
     lengths = tuple(self.source.words.byte_lengths.tolist())
     return _eval_step(run, lengths, len(self.source.texts.domains))
 

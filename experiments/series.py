@@ -10,6 +10,9 @@ parameters and the order of its data from n, so that all arms see the same batch
 Each seed leaves a folder OUT/ARM/seed-n like that of a single run, with checkpoints;
 what is finished there is not trained again, what was stopped goes on where it was, so a
 series may take several sittings.  `experiments.arms` lists arms.
+With `--start-from DIR`, the folder of another series, each seed of an arm starts with
+the model that this seed of this arm ended with there: to fine-tune all of them on other
+text (`--set data.corpus=...`).
 
 Claims are appended to RESULTS/NAME-*.json: bits per byte, compute to equal loss (from
 the curves, and where there are arms `steps=F` from runs planned to be shorter), time of
@@ -57,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--together", type=int, default=0, metavar="N", help="seeds a program; 0: all")
   add("--ahead", type=int, default=0, metavar="N", help="arms compiled at a time")
   add("--out", required=True, help="folder of the series")
+  add("--start-from", metavar="DIR", help="folder of the series whose models go on")
   add("--no-checkpoints", action="store_true", help="what is stopped begins anew")
   add("--set", action="append", default=[], metavar="PATH=VALUE")
   add("--results", type=Path, help="folder of claims; default: none are written")
@@ -105,6 +109,11 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
     raise ValueError(f"--ahead {arguments.ahead}: give a number of arms, or 0.")
   if twice := [text for text in seeds if seeds.count(text) > 1]:
     raise ValueError(f"--seeds {arguments.seeds}: {twice[0]} is given twice.")
+  if arguments.start_from and base.start_from:
+    raise ValueError(
+      f"--start-from {arguments.start_from} with start_from={base.start_from}; give "
+      "one of them."
+    )
   out = workdir.opened(arguments.out, "--out")
   if not workdir.is_local(out):
     raise ValueError(f"--out {out} is not local; give a local folder.")
@@ -120,7 +129,14 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
       dataclasses.replace(run, seed=seed, data=dataclasses.replace(run.data, seed=seed))
       for seed in seeds
     ]
-    folders = [out / name.replace("=", "-") / f"seed-{seed}" for seed in seeds]
+    places = [f"{name.replace('=', '-')}/seed-{seed}" for seed in seeds]
+    if arguments.start_from:
+      start = str(arguments.start_from).rstrip("/")
+      runs = [
+        dataclasses.replace(each, start_from=f"{start}/{place}")
+        for each, place in zip(runs, places, strict=True)
+      ]
+    folders = [out / place for place in places]
     for each, folder in zip(runs, folders, strict=True):
       workdir.check(each, folder)
     found.append(Arm(name, runs, folders))
@@ -217,6 +233,8 @@ def _command(arguments: argparse.Namespace, against: str, arm: str) -> str:
     words += ["--name", arguments.name]
   if arguments.together:
     words += ["--together", str(arguments.together)]
+  if arguments.start_from:
+    words += ["--start-from", arguments.start_from]
   return shlex.join([*words, "--out", f"runs/{arguments.name or arguments.config}"])
 
 

@@ -257,7 +257,8 @@ def _flow(params, x, context, state, key, arrays, *, config, train, axes, with_p
   y = _carried(config, x_TD, plan, experts, home, axes)
   if config.aggregate is not None:
     residual_TD = None if residual is None else residual.reshape(x_TD.shape)
-    y = config.aggregate(params.get("aggregate", {}), y, plan, x_TD, residual_TD)
+    with jax.named_scope("aggregate"):
+      y = config.aggregate(params.get("aggregate", {}), y, plan, x_TD, residual_TD)
   y = _with_shared(config, params, y, x_TD, axes)
   info = report(config, plan, _served(context, mask_TE), state, train, axes, with_plan)
   return y.reshape(*lead, *y.shape[1:]), info

@@ -17,9 +17,12 @@ SCOPES = {
   "carry": "rows",
   "rows": "rows",
   "experts": "experts",
+  "aggregate": "messages",
   "report": "losses",
 }
 PARTS = ("gate", "front", "rows", "experts", "losses", "other")
+ALL = (*PARTS[:4], "messages", *PARTS[4:])  # a layer with an `aggregate` has one more
+ROUTING = ("gate", "front", "rows", "losses")  # what a dense layer has not
 # Instructions for which nothing is launched.
 _FREE = (
   "parameter",

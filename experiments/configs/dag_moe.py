@@ -11,6 +11,23 @@ nats a token between shared=2 and dag=2; it does not say how shared=2-flops does
       --out runs/dag
   python -m experiments.series --config dag_moe --seeds 0,1,2 --against sparse \
       --arms sparse,finer=2,finer=4 --out runs/finer
+
+Fine-tuned on a domain that none of them has seen, political essays; the paper compares
+models with and without messages on tasks after fine-tuning both, which at this size are
+guesses, so here it is bits per byte of the domain's held-out documents:
+
+  python -m experiments.corpora 'handbook?essays=yes' --domains essays \
+      --out runs/essays.jsonl.xz
+  python -m experiments.series --config dag_moe --seeds 0,1,2 --against shared=2 \
+      --arms sparse,shared=2,dag=1,dag=2 --start-from runs/dag --out runs/dag-tuned \
+      --set data.corpus=packed:runs/essays.jsonl.xz --set steps=150 \
+      --set optim.learning_rate=2e-4 --set optim.warmup_steps=20 --name dag-tuned
+
+Where a step's time goes, and two-step problems (`experiments.composition`):
+
+  python -m experiments.benchmarks.step --config dag_moe --seeds 3 --parts \
+      --arms sparse,finer=2,finer=4,dag=1,dag=2
+  python -m experiments.composition --out runs/composition
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -10,14 +10,16 @@ import argparse
 import sys
 import time
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import corpora
-from experiments.corpora import packed
+from experiments.corpora import Document, packed
 from experiments.corpora.manifest import manifest
 from experiments.errors import BadData
 from experiments.extras import MissingExtra
 from experiments.parser import Parser
+from jmoe.use import nearest
 
 _ALL = 1 << 62  # bytes of a domain
 
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     metavar="SIMILARITY",
     help="leave out documents so similar to one kept, for instance 0.8",
   )
+  add("--domains", help="to pack, separated by commas; all if not given")
   add("--encoding", help="of the files of a folder, if it is not UTF-8")
   arguments = parser.parse_args(argv)
   out, name = arguments.out, arguments.corpus
@@ -54,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     chosen = corpora.Choice(name, arguments.max_bytes, arguments.near_duplicates)
     documents, facts = corpora.chosen(chosen)
+    if arguments.domains:
+      documents = _of_domains(documents, arguments.domains.split(","))
     if not documents:
       left_out = {why: some for why, some in facts["dropped"].items() if some}
       why = f" that can be taken; left out: {left_out}" if left_out else ""
@@ -82,6 +87,14 @@ def main(argv: list[str] | None = None) -> int:
     f"{time.perf_counter() - start:.0f} s"
   )
   return 0
+
+
+def _of_domains(documents: Sequence[Document], names: list[str]) -> list[Document]:
+  known = {doc.domain for doc in documents}
+  for name in names:
+    if name not in known:
+      raise BadData(f"--domains {name}: no such domain; {nearest(name, known)}")
+  return [doc for doc in documents if doc.domain in names]
 
 
 def _size(text: str) -> int:

@@ -22,6 +22,7 @@ TINY = "--tokens 300 --experts 16 --k 4 --d-model 128 --d-ff 64 --rounds 1".spli
     ("jit(f)/jit(_moe)/carry/layout/select_n", "front"),
     ("jit(f)/jit(_moe)/carry/experts/rows/spread_rows/pallas_call", "rows"),
     ("jit(f)/transpose(jvp(experts))/dot_general", "experts"),
+    ("jit(f)/while/body/transpose(jvp(vmap(jit(_moe))))/aggregate/mul", "messages"),
     ("jit(f)/jit(_moe)/add", None),
   ],
 )

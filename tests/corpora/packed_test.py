@@ -56,6 +56,14 @@ def test_two_builds_are_the_same_bytes(tmp_path):
   assert outs[0].read_bytes() == outs[1].read_bytes()
 
 
+def test_some_domains_may_be_packed_alone(tmp_path, source, chosen, capsys):
+  out = tmp_path / "b.jsonl.gz"
+  assert build.main([source, "--domains", "c", "--out", str(out)]) == 2
+  assert "--domains c: no such domain; known: a, b, lines." in capsys.readouterr().err
+  assert build.main([source, "--domains", "b", "--out", str(out)]) == 0
+  assert chosen(f"packed:{out}") == [doc for doc in chosen(source) if doc.domain == "b"]
+
+
 @pytest.mark.parametrize("suffix", ["xz", "gz"])
 def test_every_flipped_byte_and_every_cut_is_refused(tmp_path, source, chosen, suffix):
   out = tmp_path / f"packed.jsonl.{suffix}"

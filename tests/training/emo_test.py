@@ -127,6 +127,15 @@ def test_the_table_goes_on_where_it_was_stopped(trained, cache, capsys, monkeypa
   assert emo.main([*given, "--documents", "2", "--json"]) == 0
   assert len(calls) == 2 * (1 + 3)
   (record,) = json.loads(capsys.readouterr().out)
+  # A part of the held-out text is another measurement, kept beside those of all.
+  part = [*given, "--documents", "1", "--domains", "code", "--keep", "1", "--json"]
+  assert emo.main([*part, "--most", "1"]) == 0
+  (less,) = json.loads(capsys.readouterr().out)
+  assert len(calls) == 2 * (1 + 3) + 1
+  assert emo.main(part) == 0
+  (same,) = json.loads(capsys.readouterr().out)
+  assert len(calls) == 2 * (1 + 3) + 1
+  assert less["cases"][0]["bits"] != same["cases"][0]["bits"]
   bits = {(c["domain"], c["share"], c["documents"]): c["bits"] for c in record["cases"]}
   # What a line says is what a pass over all held-out text says of the cut model.
   kept = [json.loads(line) for line in (trained / extraction.FILE).open()]

@@ -99,6 +99,7 @@ def done(texts, cache, tmp_path_factory):
   arguments = ["--config", "micro", "--arms", "sparse,dense", "--seeds", "0,1"]
   arguments += ["--out", str(folder / "runs"), "--results", str(folder / "results")]
   arguments += ["--cache", str(cache), "--set", "steps=12", "--set", "watch_every=4"]
+  arguments += ["--ahead", "2"]
   assert series.main(arguments) == 0
   return folder, arguments
 
@@ -146,10 +147,13 @@ def ends(folder):
 
 
 def test_a_stopped_arm_goes_on_and_ends_as_if_it_never_was(done, tmp_path, monkeypatch):
-  """A signal at step 5; in a copy one seed loses its newest checkpoint as well."""
+  """A signal at step 5; in a copy one seed loses its newest checkpoint as well.
+
+  Its program is compiled when it is needed, that of the other series before.
+  """
   place = done[1].index("--out")
   out = tmp_path / "runs"
-  arguments = [*done[1][: place + 1], str(out), *done[1][place + 4 :]]
+  arguments = [*done[1][: place + 1], str(out), *done[1][place + 4 :], "--ahead", "0"]
   arguments[arguments.index("--arms") + 1] = "sparse"
   report = loop.Report.__call__
 
@@ -247,9 +251,32 @@ def test_another_model_cannot_start_from_a_run(done, tmp_path, capsys):
   assert not (tmp_path / "out").exists()
 
 
+def test_each_seed_of_an_arm_may_start_from_its_own_of_another_series(
+  done, tmp_path, capsys
+):
+  arguments = ["--config", "micro", "--arms", "dense", "--seeds", "0,1"]
+  arguments += ["--cache", done[1][done[1].index("--cache") + 1]]
+  arguments += ["--out", str(tmp_path / "out"), "--set", "steps=1"]
+  arguments += ["--set", "optim.learning_rate=0.0", "--set", "optim.warmup_steps=0"]
+  assert series.main([*arguments, "--start-from", str(tmp_path / "none")]) == 2
+  assert "none/dense/seed-0/checkpoints holds no checkpoint" in capsys.readouterr().err
+  assert series.main([*arguments, "--start-from", f"{done[0] / 'runs'}/"]) == 0
+  for seed in ("seed-0", "seed-1"):
+    start = ends(done[0] / "runs" / "dense" / seed)
+    assert ends(tmp_path / "out" / "dense" / seed) == start
+  twice = ["--set", "start_from=x", "--start-from", "y"]
+  assert series.main([*arguments, *twice]) == 2
+  assert "give one of them" in capsys.readouterr().err
+
+
 def test_the_command_of_an_arm_measures_all_that_is_said_of_it():
   arguments = argparse.Namespace(
-    config="micro", arms="sparse,dense,steps=0.5", set=["steps=9"], name="x", together=0
+    config="micro",
+    arms="sparse,dense,steps=0.5",
+    set=["steps=9"],
+    name="x",
+    together=0,
+    start_from=None,
   )
   assert "--arms sparse,steps=0.5,dense --against" in series._command(
     arguments, "dense", "sparse"
@@ -302,6 +329,7 @@ def test_compute_to_equal_loss_counts_skipped_steps_as_unknown(tmp_path):
     (["--arms", "sparse", "--seeds", "a"], "--seeds a"),
     (["--arms", "sparse", "--seeds", "1,1"], "1 is given twice"),
     (["--arms", "sparse", "--together", "-1"], "--together -1"),
+    (["--arms", "sparse", "--ahead", "-1"], "--ahead -1"),
   ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
