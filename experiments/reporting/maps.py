@@ -80,18 +80,16 @@ def alike_map(
   x: str,
   y: str = "",
   rows: Sequence[str] | None = None,
-  width: int = 175,
 ) -> Markup:
   """A square map of numbers from 0 to 1, such as cosines; an <svg> element.
 
   Args:
     values: f64[N,N], nan for none.
     title, x, y, rows: as of `load_map`.
-    width: of the cells together, in pixels.
   """
-  height = width if rows is None else 13 * len(values)
+  width = 175 if rows is None else max(13 * len(values), 65)
   nothing = np.full_like(values, np.nan)
-  size = (width, height)
+  size = (width, width)
   image = _png(values, _ALIKE)
   return _framed(image, nothing, size, title=title, x=x, y=y, rows=rows, columns=None)
 

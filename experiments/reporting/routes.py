@@ -127,6 +127,7 @@ def _curves(found: Found) -> str:
       dash = "-" if rows[0]["text"] == "all" else (0, (5, 1.5))
       colour = charts.PALETTE[n % len(charts.PALETTE)]
       axes.plot(over, linestyle=dash, color=colour, marker=".", label=title)
+    axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("sparse layer")
