@@ -186,7 +186,7 @@ def _dense(own):
     (blocks, repeat), *_ = self.run.model.segments
     block = BlockConfig(blocks[0].attention, Dense(d_ff=32))
     model = dataclasses.replace(self.run.model, segments=(((block,), repeat),))
-    self.run = dataclasses.replace(self.run, model=model)
+    self.run = dataclasses.replace(self.run, model=model, loss_weights=())
     kept = {n: x for n, x in self.model.params.items() if "segments.0.1" not in n}
     self.model = self.model._replace(config=model, params=kept, state={})
 
