@@ -61,7 +61,10 @@ def lexemes(text: bytes) -> Lexemes | None:
     is_name = token.type == tokenize.NAME
     if not is_name and token.type not in _OF:
       continue
-    first, end = (int(begins[row - 1]) + col for row, col in (token.start, token.end))
+    row, column = token.start
+    first = int(begins[row - 1]) + column
+    # Not `token.end`: Python 3.12.1 counts bytes there in strings of several lines.
+    end = first + len(token.string)
     word = "keyword" if keyword.iskeyword(token.string) else "name"
     kind_C[first:end] = CLASSES.index(word) if is_name else _OF[token.type]
     number_C[first : first + 1] = number_C[end : end + 1] = 1
