@@ -74,16 +74,28 @@ def information_by_chance(
     num_labels: L.
     draws: how often they are shuffled.
     seed: of the draws.
+
+  Raises:
+    ValueError: as of `load`, of units; or a unit's label that is none.
   """
-  unit_T, label_U, uses_TE = np.asarray(unit_T), np.asarray(label_U), _checked(uses_TE)
-  kept_T = unit_T >= 0
-  unit_T, uses_TE = unit_T[kept_T], uses_TE[kept_T]
+  label_U = np.asarray(label_U, np.int64)
+  if label_U.min(initial=0) < 0 or label_U.max(initial=-1) >= num_labels:
+    raise ValueError(
+      f"label of units is from {label_U.min()} to {label_U.max()}; give labels from 0 "
+      f"to num_labels - 1 = {num_labels - 1}."
+    )
+  # Counted once for all draws; most units use few experts.
+  load_UE = load(unit_T, uses_TE, num_labels=len(label_U))
+  unit_N, expert_N = np.nonzero(load_UE)
+  times_N, E = load_UE[unit_N, expert_N], load_UE.shape[1]
   random, found = np.random.PCG64(seed), []
   for _ in range(draws):
     # Raw bits are the same in every version of NumPy; draws need not be.
-    order_U = np.argsort(random.random_raw(len(label_U)), kind="stable")
-    shuffled_T = label_U[order_U][unit_T]
-    found.append(mutual_information(load(shuffled_T, uses_TE, num_labels=num_labels)))
+    label_N = label_U[np.argsort(random.random_raw(len(label_U)), kind="stable")][
+      unit_N
+    ]
+    flat = np.bincount(label_N * E + expert_N, times_N, minlength=num_labels * E)
+    found.append(mutual_information(flat.reshape(num_labels, E)))
   return np.array(found, np.float64)
 
 

@@ -142,6 +142,10 @@ def test_identical_checkpoints_share_all_and_opposite_ones_nothing():
   [
     (lambda: routes.load([0], [[1], [1]], num_labels=1), "give a label a token"),
     (lambda: routes.load([2], [[1]], num_labels=2), "label holds 2; give labels below"),
+    (
+      lambda: routes.information_by_chance([0], [[1]], [2], num_labels=2, draws=1),
+      "label of units is from 2 to 2; give labels from 0 to num_labels - 1 = 1",
+    ),
     (lambda: routes.pairs([1, 0]), r"shape \(2,\); give bool\[tokens, experts\]"),
     (lambda: routes.lift([[0, 1], [2, 0]]), "give the symmetric counts"),
     (lambda: routes.stability([[1, 0]], [[1]]), "same tokens, one or more"),
