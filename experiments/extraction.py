@@ -21,6 +21,7 @@ from experiments.errors import BadData
 from experiments.operations._source import Source
 from experiments.program import program
 from jmoe import surgery
+from jmoe.analysis import specialisation
 from jmoe.config import ModelConfig
 
 FILE = "extraction.jsonl"
@@ -185,7 +186,6 @@ def similarity(folder: epath.Path) -> float | None:
   for layer in json.loads(path.read_text())["layers"]:
     load_DE = np.asarray(layer["load"], np.float64)
     load_DE = load_DE[load_DE.sum(1) > 0]
-    unit_DE = load_DE / np.linalg.norm(load_DE, axis=1, keepdims=True)
-    pairs = np.triu_indices(len(unit_DE), 1)
-    found.append((unit_DE @ unit_DE.T)[pairs].mean())
+    pairs = np.triu_indices(len(load_DE), 1)
+    found.append(specialisation.cosine(load_DE)[pairs].mean())
   return float(np.mean(found)) if found else None

@@ -11,6 +11,8 @@
   profile/           what `--profile` traced
   evaluation.json    bits per byte by domain, load by domain and expert
   summary.json       the end, or how far it came
+  routes.json        whom tokens ask, if `experiments.routes` was asked to look
+  extraction.jsonl   what a few experts are worth, if `experiments.emo` was
   dense/             all of this for the dense model it is compared with
 
 Local, or `gs://...` and `s3://...`, which `experiments.remote` brings here and back.

@@ -97,7 +97,7 @@ def curves(runs: Sequence[Recorded]) -> str:
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, norm, speed):
       axes.set_xlabel("step")
-    return _svg(figure, "Curves of training")
+    return svg(figure, "Curves of training")
 
 
 def drops(routing: Routing, *, top: float, until: int) -> str:
@@ -127,7 +127,7 @@ def drops(routing: Routing, *, top: float, until: int) -> str:
     _titled(axes, "% of choices dropped: mean of layers; band: least to most")
     if causes:
       axes.legend(frameon=False, fontsize=8)
-    return _svg(figure, "Choices dropped, by cause")
+    return svg(figure, "Choices dropped, by cause")
 
 
 def by_layer(
@@ -164,7 +164,7 @@ def by_layer(
     _titled(axes, title)
     if len(routing.layers) <= 6:
       axes.legend(frameon=False, fontsize=8)
-    return _svg(figure, title)
+    return svg(figure, title)
 
 
 def binned(values: np.ndarray, most: int) -> np.ndarray:
@@ -228,7 +228,7 @@ def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
   return np.divide(total, number, out=np.full(len(end), np.nan), where=number > 0)
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg(figure: Figure, label: str) -> str:
   """An <svg> element without what would clash with another one on the page."""
   stream = io.StringIO()
   none = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -19,38 +19,47 @@ def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
   """Writes the figure; its kind is that of the file's name.
 
   Args:
-    found: records of `experiments.emo`: of each run its arm and cases.
+    found: as of `figure`.
     path: .svg, .png or .pdf.
 
   Raises:
     ValueError: another kind of file.
   """
+  with matplotlib.rc_context(STYLE):
+    figure(found).savefig(path)
+
+
+def figure(found: Sequence[Mapping[str, Any]]) -> Figure:
+  """The curves; drawn under `charts.STYLE` they look like the others.
+
+  Args:
+    found: records of `experiments.emo`: of each run its arm and cases.
+  """
   domains = list(dict.fromkeys(c["domain"] for r in found for c in r["cases"]))
   arms = list(dict.fromkeys(record["arm"] for record in found))
   most = max(c["documents"] for r in found for c in r["cases"])
   rows = math.ceil(len(domains) / _WIDE)
-  with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(3 * min(len(domains), _WIDE), 2.3 * rows + 0.4))
-    panels = figure.subplots(rows, min(len(domains), _WIDE), squeeze=False).ravel()
-    for panel, domain in zip(panels, domains, strict=False):
-      panel.set_title(domain)
-      panel.set_xscale("log", base=2)
-      panel.invert_xaxis()
-      panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g}%"))
-      panel.xaxis.set_minor_formatter(NullFormatter())
-      for n, arm in enumerate(arms):
-        colour = PALETTE[n % len(PALETTE)]
-        for documents, style in ((most, "-"), (0, ":")):
-          x, y = _curve(found, arm, domain, documents)
-          label = f"{arm}, {documents or 'random'}"
-          panel.plot(x, y, style, color=colour, marker=".", label=label)
-    for panel in panels[len(domains) :]:
-      panel.set_axis_off()
-    panels[0].set_ylabel("bits per byte")
-    lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="upper center", ncols=len(arms), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / (2.3 * rows + 0.4)))
-    figure.savefig(path)
+  drawn = Figure(figsize=(3 * min(len(domains), _WIDE), 2.3 * rows + 0.4))
+  panels = drawn.subplots(rows, min(len(domains), _WIDE), squeeze=False).ravel()
+  for panel, domain in zip(panels, domains, strict=False):
+    panel.set_title(domain)
+    panel.set_xscale("log", base=2)
+    panel.invert_xaxis()
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g}%"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    for n, arm in enumerate(arms):
+      colour = PALETTE[n % len(PALETTE)]
+      for documents, style in ((most, "-"), (0, ":")):
+        x, y = _curve(found, arm, domain, documents)
+        label = f"{arm}, {documents or 'random'}"
+        panel.plot(x, y, style, color=colour, marker=".", label=label)
+  for panel in panels[len(domains) :]:
+    panel.set_axis_off()
+  panels[0].set_ylabel("bits per byte")
+  lines, labels = panels[0].get_legend_handles_labels()
+  drawn.legend(lines, labels, loc="upper center", ncols=len(arms), frameon=False)
+  drawn.tight_layout(rect=(0, 0, 1, 1 - 0.5 / (2.3 * rows + 0.4)))
+  return drawn
 
 
 def _curve(

@@ -1,6 +1,7 @@
 """The page of `experiments.report`: sections as data, filled into a template."""
 # SPDX-License-Identifier: Apache-2.0
 
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from experiments.reporting import charts, grouping, maps, tables
+from experiments.reporting import charts, grouping, maps, routes, tables
 from experiments.reporting.read import Recorded, Routing
 from experiments.workdir import listed
 from jmoe.analysis import specialisation
@@ -61,6 +62,8 @@ def page(runs: Sequence[Recorded]) -> str:
     dead_table=_by_layer(sparse, _dead_at_the_end),
     domains=_domain_maps(named),
     information=_information(named),
+    routes=routes.sections(named),
+    extraction=routes.curves(named),
   )
 
 
@@ -195,7 +198,7 @@ def _domain_maps(named: Sequence[tuple[str, Recorded]]) -> Panels:
       [
         maps.load_map(
           load.astype(np.float64),
-          title=f"{name}: {specialisation.mutual_information(load):.3f} nats",
+          title=f"{name}: {_bits(specialisation.mutual_information(load)):.3f} bits",
           x="expert",
           rows=run.evaluation.domains,
         )
@@ -219,14 +222,14 @@ def _information(named: Sequence[tuple[str, Recorded]]) -> dict[str, Any] | None
     found = []
     for name, load in layers:
       nats = specialisation.mutual_information(load)
-      most = min(_entropy_of(load.sum(1)), np.log(load.shape[1]))
-      share = f" ({100 * nats / most:.0f} %)" if most > 0 else ""
-      found.append((name, f"{nats:.3f}{share}"))
+      most = min(specialisation.load_entropy(load.sum(1)), math.log(load.shape[1]))
+      share = f"{100 * nats / most:.0f} %; " if most > 0 else ""
+      chance = _bits(specialisation.miller_madow(load))
+      found.append((name, f"{_bits(nats):.3f} ({share}by chance {chance:.1g})"))
     return found
 
   return _by_layer(known, cells)
 
 
-def _entropy_of(counts: np.ndarray) -> float:
-  p = counts[counts > 0] / max(counts.sum(), 1)
-  return float(-(p * np.log(p)).sum())
+def _bits(nats: Any) -> float:
+  return float(nats) / math.log(2)

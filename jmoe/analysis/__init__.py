@@ -1,10 +1,11 @@
 """What a model costs and what it does; arrays in, numbers out, never inside jit.
 
 cost             parameters and FLOPs, total and active, without allocating anything
+routes           token by token: chance, experts used together, routes that stay
 specialisation   which experts serve which domains: mutual information, shares, load
 """
 # SPDX-License-Identifier: Apache-2.0
 
-from jmoe.analysis import cost, specialisation
+from jmoe.analysis import cost, routes, specialisation
 
-__all__ = ["cost", "specialisation"]
+__all__ = ["cost", "routes", "specialisation"]

@@ -31,6 +31,24 @@ def mutual_information(load_DE: ArrayLike) -> Numbers:
   return np.maximum(information, 0.0)  # rounding may leave less
 
 
+def miller_madow(load_DE: ArrayLike) -> Numbers:
+  """f64[...] nats that chance adds to `mutual_information`, if choices are independent.
+
+  `(D-1)(E-1) / 2N` of N choices, of the D domains and E experts that have any (Miller
+  1955).  Tokens of one document are not independent, so that chance adds more where
+  domains are whole documents: see `routes.information_by_chance`.
+
+  >>> print(miller_madow([[3, 1, 0], [2, 4, 0]]))
+  0.05
+  """
+  load_DE = _checked(load_DE)
+  domains = (load_DE.sum(-1) > 0).sum(-1)
+  experts = (load_DE.sum(-2) > 0).sum(-1)
+  total = load_DE.sum((-2, -1))
+  free = np.maximum(domains - 1, 0) * np.maximum(experts - 1, 0)
+  return free / (2 * np.where(total > 0, total, 1.0))
+
+
 def normalised_mutual_information(load_DE: ArrayLike) -> Numbers:
   """f64[...] mutual information by the entropy of domains: 0 to 1.
 
@@ -61,6 +79,22 @@ def similarity(load_DE: ArrayLike) -> Numbers:
   """
   share_DE = domain_shares(load_DE)
   return np.minimum(share_DE[..., :, None, :], share_DE[..., None, :, :]).sum(-1)
+
+
+def cosine(load_DE: ArrayLike) -> Numbers:
+  """f64[...,D,D] cosine between the loads of two domains: EMO's measure.
+
+  Wang, Bhagia, Min 2026, arXiv 2605.06663, of documents' or domains' use of experts.  1
+  if both use experts alike, 0 if they share none; 0 with a domain without choices.
+
+  >>> print(cosine([[3, 4, 0], [0, 0, 2]]))
+  [[1. 0.]
+   [0. 1.]]
+  """
+  load_DE = _checked(load_DE)
+  length_D1 = np.linalg.norm(load_DE, axis=-1, keepdims=True)
+  unit_DE = load_DE / np.where(length_D1 > 0, length_D1, 1.0)
+  return np.minimum(unit_DE @ np.swapaxes(unit_DE, -1, -2), 1.0)
 
 
 def dead_experts(load_E: ArrayLike, *, below: float = 0.01) -> NDArray[np.bool_]:

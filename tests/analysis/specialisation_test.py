@@ -62,6 +62,32 @@ def test_domains_that_share_no_expert_tell_all():
   assert spec.normalised_mutual_information([[3, 4]]) == 0
 
 
+def test_chance_adds_what_miller_and_madow_say():
+  load_DE = some_map(2)
+  load_DE[1] = load_DE[:, 3] = 0  # neither can be told, nor tell
+  bias = (3 - 1 - 1) * (5 - 1 - 1) / (2 * load_DE.sum())
+  np.testing.assert_allclose(spec.miller_madow(load_DE), bias)
+  assert spec.miller_madow([[0, 0], [0, 0]]) == spec.miller_madow([[3, 4]]) == 0
+  # Of independent choices the mean is the bias, as the truth is zero.
+  random = np.random.default_rng(0)
+  flat = random.multinomial(500, np.full(15, 1 / 15), size=400).reshape(-1, 3, 5)
+  found = spec.mutual_information(flat).mean()
+  np.testing.assert_allclose(found, spec.miller_madow(flat).mean(), rtol=0.1)
+
+
+def test_the_cosine_is_that_of_loops():
+  load_DE = some_map(7, zeros=0.3)
+  load_DE[1] = 0
+  found = spec.cosine(load_DE)
+  for a, one in enumerate(load_DE.tolist()):
+    for b, other in enumerate(load_DE.tolist()):
+      dot = sum(x * y for x, y in zip(one, other, strict=True))
+      size = math.hypot(*one) * math.hypot(*other)
+      np.testing.assert_allclose(found[a, b], dot / size if size else 0, atol=1e-12)
+  np.testing.assert_allclose(spec.cosine(np.outer([1, 5], [3, 0, 7])), np.ones((2, 2)))
+  np.testing.assert_array_equal(spec.cosine(PERFECT), np.eye(4))
+
+
 def test_shares_and_similarity_are_those_of_loops():
   load_DE = some_map(7, zeros=0.3)
   load_DE[1] = 0  # a domain without tokens
@@ -106,6 +132,8 @@ def test_layers_are_kept_apart():
     spec.normalised_mutual_information,
     spec.domain_shares,
     spec.similarity,
+    spec.cosine,
+    spec.miller_madow,
   ):
     np.testing.assert_allclose(function(maps), [function(m) for m in maps], atol=1e-12)
   for function in (spec.skew, spec.load_entropy, spec.dead_experts):

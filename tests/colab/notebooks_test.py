@@ -10,6 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 COLAB = ROOT / "colab"
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def _build():
@@ -49,8 +50,11 @@ def test_the_readme_leads_to_the_notebooks():
 @pytest.mark.notebook
 @pytest.mark.parametrize("script", build.scripts(), ids=lambda path: path.stem)
 def test_notebook_runs(script, tmp_path, monkeypatch):
-  """On a CPU; the training one with the smallest configuration."""
+  """On a CPU; those that train with the smallest configuration, or few steps."""
   monkeypatch.setenv("JMOE_NOTEBOOK_CONFIG", "micro")
+  monkeypatch.setenv("JMOE_NOTEBOOK_STEPS", "60")
+  # Compiling is most of the time.
+  monkeypatch.setenv("XLA_FLAGS", QUICK, prepend=" ")
   monkeypatch.setenv("JMOE_NOTEBOOK_RUNS", str(tmp_path))
   monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
   monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")

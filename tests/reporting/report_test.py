@@ -136,10 +136,12 @@ def test_the_mutual_information_is_that_of_the_evaluation(runs, page):
   )
   p = load / load.sum()
   even = p.sum(0, keepdims=True) * p.sum(1, keepdims=True)
-  nats = (p * np.log(p / even)).sum()
+  bits = (p * np.log2(p / even)).sum()
   words = page(run).words
-  assert nats > 0.3 and f"blocks.0.ff: {nats:.3f} nats" in words
-  assert f"blocks.0.ff {nats:.3f} ({100 * nats / np.log(3):.0f} %)" in words
+  assert bits > 0.4 and f"blocks.0.ff: {bits:.3f} bits" in words
+  assert f"blocks.0.ff {bits:.3f} ({100 * bits / np.log2(3):.0f} %; by" in words
+  chance = (3 - 1) * (6 - 1) / (2 * load.sum()) / np.log(2)
+  assert f"by chance {chance:.1g})" in words
 
 
 def test_maps_show_dead_even_and_busy_experts(runs, page):
