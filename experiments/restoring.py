@@ -45,17 +45,16 @@ def manager_of(
   elif not shared and hosts.count() > 1:
     alone = ocp.options.MultiprocessingOptions(None)
   given = {"multiprocessing_options": alone}
-  # Orbax says once for all processes that a folder is made, but here each has its own.
-  made = ocp.AsyncOptions(create_directories_asynchronously=shared)
+  # Orbax says once for all processes that a folder is made, but here each has its own;
+  # and a file for each piece of an array, as no database can be put together.
+  apart: dict[str, Any] = {}
+  pieces: dict[str, Any] = {}
+  if not shared:
+    at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
+    apart, pieces = {"async_options": at_once}, {"use_ocdbt": False}
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=2,
-    create=ours,
-    cleanup_tmp_directories=ours,
-    async_options=made,
-    **given,
+    max_to_keep=2, create=ours, cleanup_tmp_directories=ours, **given, **apart
   )
-  # A file for each piece of an array: what one database holds cannot be put together.
-  pieces: dict[str, Any] = {} if shared else {"use_ocdbt": False}
   handlers: dict[str, Any] = {
     "state": ocp.StandardCheckpointHandler(**given, **pieces),
     "data": ocp.JsonCheckpointHandler(_DATA, **given),
