@@ -39,13 +39,15 @@ class Checkpoints:
   Args:
     folder: theirs alone; made if missing.
     facts: what must be equal for a run to go on, as JSON: its configuration, its data.
+    shared: whether all processes see this folder; else it is a copy of each one's own
+      (`experiments.remote`), which holds all of what there was and its part of the new.
   """
 
-  def __init__(self, folder: epath.Path, facts: dict[str, Any]):
-    self._folder = folder
+  def __init__(self, folder: epath.Path, facts: dict[str, Any], *, shared: bool = True):
+    self._folder, self._shared = folder, shared or hosts.count() == 1
     # Through JSON, so that what was read back compares equal.
     self._facts = json.loads(json.dumps(facts))
-    self._manager = manager_of(folder, ours=True)
+    self._manager = manager_of(folder, ours=True, shared=self._shared)
 
   @property
   def latest(self) -> int | None:
@@ -105,7 +107,7 @@ class Checkpoints:
     )
     if reader is not self._manager:
       reader.close()
-    for each in broken if hosts.is_first() else []:
+    for each in broken if hosts.is_first() or not self._shared else []:
       place = _set_aside(self._folder, each)
       print(f"moved to {place}; going on from step {step}.", file=sys.stderr)
     hosts.exchange("broken checkpoints", "")  # moved, for every process

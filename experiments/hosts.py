@@ -130,7 +130,28 @@ def exchange(what: str, value: str, *, seconds: float = PATIENCE) -> list[str]:
   return [_said(turn, other, what, seconds) for other in range(count())]
 
 
-def _said(turn: int, other: int, what: str, seconds: float) -> str:
+def meet(what: str, turn: int, error: Exception | None = None) -> None:
+  """Waits until every process is here too; for a thread beside the one that exchanges.
+
+  Args:
+    what: they have done, for the message.
+    turn: how often they have met so before; the same on all.
+    error: why this one has not; raised, and told to the others, who raise it too.
+  """
+  if count() > 1:
+    key = f"{what} {turn}"
+    said = "" if error is None else _line(error)
+    _store().key_value_set(f"jmoe/{key}/{index()}", said)
+    if turn > 1:  # all that met the last time have heard the one before
+      _store().key_value_delete(f"jmoe/{what} {turn - 2}/{index()}")
+    for other in range(count()) if error is None else ():
+      if message := _said(key, other, what, _BUILDING):
+        raise PeerFailed(f"process {other}: {message}")
+  if error is not None:
+    raise error
+
+
+def _said(turn: int | str, other: int, what: str, seconds: float) -> str:
   end = time.monotonic() + seconds
   while True:
     rest = min(max(end - time.monotonic(), 0.001), _LOOK)

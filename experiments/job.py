@@ -150,15 +150,10 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
 
 
 def _check_processes(runs: Sequence[tuple[Run, epath.Path]]) -> None:
-  """What several processes cannot do, and what they would do twice."""
+  """What several processes would do twice."""
   if hosts.count() == 1:
     return
-  for run, folder in runs:
-    if not workdir.is_local(folder):
-      raise BadConfig(
-        f"--workdir {folder} with --distributed: every process writes its part of a "
-        "checkpoint; give a folder that all hosts share."
-      )
+  for run, _ in runs:
     if (run.data.readers or 1) % hosts.count() and hosts.is_first():
       print(
         f"note: data.readers={run.data.readers} for {hosts.count()} processes: some "

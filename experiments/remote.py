@@ -4,6 +4,10 @@ Objects cannot grow or be renamed, several of them never appear at once, and Orb
 s3:// not at all.  So a run in gs:// or s3:// works in a temporary folder, which begins
 with what the store holds; what has changed is sent at every save, in the background.  A
 checkpoint goes last, and counts in the store once STEP.whole lies beside it.
+
+Of several processes each has a copy.  Into a checkpoint it writes its own part, under
+names that no other has, and sends that; the first sends all else, and says that a
+checkpoint is whole when all have sent theirs.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -15,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
+from experiments import hosts
 from experiments.workdir import is_local, reaching
 
 _FETCHED = ("metrics.jsonl", "routing.jsonl", "summary.json", "config.json")
@@ -42,15 +47,30 @@ class Place:
     self._steps: dict[str, _Mark] = {}
     self._sender = concurrent.futures.ThreadPoolExecutor(1)  # no thread before a task
     self._sending: concurrent.futures.Future[None] | None = None
+    self._turn = 0
     if store is not None:
       with reaching(store):
         self._fetch(store)
 
+  @property
+  def is_copy(self) -> bool:
+    """Whether the folder is this process's alone."""
+    return self._store is not None
+
+  @property
+  def seen(self) -> epath.Path:
+    """Where all processes see what was sent."""
+    return self.folder if self._store is None else self._store
+
   def send(self, ready: Callable[[], None] = lambda: None) -> None:
-    """Begins to bring the store up to the folder, once `ready` has returned."""
+    """Begins to bring the store up to the folder, once `ready` has returned.
+
+    Every process of a job calls it.
+    """
     self.wait()
     if self._store is not None:
-      self._sending = self._sender.submit(self._send, self._store, ready)
+      turn, self._turn = self._turn, self._turn + 1
+      self._sending = self._sender.submit(self._send, self._store, ready, turn)
 
   def wait(self) -> None:
     """Waits until all that was sent has arrived."""
@@ -75,11 +95,38 @@ class Place:
         _copy(source, self.folder / _CHECKPOINTS / step / name)
       self._steps[step] = _mark(self.folder / _CHECKPOINTS / step)
 
-  def _send(self, store: epath.Path, ready: Callable[[], None]) -> None:
-    ready()
+  def _send(self, store: epath.Path, ready: Callable[[], None], turn: int) -> None:
+    here, there = self.folder / _CHECKPOINTS, store / _CHECKPOINTS
+    steps: dict[str, _Mark] = {}
+    new: list[str] = []
+
+    def make_room() -> None:
+      ready()
+      found = {name: _mark(here / name) for name in _names(here) if name.isdigit()}
+      steps.update(found)
+      new.extend(step for step in found if self._steps.get(step) != found[step])
+      if hosts.is_first():
+        with reaching(store):
+          self._send_files(store)
+          for step in new:  # a part that arrived before would be of another state
+            _removed(there, step, _names(there))
+
+    def send_parts() -> None:
+      with reaching(store):
+        for step in sorted(new, key=int):
+          for name in steps[step]:
+            _copy(here / step / name, there / step / name)
+
+    _by_all("making room for a checkpoint", turn, make_room)
+    _by_all("sending a checkpoint", turn, send_parts)
     with reaching(store):
-      self._send_files(store)
-      self._send_checkpoints(store / _CHECKPOINTS)
+      if hosts.is_first():
+        for step in sorted(new, key=int):
+          (there / (step + _WHOLE)).write_text("all of it has arrived\n")
+        found = _names(there)
+        for step in {name.removesuffix(_WHOLE) for name in found} - set(steps):
+          _removed(there, step, found)
+    self._steps = steps
 
   def _send_files(self, store: epath.Path) -> None:
     for name, mark in _mark(self.folder).items():
@@ -87,20 +134,6 @@ class Place:
       if beside and not name.endswith(".unfinished") and self._files.get(name) != mark:
         _copy(self.folder / name, store / name)
         self._files[name] = mark
-
-  def _send_checkpoints(self, store: epath.Path) -> None:
-    here = self.folder / _CHECKPOINTS
-    steps = {name: _mark(here / name) for name in _names(here) if name.isdigit()}
-    there = _names(store)
-    for step in sorted(steps, key=int):
-      if self._steps.get(step) != steps[step]:
-        _removed(store, step, there)
-        for name in steps[step]:
-          _copy(here / step / name, store / step / name)
-        (store / (step + _WHOLE)).write_text("all of it has arrived\n")
-    for step in {name.removesuffix(_WHOLE) for name in there} - set(steps):
-      _removed(store, step, there)
-    self._steps = steps
 
 
 @contextlib.contextmanager
@@ -133,6 +166,16 @@ def fetched(folder: epath.Path) -> Iterator[epath.Path]:
   """
   with place(folder.parent) as copy:
     yield copy.folder / folder.name
+
+
+def _by_all(what: str, turn: int, part: Callable[[], None]) -> None:
+  """A part of what is sent that every process must end well before any goes on."""
+  failed = None
+  try:
+    part()
+  except Exception as error:  # the others wait for a word
+    failed = error
+  hosts.meet(what, turn, failed)
 
 
 def _removed(store: epath.Path, step: str, there: set[str]) -> None:

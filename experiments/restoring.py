@@ -23,10 +23,18 @@ from experiments.workdir import differences, listed
 _DATA = "readers.json"
 
 
-def manager_of(folder: epath.Path, *, ours: bool) -> ocp.CheckpointManager:
+def manager_of(
+  folder: epath.Path, *, ours: bool, shared: bool = True
+) -> ocp.CheckpointManager:
   """Only what is ours is made, and tidied of saves that were never finished.
 
   What is not ours a process reads for itself, and waits for no other.
+
+  Args:
+    folder: of the checkpoints.
+    ours: whether they are written.
+    shared: whether all processes write into one folder; else each into its own, and
+      what they wrote is a checkpoint when it is put together.
   """
   if folder.exists() and not folder.is_dir():
     raise BadCheckpoint(f"{folder} is a file; give another --workdir.")
@@ -34,12 +42,21 @@ def manager_of(folder: epath.Path, *, ours: bool) -> ocp.CheckpointManager:
   if not ours and hosts.count() > 1:
     me = hosts.index()
     alone = ocp.options.MultiprocessingOptions(me, {me}, f"reader{me}")
+  elif not shared and hosts.count() > 1:
+    alone = ocp.options.MultiprocessingOptions(None)
   given = {"multiprocessing_options": alone}
+  # Orbax says once for all processes that a folder is made, but here each has its own;
+  # and a file for each piece of an array, as no database can be put together.
+  apart: dict[str, Any] = {}
+  pieces: dict[str, Any] = {}
+  if not shared:
+    at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
+    apart, pieces = {"async_options": at_once}, {"use_ocdbt": False}
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=2, create=ours, cleanup_tmp_directories=ours, **given
+    max_to_keep=2, create=ours, cleanup_tmp_directories=ours, **given, **apart
   )
   handlers: dict[str, Any] = {
-    "state": ocp.StandardCheckpointHandler(**given),
+    "state": ocp.StandardCheckpointHandler(**given, **pieces),
     "data": ocp.JsonCheckpointHandler(_DATA, **given),
     "meta": ocp.JsonCheckpointHandler(**given),
   }

@@ -106,14 +106,18 @@ class Sitting:
           claim(self.run, self.folder)  # if it is killed from now on it is this run's
           kept.enter_context(held(self.folder))
       with hosts.together("the folder is seen"):
-        hosts.check_visible(self.folder / "config.json", "--workdir")
+        if hosts.count() > 1:
+          self._send()
+        hosts.check_visible(self.where.seen / "config.json", "--workdir")
       return self._finished(state)
 
   def _finished(self, state: states.TrainState | None) -> Trained:
     """The same, from the state of a new run if this is one."""
     run, folder = self.run, self.folder
     checkpoints = checkpoint.Checkpoints(
-      folder / "checkpoints", opening.facts(run, self.texts, self.encoded)
+      folder / "checkpoints",
+      opening.facts(run, self.texts, self.encoded),
+      shared=not self.where.is_copy,
     )
     if checkpoints.latest is not None:
       like = jax.eval_shape(self.program.init)
@@ -125,7 +129,8 @@ class Sitting:
     if hosts.is_first():
       write_json(folder / "manifest.json", self.texts.manifest)
       self.encoded.vocabulary.save(Path(folder / "vocabulary"))
-      self._send()  # a store that takes nothing is found before an hour is spent
+    self._send()  # a store that takes nothing is found before an hour is spent
+    if hosts.is_first():
       print(_headline(run) + self._over())
     clock = opening.Clock(folder)
     report, state = self._trained(state, checkpoints, clock)

@@ -92,7 +92,9 @@ class Layer:
       devices: that bring their rows to an expert's one device.
     """
     rows = self.tokens * self.k * devices / self.config.num_experts
-    return 1 + self.tile / 2 / rows if self.tile > 1 else 1.0
+    if self.tile == 1:
+      return 1.0
+    return 1 + min(0.5, self.tile / 2 / rows)  # with fewer rows matrices are waited for
 
   def copied(self, name: str, rows: float) -> float:
     """Bytes that memory moves for a strategy's exchanges, of all layers in a step.

@@ -31,7 +31,7 @@ STRATEGIES = {
   "deduplicated": (use(dispatch.deduplicated), None),
   "sort": (use(dispatch.sort), None),
 }
-BY_EXCHANGE = "all_gather by all_to_all"
+BY_EXCHANGE, EINSUM = "all_gather by all_to_all", "einsum"
 MESHES = ("data=2,expert=4", "fsdp=2,expert=2,tensor=2")
 NODES = "node=2,expert=4"
 # (strategy, mesh, pass) -> collective -> (how many, bytes)
@@ -170,6 +170,14 @@ GOLDEN = {
     "all-to-all": (3, 12288),
     "reduce-scatter": (1, 128),
   },
+  (EINSUM, "data=2,expert=4", "forward"): {
+    "all-gather": (10, 26624),
+    "all-reduce": (1, 4096),
+  },
+  (EINSUM, "data=2,expert=4", "backward"): {
+    "all-gather": (14, 43008),
+    "all-reduce": (3, 7168),
+  },
   ("all_to_all", "node=2,expert=4", "forward"): {"all-to-all": (2, 4096)},
   ("all_to_all", "node=2,expert=4", "backward"): {
     "all-reduce": (1, 512),
@@ -220,8 +228,9 @@ def compiled(strategy: str, sizes: str, backward: bool) -> dict[str, tuple[int, 
 
 CELLS = [*itertools.product(STRATEGIES, MESHES)]
 CELLS += [(strategy, NODES) for strategy in ("all_to_all", "hierarchical")]
-CELLS += [(BY_EXCHANGE, MESHES[0])]
+CELLS += [(BY_EXCHANGE, MESHES[0]), (EINSUM, MESHES[0])]
 STRATEGIES[BY_EXCHANGE] = (use(dispatch.all_gather, by="all_to_all"), None)
+STRATEGIES[EINSUM] = (use(dispatch.einsum), SLOTS)  # what XLA decides (GSPMD)
 
 
 @pytest.mark.parametrize("strategy, sizes", CELLS)

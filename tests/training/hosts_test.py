@@ -5,6 +5,7 @@ import itertools
 import json
 import signal
 
+import jax
 import pytest
 from etils import epath
 
@@ -100,6 +101,29 @@ def test_a_folder_that_only_the_first_one_sees_is_refused(store, tmp_path, monke
     hosts.check_visible(epath.Path(tmp_path) / "config.json", "--workdir")
   (tmp_path / "config.json").touch()
   hosts.check_visible(epath.Path(tmp_path) / "config.json", "--workdir")
+
+
+def test_processes_meet_and_hear_of_each_others_errors(store):
+  store.said["jmoe/sending 0/0"] = ""
+  hosts.meet("sending", 0)
+  store.said["jmoe/sending 1/0"] = "a disk is full"
+  with pytest.raises(PeerFailed, match="process 0: a disk is full"):
+    hosts.meet("sending", 1)
+  with pytest.raises(OSError, match="mine"):
+    hosts.meet("sending", 2, OSError("mine\nand more"))
+  assert store.said["jmoe/sending 2/1"] == "mine"
+  assert "jmoe/sending 0/1" not in store.said  # all have heard it
+
+
+def test_another_number_of_processes_is_refused_on_all(store, monkeypatch):
+  monkeypatch.setattr(jax.config, "update", lambda *given: None)
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **keywords: None)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  store.said["jmoe/0/0"] = ""
+  with pytest.raises(PeerFailed, match="--processes 3, but the job has 2; give every"):
+    hosts.start(hosts.Job("localhost:1", 3, 1))
+  assert store.said["jmoe/0/1"].startswith("--processes 3")
 
 
 def test_a_signal_stops_all_processes_after_one_step(store):

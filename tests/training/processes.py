@@ -23,9 +23,17 @@ class Process:
     cache: of data sets; compiled code is kept there too, however small.
     arguments: more of them.
     devices: of the process.
+    module: that is run.
   """
 
-  def __init__(self, workdir: Path, cache: Path, *arguments: str, devices: int = 1):
+  def __init__(
+    self,
+    workdir: Path | str,
+    cache: Path,
+    *arguments: str,
+    devices: int = 1,
+    module: str = "experiments.main",
+  ):
     environment = os.environ | {  # with the tests' flags, so that bits are the same
       "JAX_PLATFORMS": "cpu",
       "JAX_NUM_CPU_DEVICES": str(devices),
@@ -34,7 +42,7 @@ class Process:
     command = ["--config", "micro", "--workdir", workdir, "--cache", cache, *arguments]
     self._workdir = workdir
     self._process = subprocess.Popen(
-      [sys.executable, "-m", "experiments.main", *map(str, command)],
+      [sys.executable, "-m", module, *map(str, command)],
       cwd=ROOT,
       env=environment,
       stdout=subprocess.PIPE,

@@ -10,7 +10,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from experiments import checkpoint, remote, workdir
+from experiments import checkpoint, hosts, remote, workdir
 from experiments.checkpoint import Checkpoints, digests
 from experiments.errors import BadCheckpoint, Unreachable
 
@@ -132,6 +132,29 @@ def test_only_what_has_changed_is_sent(store):
     write(place.folder, b="22")
     sent(place)
   assert names() == {"b"}
+
+
+def test_of_several_processes_each_sends_its_part_of_a_checkpoint(store, monkeypatch):
+  monkeypatch.setattr(hosts, "_self", [0, 2])
+  with remote.place(store) as first, remote.place(store) as second:
+    write(first.folder, **{"metrics.jsonl": "1\n", "checkpoints__3__d__a": "a"})
+    write(second.folder, other="no", checkpoints__3__d__b="b")
+    (store / "checkpoints" / "3" / "d" / "c").write_text("of a state that was lost")
+
+    def meet(what, turn, error=None):  # the other comes when there is room
+      assert error is None
+      if hosts.is_first() and "room" in what:
+        monkeypatch.setattr(hosts, "_self", [1, 2])
+        sent(second)
+        assert names() == {"metrics.jsonl", "checkpoints/3/d/b"}
+        monkeypatch.setattr(hosts, "_self", [0, 2])
+
+    monkeypatch.setattr(hosts, "meet", meet)
+    sent(first)
+  parts = {"checkpoints/3/d/a", "checkpoints/3/d/b", "checkpoints/3.whole"}
+  assert names() == {"metrics.jsonl"} | parts
+  with remote.place(store) as place:  # a host that goes on has all of it
+    assert (place.folder / "checkpoints" / "3" / "d" / "b").read_text() == "b"
 
 
 def test_sending_waits_until_the_save_is_whole(store):

@@ -13,9 +13,10 @@ import jax
 import pytest
 from etils import epath
 
-from experiments import hosts, opening, program, settings, spread
+from experiments import hosts, opening, program, remote, settings, spread
 from experiments.checkpoint import Checkpoints, digests
 from jmoe.parallel import mesh as meshes
+from tests.training import main_with_store
 from tests.training.processes import Process, lines, steps, summary
 
 # More steps than are made before a signal comes, on however slow a machine.
@@ -24,14 +25,24 @@ ARGUMENTS = [part for setting in SETTINGS for part in ("--set", setting)]
 ARGUMENTS += ["--mesh", "expert=2"]
 
 
-def pair(workdir, cache, *more):
+def pair(workdir, cache, *more, settings=(), module="experiments.main"):
   """Both processes; the second is given more arguments."""
   with socket.socket() as some:
     some.bind(("localhost", 0))
     port = some.getsockname()[1]
   place = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2"]
   return [
-    Process(workdir, cache, *ARGUMENTS, *place, "--process", str(n), *more[: n * 99])
+    Process(
+      workdir,
+      cache,
+      *ARGUMENTS,
+      *settings,
+      *place,
+      "--process",
+      str(n),
+      *more[: n * 99],
+      module=module,
+    )  # fmt: skip
     for n in (0, 1)
   ]
 
@@ -97,3 +108,32 @@ def test_processes_with_other_inputs_end_with_one_line_each(texts, cache, tmp_pa
     assert len(said) == 1 and "config of process 1 is " in said[0], output
   assert time.monotonic() - start < hosts.PATIENCE / 2  # none waited for the other
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_two_processes_sent_to_an_object_store_one_reads(
+  job, texts, encoded, cache, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("JMOE_TEST_STORE", str(tmp_path))
+  more, module = ["--set", "steps=12"], "tests.training.main_with_store"
+  for process in pair("s3://bucket/run", cache, settings=more, module=module):
+    code, output = process.ended()
+    assert code == 0, output
+  there = tmp_path / "bucket" / "run"
+  assert steps(there) == 12 and summary(there)["hardware"]["processes"] == 2
+  main_with_store.patched(monkeypatch)
+  run = settings.with_settings(job.run, [*SETTINGS, "steps=12"])
+  facts = opening.facts(run, texts, encoded)
+  made = program.program(
+    run,
+    byte_lengths=encoded.vocabulary.byte_lengths,
+    num_domains=len(texts.domains),
+  )
+  with remote.fetched(epath.Path("s3://bucket/run/checkpoints")) as here:
+    assert sorted(path.name for path in here.iterdir()) == ["12", "6"]
+    checkpoints = Checkpoints(here, facts)
+    # Every tensor is compared with its digest, of which each process gave a part.
+    batches = opening.training_batches(run, encoded)
+    restored = checkpoints.restore(jax.eval_shape(made.init), batches)
+    checkpoints.close()
+  assert int(restored.step) == 12
