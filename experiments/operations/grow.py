@@ -11,6 +11,7 @@ model said before moves less.  --set data... says what to train on.
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import functools
 from typing import Any
 
 from experiments.operations._several import calibration_rows, count
@@ -46,4 +47,12 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   )
   kept = [list(range(layer.config.num_experts)) for layer in layers(source.model)]
   freeze = grow.freeze(source.model)
-  return Outcome(made, kept, {"freeze": freeze}, settings=(f"optim.freeze={freeze!r}",))
+  return Outcome(
+    made,
+    kept,
+    {"freeze": freeze},
+    settings=(f"optim.freeze={freeze!r}",),
+    moments=functools.partial(
+      grow.silent, number=arguments.new, bias=arguments.bias is not None
+    ),
+  )

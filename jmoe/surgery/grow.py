@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -85,6 +86,24 @@ def grow(
         x = (x + noise * x.std() * random.standard_normal(x.shape)).astype(x.dtype)
       made[name] = x
     return made
+
+  return on_layers(model, change)
+
+
+def silent(model: Model, number: int, *, bias: bool = False) -> Model:
+  """The model with `number` more experts whose arrays are all zero, as their moments.
+
+  Args:
+    model: as for `grow`; or moments by the parameters' names, for `surgery.moments`.
+    number: of new experts.
+    bias: whether gates get one, as `grow` with `bias=` gives them.
+  """
+
+  def change(_: int, layer: Layer) -> Layer:
+    layer = _with_bias(layer) if bias else layer
+    new = take(layer, [e % layer.config.num_experts for e in range(number)])
+    zero = jax.tree.map(np.zeros_like, (new.params, new.state))
+    return together([layer, Layer(new.config, *zero)])
 
   return on_layers(model, change)
 
