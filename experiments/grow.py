@@ -6,7 +6,7 @@
 makes of it, with --new experts a layer beside the old ones.  Then, by --arms:
 
   grown=S   the new experts and the gates are trained, and all else is frozen; a part S
-            of the tokens is of the new domain, the rest of the old ones
+            of the tokens is of the new domain, the rest of the old ones in equal parts
   held=S    the same, but the gates' columns of old experts are frozen too
   tuned     the base as it was, all of it trained, on the new domain alone
 
@@ -31,7 +31,8 @@ from typing import Any
 from experiments import configs, staged
 from experiments.parser import Parser, run
 
-_ARMS = "grown=0.8,grown=1,held=0.8,tuned"
+_ARMS = "grown=0.5,held=0.5,grown=1,tuned"
+_EQUAL = 1e9  # a temperature at which all domains are drawn alike
 _UNCHANGED = 0.01  # of an old domain's bits
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--config", required=True, choices=configs.names(), metavar="NAME")
   add("--domain", required=True, metavar="NAME", help="that is new")
   add("--new", type=staged.count, default=4, metavar="N", help="experts a layer; 4")
-  add("--bias", type=float, default=-2.0, help="of the new experts' logits; -2")
+  add("--margin", type=float, default=4.0, help="see surgery grow; 4 if not given")
   add(
     "--steps", type=staged.count, metavar="N", help="of an arm; a third of the base's"
   )
@@ -103,7 +104,7 @@ def _begun(seed: int, stages: Any, run: Any, folder: Any, arguments: Any) -> Any
   own += ["--domain", arguments.domain, "--documents", arguments.documents]
   # New experts take what the new text needs: balance would send others' tokens there.
   weights = tuple(p for p in run.loss_weights if not p[0].startswith("load_balance"))
-  own += ["--bias", arguments.bias, "--set", f"loss_weights={weights!r}"]
+  own += ["--margin", arguments.margin, "--set", f"loss_weights={weights!r}"]
   place = stages.out / "begun" / f"seed-{seed}"
   made = stages.operate("grow", place, *own)
   stages.evaluate("begun", seed, made, place)
@@ -123,7 +124,9 @@ def _train(name: str, stages: Any, begun: Any, arguments: Any) -> None:
     one = dataclasses.replace(
       old,
       name=name,
-      data=dataclasses.replace(old.data, shares=((arguments.domain, share),)),
+      data=dataclasses.replace(
+        old.data, shares=((arguments.domain, share),), temperature=_EQUAL
+      ),
       optim=dataclasses.replace(old.optim, warmup_steps=warmup, freeze=freeze),
       steps=steps,
       start_from=str(folder),

@@ -26,7 +26,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from experiments import extras, operations
 from experiments.parser import Parser, run
@@ -190,8 +190,7 @@ def _state(
     outcome.model.state,
     optimizer=parts.optimizer,
   )
-  change: Any = outcome.moments if callable(outcome.moments) else None
-  why = outcome.moments if change is None else ""
+  why = outcome.moments if isinstance(outcome.moments, str) else ""
   if not why and made.steps <= source.step:
     why = f"{source.step} steps are done, and the new run has {made.steps}"
   if wanted is False:
@@ -202,7 +201,7 @@ def _state(
     moments = carried.optimizer(
       source.saved.optimizer,
       state.optimizer,
-      change=change,
+      change=cast(Any, outcome.moments),
       before=source.model,
       after=outcome.model,
     )

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from jmoe.surgery.columns import check, take, together
+from jmoe.surgery.cut import WHOLE, of_domain, taken
 from jmoe.surgery.frame import Layer, Model, layers, on_layers
 from jmoe.surgery.receipt import Sample
 from jmoe.surgery.walk import Seen, walk
@@ -25,6 +26,7 @@ def grow(
   copied: bool = True,
   columns: Sequence[np.ndarray] | None = None,
   bias: float | None = None,
+  directions: Sequence[tuple[np.ndarray, float]] | None = None,
   noise: float = 0.0,
   seed: int = 0,
 ) -> Model:
@@ -41,14 +43,22 @@ def grow(
       experts, as `inputs` on new text; None: drawn with deviation 0.02.
     bias: of the new experts' logits, beside 0 for the old ones; the lower, the less the
       old outputs move, and at -1e9 they do not.  None: the gate gets no bias.
+    directions: of each sparse layer the gate columns of all its new experts, and their
+      bias, as `apart` finds them; columns differ by a draw of deviation 0.02, so that
+      no two experts get the same tokens.  In place of `columns` and `bias`.
     noise: added to copies, as a share of their standard deviation.
     seed: of what is drawn.
 
   Raises:
-    ValueError: less than one, or a gate of another kind.
+    ValueError: less than one, a gate of another kind, or both kinds of columns.
   """
   if number < 1 or noise < 0:
     raise ValueError(f"grow: number={number}, noise={noise}; give >= 1 and >= 0.")
+  if directions is not None and (columns is not None or bias is not None):
+    raise ValueError(
+      f"grow: directions beside columns or bias={bias}; give one of the two."
+    )
+  biased = bias is not None or directions is not None
   random = np.random.default_rng(seed)
 
   def change(n: int, layer: Layer) -> Layer:
@@ -57,7 +67,7 @@ def grow(
       raise ValueError(
         f"grow: gate={layer.config.gate!r}; new columns are made for gates.linear."
       )
-    if bias is not None:
+    if biased:
       layer = _with_bias(layer)
     E = layer.config.num_experts
     new = take(layer, [e % E for e in range(number)])
@@ -66,14 +76,16 @@ def grow(
     params = {**new.params, "experts": _experts(new.params["experts"], random)}
     gate: dict[str, Any] = dict(params["gate"])
     kernel_DE = np.asarray(gate["kernel_DE"])
-    if columns is None:
-      drawn = _START * random.standard_normal(kernel_DE.shape)
-    else:
+    drawn, own_bias = _START * random.standard_normal(kernel_DE.shape), bias
+    if directions is not None:
+      column_D, own_bias = directions[n]
+      drawn += np.asarray(column_D)[:, None]
+    elif columns is not None:
       column_D = np.asarray(columns[n], np.float64)
       drawn = np.tile((column_D / np.linalg.norm(column_D))[:, None], (1, number))
     gate["kernel_DE"] = drawn.astype(kernel_DE.dtype)
-    if bias is not None:
-      gate["bias_E"] = np.full(number, bias, kernel_DE.dtype)
+    if biased:
+      gate["bias_E"] = np.full(number, own_bias, kernel_DE.dtype)
     return together([layer, new._replace(params={**params, "gate": gate})])
 
   def _experts(stacks: Any, random: np.random.Generator) -> dict[str, Any]:
@@ -108,6 +120,43 @@ def silent(model: Model, number: int, *, bias: bool = False) -> Model:
   return on_layers(model, change)
 
 
+def add_domain(layer: Layer, like: int) -> Layer:
+  """A layer under `restrict.domain` with one more domain, whose experts are copies.
+
+  PanGu-Sigma (Ren et al. 2023, arXiv 2303.10845) grows so: the outputs of the domains
+  that were there stay as they are, to the bit.
+
+  Args:
+    layer: with `restrict.domain` among its restrictions.
+    like: the domain whose experts are copied; the new one's number is the highest.
+
+  Raises:
+    ValueError: no such restriction, or no such domain.
+  """
+  copied, E = of_domain(layer, like), layer.config.num_experts
+  rule = next(use for use in layer.config.restrict if use.name == "domain")
+  shared = rule.get("shared") or 0  # these serve every domain, and stay the last
+  own = copied[: len(copied) - shared]
+  index = np.array([*range(E - shared), *own, *range(E - shared, E)])
+  domains = rule.replace(num_domains=rule.get("num_domains") + 1)
+  config = dataclasses.replace(
+    layer.config,
+    num_experts=len(index),
+    restrict=tuple(domains if use is rule else use for use in layer.config.restrict),
+  )
+  params = {
+    part: tree if part in WHOLE else taken(tree, index, E, part)
+    for part, tree in layer.params.items()
+  }
+  bias = layer.state.bias
+  state = dataclasses.replace(
+    layer.state,
+    bias=None if bias is None else bias[index],
+    gate=taken(layer.state.gate, index, E, "state.gate"),
+  )
+  return Layer(config, params, state)
+
+
 def inputs(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
   """f64[D] of each sparse layer: its mean input over the tokens of some samples.
 
@@ -116,6 +165,48 @@ def inputs(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
   """
   _, sums = walk(model, samples, _input)
   return [each[:-1] / max(each[-1], 1) for each in sums]
+
+
+def apart(
+  model: Model, new: Sequence[Sample], old: Sequence[Sample], *, margin: float = 4.0
+) -> list[tuple[np.ndarray, float]]:
+  """For each sparse layer a gate column, f64[D], and a bias that tell texts apart.
+
+  The linear discriminant of its inputs with a diagonal covariance (Fisher 1936), to
+  such a length that the logit is `margin` at the mean input on new text, and minus that
+  on old text: old tokens, whose other logits are larger, go on to old experts.
+
+  Args:
+    model: any.
+    new: packed rows of what new experts are for.
+    old: of what the model knows.
+    margin: M.
+
+  Raises:
+    ValueError: no samples, or a margin that is not over 0.
+  """
+  if not margin > 0:
+    raise ValueError(f"apart: margin={margin}; give a number over 0.")
+  found = []
+  sums = [walk(model, some, _moments)[1] for some in (new, old)]
+  for each in zip(*sums, strict=True):
+    (mean_D, square_D), (other_D, other_square_D) = (
+      (s[0, :-1] / max(s[0, -1], 1), s[1, :-1] / max(s[0, -1], 1)) for s in each
+    )
+    spread_D = (square_D - mean_D**2 + other_square_D - other_D**2) / 2
+    gap_D = mean_D - other_D
+    column_D = gap_D / np.maximum(spread_D, 1e-6)
+    column_D *= 2 * margin / max(column_D @ gap_D, 1e-12)
+    found.append((column_D, float(-column_D @ (mean_D + other_D) / 2)))
+  return found
+
+
+def _moments(seen: Seen) -> Array:
+  """f32[2,D+1] sums over tokens of what the layer is given and of its square."""
+  valid_T1 = seen.valid_T[:, None]
+  x_TD = jnp.where(valid_T1, seen.x_TD.astype(jnp.float32), 0)
+  count = jnp.full((2, 1), valid_T1.sum(), jnp.float32)
+  return jnp.concatenate([jnp.stack([x_TD.sum(0), jnp.square(x_TD).sum(0)]), count], 1)
 
 
 def _input(seen: Seen) -> Array:

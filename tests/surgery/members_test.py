@@ -113,9 +113,13 @@ def test_scores_are_their_formulas():
   params = {n: 0 * x if n.endswith(silent) else x for n, x in model.params.items()}
   model = model._replace(params=params)
   layer = surgery.layers(model)[0]
-  x = params["embed.embedding"][np.asarray(SAMPLE.inputs)[VALID]].astype(np.float64)
-  x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
-  x = x * params["segments.1.0.ff_norm.scale"][0]
+
+  def inputs(tokens):
+    x = params["embed.embedding"][np.asarray(tokens)[VALID]].astype(np.float64)
+    x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
+    return x * params["segments.1.0.ff_norm.scale"][0]
+
+  x = inputs(SAMPLE.inputs)
   probs = oracle.softmax(x @ layer.params["gate"]["kernel_DE"])
   fns = [expert_fn(layer.params["experts"], e) for e in range(cases.E)]
   load, saliency = np.zeros(cases.E), np.zeros(cases.E)
@@ -126,6 +130,13 @@ def test_scores_are_their_formulas():
       saliency[e] += p[e] / p[chosen].sum() * np.linalg.norm(fns[e](token))
   (mean_D, _) = growing.inputs(model, [SAMPLE, SAMPLE])
   assert_close(mean_D.astype(np.float32), x.mean(0).astype(np.float32))
+  other = cases.sample(seed=7)
+  column_D, bias = growing.apart(model, [other], [SAMPLE], margin=3.0)[0]
+  new = inputs(other.inputs)
+  assert_close(np.float32(new.mean(0) @ column_D + bias), np.float32(3))
+  assert_close(np.float32(x.mean(0) @ column_D + bias), np.float32(-3))
+  along = column_D * (x.var(0) + new.var(0)) / (new.mean(0) - x.mean(0))
+  np.testing.assert_allclose(along, along[0], rtol=1e-3)
   some = load > 0
   reap = pruning.by_reap(model, [SAMPLE, SAMPLE])[0]
   assert_close(reap[some].astype(np.float32), saliency[some] / load[some])
