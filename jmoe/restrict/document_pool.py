@@ -160,11 +160,10 @@ def document_pool(
   sums = _sums(_shares(select_TE, keep_TE), keep_TE, place_T, len(number_M), longest)
   liked_ME = _joined(jax.lax.psum(sums, split) if split else sums, longest)
   rank_ME = jnp.argsort(jnp.argsort(-liked_ME, axis=1), axis=1)
-  if train:
-    size_M1 = _sizes(key, number_M, least, E if most is None else most)
-  else:
-    size_M1 = jnp.full((len(number_M), 1), evaluation, jnp.int32)
-  pool_ME = rank_ME < size_M1
+  most = E if most is None else most
+  if not train and evaluation is not None:
+    least = most = evaluation
+  pool_ME = rank_ME < _sizes(key, number_M, least, most)
   return pool_ME[place_T]
 
 

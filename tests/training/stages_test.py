@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -17,6 +18,7 @@ from experiments import (
   optim,
   recorded,
   stages,
+  state as states,
   together,
   workdir,
 )
@@ -55,17 +57,32 @@ def moved(runs, folders, reading, *, command, stop):
   del command, stop
   for n, (run, folder) in enumerate(zip(runs, folders, strict=True)):
     made = together._program(run, reading)
-    state = opening.started(run, made, reading.encoded)
-    frozen = optim.freeze.frozen(run.optim.freeze, state.params).names
+    like = jax.eval_shape(made.init)
+    if run.start_from:
+      start = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
+      params, balance = start.params, start.balance
+    else:
+      draw = np.random.default_rng(run.seed).normal
+      params = {
+        k: np.float32(0.1) * draw(size=x.shape).astype(np.float32)
+        for k, x in like.params.items()
+      }
+      balance = {k: np.zeros(x.shape, x.dtype) for k, x in like.balance.items()}
+    frozen = optim.freeze.frozen(run.optim.freeze, like.params).names
     params = {
-      name: x if name in frozen else x + 0.01 * (n + 1)
-      for name, x in state.params.items()
+      k: x if k in frozen else x + np.float32(0.01 * (n + 1)) for k, x in params.items()
     }
+    key = np.zeros(2, np.uint32)
+    state = states.restarted(
+      dataclasses.replace(like, step=np.int32(run.steps), skipped=np.int32(0), key=key),
+      params,
+      balance,
+      optimizer=made.optimizer,
+    )
     workdir.claim(run, folder)
     saved = checkpoint.Checkpoints(
       folder / "checkpoints", opening.facts(run, reading.texts, reading.encoded)
     )
-    state = dataclasses.replace(state, params=params)
     saved.save(state, opening.training_batches(run, reading.encoded))
     saved.close()
     reading.encoded.vocabulary.save(Path(folder / "vocabulary"))

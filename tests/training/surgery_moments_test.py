@@ -17,12 +17,14 @@ from experiments import (
   opening,
   optim,
   recorded,
+  spread,
   state as states,
   surgery,
   workdir,
 )
 from experiments.digests import named
 from jmoe import surgery as pure
+from jmoe.parallel import mesh as meshes
 from tests import _cases
 
 EXPERTS, GATE = "segments.0.1.moe.experts.up_EDF", "segments.0.1.moe.gate.kernel_DE"
@@ -80,8 +82,17 @@ def test_all_experts_go_on_as_if_nothing_was_done_to_the_bit(
   facts = opening.facts(run, texts, encoded)
   there = checkpoint.Checkpoints(epath.Path(out) / "checkpoints", facts)
   batches = opening.training_batches(run, encoded)
-  state = stepped(job, there.restore(jax.eval_shape(job.init), batches), batches)
+  like = jax.eval_shape(job.init)
+  restored = there.restore(like, batches)
+  # Over a mesh it is the same, and split.
+  over = spread.Spread(meshes.make("fsdp=2,expert=4", devices=jax.devices()[:8]))
+  split = there.restore(over.shapes(like), batches)
   there.close()
+  for name, x in named(split).items():
+    np.testing.assert_array_equal(x, named(restored)[name], name)
+    if name.endswith(EXPERTS):  # its moments too
+      assert x.sharding.shard_shape(x.shape) == (1, 1, 8, 16), name
+  state = stepped(job, restored, batches)
   for name, expected in named(begun[1]).items():
     np.testing.assert_array_equal(named(state)[name], expected, name)
 
