@@ -131,6 +131,12 @@ def test_new_experts_have_moments_of_zero_and_gates_keep_theirs(begun, cache, tm
     assert not experts[:, 4:].any() and not gate[..., 4:].any()
     assert not of(new, kind, GATE.replace("kernel_DE", "bias_E")).any()
   assert not any("embed.embedding" in path for path in new.optimizer)  # is frozen
+  said, new = made(begun, cache, tmp_path / "wide", "expand", "--times", "2")
+  assert said == "go on from step 2"
+  for kind in ("mu", "nu"):  # a copy's are those of what it was copied from
+    np.testing.assert_array_equal(
+      of(new, kind, EXPERTS), np.repeat(of(old, kind, EXPERTS), 2, axis=1)
+    )
 
 
 def test_what_cannot_go_on_begins_anew_and_says_why(begun, cache, tmp_path, capsys):
