@@ -6,7 +6,7 @@
 The new run trains its new experts and its gates alone (`optim.freeze`, which --set may
 change).  --domain: gate columns are the layer's mean input on training text of this
 domain, instead of being drawn; with --margin, what tells it from the other domains of
-the corpus: the logit of new experts is about M on its text, and -M on theirs.  --bias
+the corpus: the logit of new experts is -M on theirs, and up to M on its own.  --bias
 lowers the new experts' logits.  The lower they are on old text, the less moves of what
 the model said before.  --set data... says what to train on.
 """

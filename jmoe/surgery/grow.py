@@ -17,6 +17,7 @@ from jmoe.surgery.receipt import Sample
 from jmoe.surgery.walk import Seen, walk
 
 _START = 0.02  # standard deviation of a new gate column
+_SHRUNK = 0.1  # share of the mean variance that a covariance gets more
 
 
 def grow(
@@ -172,9 +173,11 @@ def apart(
 ) -> list[tuple[np.ndarray, float]]:
   """For each sparse layer a gate column, f64[D], and a bias that tell texts apart.
 
-  The linear discriminant of its inputs with a diagonal covariance (Fisher 1936), to
-  such a length that the logit is `margin` at the mean input on new text, and minus that
-  on old text: old tokens, whose other logits are larger, go on to old experts.
+  The linear discriminant of the layer's inputs (Fisher 1936), with a tenth of their
+  mean variance added to each.  At the mean input on old text the logit is minus
+  `margin`, so that old tokens, whose other logits are larger, go on to old experts.  At
+  that on new text it is `margin`, or less where inputs hardly differ: no column is
+  longer than that of the logarithm of the likelihood ratio.
 
   Args:
     model: any.
@@ -188,25 +191,32 @@ def apart(
   if not margin > 0:
     raise ValueError(f"apart: margin={margin}; give a number over 0.")
   found = []
-  sums = [walk(model, some, _moments)[1] for some in (new, old)]
+  sums = [walk(model, some, _products)[1] for some in (new, old)]
   for each in zip(*sums, strict=True):
-    (mean_D, square_D), (other_D, other_square_D) = (
-      (s[0, :-1] / max(s[0, -1], 1), s[1, :-1] / max(s[0, -1], 1)) for s in each
-    )
-    spread_D = (square_D - mean_D**2 + other_square_D - other_D**2) / 2
-    gap_D = mean_D - other_D
-    column_D = gap_D / np.maximum(spread_D, 1e-6)
-    column_D *= 2 * margin / max(column_D @ gap_D, 1e-12)
-    found.append((column_D, float(-column_D @ (mean_D + other_D) / 2)))
+    (mean_D, spread_DD), (old_D, old_spread_DD) = map(_statistics, each)
+    both_DD = (spread_DD + old_spread_DD) / 2
+    both_DD += _SHRUNK * np.trace(both_DD) / len(mean_D) * np.eye(len(mean_D))
+    gap_D = mean_D - old_D
+    column_D = np.linalg.solve(both_DD, gap_D)
+    distance = max(float(gap_D @ column_D), 1e-12)  # Mahalanobis', squared
+    column_D *= min(1.0, 2 * margin / distance)
+    found.append((column_D, float(-margin - column_D @ old_D)))
   return found
 
 
-def _moments(seen: Seen) -> Array:
-  """f32[2,D+1] sums over tokens of what the layer is given and of its square."""
-  valid_T1 = seen.valid_T[:, None]
-  x_TD = jnp.where(valid_T1, seen.x_TD.astype(jnp.float32), 0)
-  count = jnp.full((2, 1), valid_T1.sum(), jnp.float32)
-  return jnp.concatenate([jnp.stack([x_TD.sum(0), jnp.square(x_TD).sum(0)]), count], 1)
+def _statistics(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(mean, covariance) of inputs, from `_products`."""
+  mean_D, *_ = np.split(products[-1] / max(products[-1, -1], 1), [-1])
+  second_DD = products[:-1, :-1] / max(products[-1, -1], 1)
+  return mean_D, second_DD - np.outer(mean_D, mean_D)
+
+
+def _products(seen: Seen) -> Array:
+  """f32[D+1,D+1] sums over tokens of products of what the layer is given, and one."""
+  one_T1 = seen.valid_T[:, None].astype(jnp.float32)
+  x_TD = jnp.where(seen.valid_T[:, None], seen.x_TD.astype(jnp.float32), 0)
+  with_one = jnp.concatenate([x_TD, one_T1], axis=1)
+  return jnp.matmul(with_one.T, with_one, precision=jax.lax.Precision.HIGHEST)
 
 
 def _input(seen: Seen) -> Array:

@@ -131,12 +131,19 @@ def test_scores_are_their_formulas():
   (mean_D, _) = growing.inputs(model, [SAMPLE, SAMPLE])
   assert_close(mean_D.astype(np.float32), x.mean(0).astype(np.float32))
   other = cases.sample(seed=7)
-  column_D, bias = growing.apart(model, [other], [SAMPLE], margin=3.0)[0]
   new = inputs(other.inputs)
-  assert_close(np.float32(new.mean(0) @ column_D + bias), np.float32(3))
-  assert_close(np.float32(x.mean(0) @ column_D + bias), np.float32(-3))
-  along = column_D * (x.var(0) + new.var(0)) / (new.mean(0) - x.mean(0))
-  np.testing.assert_allclose(along, along[0], rtol=1e-3)
+  gap, pooled = (
+    new.mean(0) - x.mean(0),
+    (np.cov(new.T, ddof=0) + np.cov(x.T, ddof=0)) / 2,
+  )
+  pooled += 0.1 * np.diag(pooled).mean() * np.eye(cases.D)
+  expected = np.linalg.solve(pooled, gap)
+  distance = gap @ expected
+  for margin in (distance / 4, 2 * distance):  # as far as asked, as far as they are
+    column_D, bias = growing.apart(model, [other], [SAMPLE], margin=margin)[0]
+    share = min(1, 2 * margin / distance)
+    assert_close(np.float32(column_D), np.float32(share * expected))
+    assert_close(np.float32(x.mean(0) @ column_D + bias), np.float32(-margin))
   some = load > 0
   reap = pruning.by_reap(model, [SAMPLE, SAMPLE])[0]
   assert_close(reap[some].astype(np.float32), saliency[some] / load[some])
