@@ -6,9 +6,9 @@
 The new run trains its new experts and its gates alone (`optim.freeze`, which --set may
 change).  --domain: gate columns are the layer's mean input on training text of this
 domain, instead of being drawn; with --margin, what tells it from the other domains of
-the corpus: the logit of new experts is -M on theirs, and up to M on its own.  --bias
-lowers the new experts' logits.  The lower they are on old text, the less moves of what
-the model said before.  --set data... says what to train on.
+the corpus: the logit of new experts is at most -M on theirs, and up to M on its own.
+--bias lowers the new experts' logits.  The lower they are on old text, the less moves
+of what the model said before.  --set data... says what to train on.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -44,10 +44,9 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
       columns = grow.inputs(source.model, rows)
     else:
       others = [
-        each
+        calibration_rows(source, arguments, name)
         for name in source.texts.domains
         if name != arguments.domain
-        for each in calibration_rows(source, arguments, name)
       ]
       directions = grow.apart(source.model, rows, others, margin=arguments.margin)
   made = grow.grow(

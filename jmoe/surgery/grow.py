@@ -169,38 +169,47 @@ def inputs(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
 
 
 def apart(
-  model: Model, new: Sequence[Sample], old: Sequence[Sample], *, margin: float = 4.0
+  model: Model,
+  new: Sequence[Sample],
+  old: Sequence[Sequence[Sample]],
+  *,
+  margin: float = 4.0,
 ) -> list[tuple[np.ndarray, float]]:
   """For each sparse layer a gate column, f64[D], and a bias that tell texts apart.
 
   The linear discriminant of the layer's inputs (Fisher 1936), with a tenth of their
-  mean variance added to each.  At the mean input on old text the logit is minus
-  `margin`, so that old tokens, whose other logits are larger, go on to old experts.  At
-  that on new text it is `margin`, or less where inputs hardly differ: no column is
-  longer than that of the logarithm of the likelihood ratio.
+  mean variance added to each.  Minus `margin` is the logit at the mean input on that
+  kind of old text where it is highest, so that old tokens, whose other logits are
+  larger, go on to old experts.  At that on new text it is `margin`, or less where
+  inputs hardly differ: no column is longer than that of the logarithm of the likelihood
+  ratio.
 
   Args:
     model: any.
     new: packed rows of what new experts are for.
-    old: of what the model knows.
+    old: of each kind of text that the model knows; all count alike.
     margin: M.
 
   Raises:
     ValueError: no samples, or a margin that is not over 0.
   """
-  if not margin > 0:
-    raise ValueError(f"apart: margin={margin}; give a number over 0.")
+  if not margin > 0 or not old:
+    raise ValueError(
+      f"apart: margin={margin} and {len(old)} kinds of old text; give a number over 0, "
+      "and one kind or more."
+    )
   found = []
-  sums = [walk(model, some, _products)[1] for some in (new, old)]
+  sums = [walk(model, some, _products)[1] for some in (new, *old)]
   for each in zip(*sums, strict=True):
-    (mean_D, spread_DD), (old_D, old_spread_DD) = map(_statistics, each)
-    both_DD = (spread_DD + old_spread_DD) / 2
-    both_DD += _SHRUNK * np.trace(both_DD) / len(mean_D) * np.eye(len(mean_D))
-    gap_D = mean_D - old_D
-    column_D = np.linalg.solve(both_DD, gap_D)
-    distance = max(float(gap_D @ column_D), 1e-12)  # Mahalanobis', squared
-    column_D *= min(1.0, 2 * margin / distance)
-    found.append((column_D, float(-margin - column_D @ old_D)))
+    means, spreads = map(np.stack, zip(*map(_statistics, each), strict=True))
+    both_DD = (spreads[0] + spreads[1:].mean(0)) / 2
+    both_DD += _SHRUNK * np.trace(both_DD) / len(both_DD) * np.eye(len(both_DD))
+    column_D = np.linalg.solve(both_DD, means[0] - means[1:].mean(0))
+    nearest = (means[1:] @ column_D).max()
+    rise = means[0] @ column_D - nearest
+    if rise > 2 * margin:
+      column_D, nearest = (2 * margin / rise * x for x in (column_D, nearest))
+    found.append((column_D, float(-margin - nearest)))
   return found
 
 
