@@ -50,6 +50,7 @@ from jmoe.surgery.frame import rebuilt as rebuilt
 from jmoe.surgery.moments import moments as moments
 from jmoe.surgery.receipt import Receipt as Receipt
 from jmoe.surgery.receipt import Sample as Sample
+from jmoe.surgery.receipt import compared as compared
 from jmoe.surgery.receipt import moved as moved
 from jmoe.surgery.receipt import receipt as receipt
 from jmoe.surgery.shells import of_linen as of_linen

@@ -120,6 +120,16 @@ def test_a_linen_model_and_its_moments_are_cut_as_a_decoder_is():
     x = x + np.asarray(jmoe.moe(one.params, x, one.config, state=one.state)[0])
   out = variables["params"]["Dense_0"]
   assert_close(found.reshape(-1, V), x @ out["kernel"] + out["bias"])
+  # As a checkpoint that knows no types gives it, and a receipt of it.
+  plain = jax.tree.map(
+    lambda x: {"bias": x.bias} if isinstance(x, jmoe.State) else x,
+    variables,
+    is_leaf=lambda x: isinstance(x, jmoe.State),
+  )
+  other, _ = surgery.on_linen(plain, places(config), cut)
+  chex.assert_trees_all_equal(other, made)
+  moved = surgery.compared(applied(model, variables, IDS), found)
+  assert moved["tokens"] == B * S and moved["largest"] > 0
   again, _ = surgery.on_linen(variables, places(config), lambda _, layer: layer)
   chex.assert_trees_all_equal(again, variables)
   with pytest.raises(KeyError, match="MoE_7"):

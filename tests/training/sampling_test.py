@@ -11,7 +11,7 @@ import chex
 import numpy as np
 import pytest
 
-from experiments import data, tokens
+from experiments import configs, data, settings, tokens
 from experiments.errors import BadData
 from experiments.vocabulary import Bytes
 
@@ -201,6 +201,9 @@ def test_a_domain_gets_the_share_that_is_fixed_and_others_the_rest():
     domains = batch["domain"][batch["segment"] > 0]
     found += np.bincount(domains, minlength=4)
   np.testing.assert_allclose(found / found.sum(), [0, 0, 0.75, 0.25], atol=0.02)
+  run = configs.load("micro")
+  with pytest.raises(ValueError, match="are 1.4 of the tokens; give parts of 1"):
+    settings.with_settings(run, ["data.shares=(('code', 0.7), ('prose', 0.7))"])
   for wrong, said in (({1: 0.5}, "no document"), ({0: 0, 2: 0, 3: 0}, "leaves no")):
     with pytest.raises(BadData, match=said):
       data.shares(windows, 1.0, wrong)
