@@ -23,6 +23,7 @@ from experiments import (
   workdir,
 )
 from experiments.operations._source import Source
+from experiments.program import program
 from tests import _cases
 
 
@@ -56,7 +57,11 @@ def moved(runs, folders, reading, *, command, stop):
   """In place of training: a model that has gone a step of its own, and its bits."""
   del command, stop
   for n, (run, folder) in enumerate(zip(runs, folders, strict=True)):
-    made = together._program(run, reading)
+    made = program(
+      run,
+      byte_lengths=reading.encoded.vocabulary.byte_lengths,
+      num_domains=len(reading.texts.domains),
+    )
     like = jax.eval_shape(made.init)
     if run.start_from:
       start = checkpoint.read(epath.Path(run.start_from) / "checkpoints")
