@@ -44,7 +44,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   ]
   found = surgery.compose(from_jsonable(whole, allow=("experiments",)), parts)
   return Outcome(
-    found.model, found.kept, {"whole": whole}, moments="several runs have gone apart"
+    found.model, found.kept, {"whole": whole}, moments="it is made of several runs"
   )
 
 
