@@ -149,6 +149,9 @@ class Saved(NamedTuple):
   params: dict[str, np.ndarray]
   balance: dict[str, np.ndarray]
   facts: dict[str, Any]  # of the run, as `Checkpoints` was given them
+  optimizer: dict[str, np.ndarray]  # its state, by path
+  rest: dict[str, np.ndarray]  # "step", "skipped", "key"
+  positions: dict[str, Any]  # of the readers of its data
 
 
 def read(folder: epath.Path, step: int | None = None) -> Saved:
@@ -183,11 +186,12 @@ def _read(folder: epath.Path, step: int | None) -> Saved:
     )
   finally:
     manager.close()
-  params, balance = (
+  params, balance, optimizer = (
     {n.removeprefix(kind): x for n, x in whole.arrays.items() if n.startswith(kind)}
-    for kind in ("params/", "balance/")
+    for kind in ("params/", "balance/", "optimizer/")
   )
-  return Saved(found, params, balance, whole.facts)
+  rest = {n: x for n, x in whole.arrays.items() if "/" not in n}
+  return Saved(found, params, balance, whole.facts, optimizer, rest, whole.positions)
 
 
 def _placed(x: Any, like: Any) -> jax.Array:

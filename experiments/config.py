@@ -24,6 +24,9 @@ class Data:
   tokenizer: str = "bytes"  # or "bpe:SIZE", trained on the training documents
   temperature: float = 1.0  # domains are drawn in proportion to size ** (1/temperature)
   near_duplicates: float = 0.0  # drop documents so similar (Jaccard); 0 keeps all
+  # Part of the training tokens that some domains get, by name, 0 for none; the others
+  # share the rest as `temperature` says.  All domains are evaluated.
+  shares: tuple[tuple[str, float], ...] | None = None
   seed: int = 0
   num_workers: int = 0
   # Streams that the rows of a batch come from, which the processes of a job share out;
@@ -46,6 +49,12 @@ class Data:
         f"data.eval_context={self.eval_context} leaves nothing of data.seq={self.seq} "
         "to score; make it smaller."
       )
+    if self.shares is not None:
+      _pairs("data.shares", self.shares)
+      if (total := math.fsum(share for _, share in self.shares)) > 1 + 1e-9:
+        raise ValueError(
+          f"data.shares={self.shares} are {total:.4g} of the tokens; give parts of 1."
+        )
     corpora.parse(self.corpus)
     vocabulary.size_of(self.tokenizer)
     if self.temperature <= 0:

@@ -20,10 +20,10 @@ import numpy as np
 
 from experiments.batches import FEATURES, Batch
 from experiments.errors import BadData
+from experiments.proportions import LEAST, shares as shares
 from experiments.tokens import Tokens
 
 _FEW = 1 << 10  # windows
-_LEAST = 1e-9  # of the tokens, for a domain
 
 
 class Windows:
@@ -109,6 +109,7 @@ def batches(
   seed: int,
   num_workers: int = 0,
   temperature: float = 1.0,
+  fixed: Mapping[int, float] | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -126,6 +127,7 @@ def batches(
     temperature: 1 draws each window once an epoch; otherwise tokens of a domain are
       drawn in proportion to their number ** (1/temperature), each window of it once an
       epoch of the domain.
+    fixed: see `shares`; windows are drawn by domain then too.
     process_index: which part of the windows and rows to give.
     process_count: parts; no window is in two of them.
 
@@ -134,7 +136,7 @@ def batches(
 
   Raises:
     ValueError: the rows cannot be divided among the processes.
-    BadData: a temperature that leaves nothing of a domain.
+    BadData: a temperature that leaves nothing of a domain, or shares that leave none.
   """
   if batch % process_count:
     raise ValueError(
@@ -142,7 +144,8 @@ def batches(
       f"multiple of {process_count}."
     )
   rows = batch // process_count
-  order = _order(windows, temperature, seed, slice(process_index, None, process_count))
+  part = slice(process_index, None, process_count)
+  order = _order(windows, temperature, fixed or {}, seed, part)
   dataset = _packed(order, batch=rows, seq=seq)
   dataset = dataset.batch(rows, drop_remainder=True).map(_renamed)
   if num_workers:
@@ -199,26 +202,24 @@ def _worker(parent: int, index: int, count: int) -> None:
   threading.Thread(target=watch, daemon=True).start()
 
 
-def shares(windows: Windows, temperature: float) -> np.ndarray:
-  """f64[domains] part of the training tokens that is of each domain."""
-  sizes = windows.tokens_by_domain.astype(np.float64)
-  # The largest is 1, so that no power is too large.
-  powers = np.where(sizes > 0, (sizes / sizes.max()) ** (1 / temperature), 0.0)
-  return powers / powers.sum()
-
-
 def _order(
-  windows: Windows, temperature: float, seed: int, part: slice
+  windows: Windows,
+  temperature: float,
+  fixed: Mapping[int, float],
+  seed: int,
+  part: slice,
 ) -> grain.MapDataset:
   """Windows without end, those of one process."""
-  if temperature == 1:
+  if temperature == 1 and not fixed:
     return _epochs(windows, seed)[part]
   counts = windows.windows_by_domain
-  (present,) = np.nonzero(counts)
+  wanted = shares(windows, temperature, fixed)
+  left_out = wanted == 0 if fixed else np.zeros_like(counts, bool)
+  (present,) = np.nonzero((counts > 0) & ~left_out)
   # Windows are what is drawn, and tokens what is promised.
   lengths = windows.tokens_by_domain[present] / counts[present]
-  drawn = shares(windows, temperature)[present]
-  if drawn.min() < _LEAST:
+  drawn = wanted[present]
+  if drawn.min() < LEAST:
     raise BadData(
       f"data.temperature={temperature} leaves a domain {drawn.min():.1e} of the "
       "tokens, so that it is never drawn; give a temperature nearer to 1, or leave out "

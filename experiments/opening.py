@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from experiments import checkpoint, data, dataset, state as states, tokens
+from experiments import calibration, checkpoint, data, dataset, state as states, tokens
 from experiments.config import Run
 from experiments.errors import BadCheckpoint, BadData
 from experiments.program import Program
@@ -38,8 +38,15 @@ def training_batches(
     run: whose.
     encoded: its data.
     readers: of `data.readers`, those whose rows are wanted; None: all.
+
+  Raises:
+    BadData: `data.shares` names a domain that the corpus has not, or leaves nothing.
   """
   of = run.data
+  shares = {
+    calibration.number(encoded.domains, name, "data.shares"): share
+    for name, share in of.shares or ()
+  }
   windows, parts = data.Windows(encoded.train, seq=of.seq), of.readers or 1
   return data.Readers(
     {
@@ -50,6 +57,7 @@ def training_batches(
         seed=of.seed,
         num_workers=of.num_workers,
         temperature=of.temperature,
+        fixed=shares,
         process_index=reader,
         process_count=parts,
       )

@@ -4,12 +4,18 @@
       --out runs/emo-code
 
 `OP --help` says what an operation does and takes.  DIR is a run, and only read.  OUT is
-a new run at its step 0, with the model that was made, its configuration and vocabulary,
-no moments, and `receipt.json`: what was kept, parameters before and after, how far the
-outputs moved on held-out text.  It is there as a whole or not at all.  `--set` changes
-the new run, as its steps; what goes on with it is
+a new run with the model that was made, its configuration and vocabulary, and
+`receipt.json`: what was kept, parameters before and after, how far the outputs moved on
+held-out text.  It is there as a whole or not at all.  `--set` changes the new run, as
+its steps; what goes on with it is
 
   python -m experiments.main --workdir OUT
+
+It goes on at the step where DIR was, with the optimizer's moments cut or copied as the
+experts were, moments of zero for what is new, and the same place in the data; if DIR
+was finished, or the operation leaves nothing that moments could be of, it begins at
+step 0 without moments.  The receipt says which and why; `--no-moments` begins anew in
+any case, `--moments` is an error where there is nothing to carry.
 
 Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 """
@@ -20,7 +26,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from experiments import extras, operations
 from experiments.parser import Parser, run
@@ -66,6 +72,20 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
+def operate(name: str, argv: list[str]) -> None:
+  """Does an operation, for other commands.
+
+  Args:
+    name: of the operation.
+    argv: its arguments, `--workdir` and `--out` among them.
+
+  Raises:
+    BadCheckpoint, BadConfig, BadData, Unreachable, ValueError, OSError: see there.
+  """
+  operation = operations.load(name)
+  _operate(name, operation, _parser(name, operation).parse_args(argv))
+
+
 def _parser(name: str, operation: Any) -> argparse.ArgumentParser:
   made = Parser(
     prog=f"python -m experiments.surgery {name}",
@@ -78,6 +98,8 @@ def _parser(name: str, operation: Any) -> argparse.ArgumentParser:
   add("--step", type=int, help="of the checkpoint; the newest whole one if not given")
   add("--seed", type=int, default=0, help="of whatever is drawn; 0 if not given")
   add("--set", action="append", default=[], metavar="PATH=VALUE", help="of the new run")
+  add("--moments", action=argparse.BooleanOptionalAction,
+      help="go on with the optimizer's state; if it can, if not given")  # fmt: skip
   add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
   operation.arguments(add)
   return made
@@ -103,13 +125,9 @@ def _operate(name: str, operation: Any, arguments: argparse.Namespace) -> None:
 
 def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
   """The folder of the new run, whole."""
-  import jax
-  import jax.numpy as jnp
   from etils import epath
 
   from experiments import checkpoint, job, opening, workdir
-  from experiments.program import program
-  from experiments.state import restarted
   from experiments.whole import whole
   from jmoe import surgery
 
@@ -117,7 +135,11 @@ def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
   made = _run(name, source.run, outcome.model.config, settings)
   folder = epath.Path(arguments.out)
   job.check([(made, folder)])
-  common = "workdir out step seed set cache".split()
+  common = "workdir out step seed set cache moments".split()
+  state, carried = _state(source, outcome, made, arguments.moments)
+  batches = opening.training_batches(made, source.encoded)
+  if int(state.step) and made.data == source.run.data:
+    batches.set_state(source.saved.positions)
   own = {k: v for k, v in vars(arguments).items() if k not in common}
   receipt = surgery.receipt(
     name,
@@ -126,8 +148,34 @@ def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
     settings={"workdir": arguments.workdir, "step": source.step} | own,
     kept=outcome.kept,
     sample=source.sample(),
-    notes=outcome.notes,
+    notes={**outcome.notes, "moments": carried},
   )
+  with whole(arguments.out) as unfinished:
+    place = epath.Path(unfinished)
+    workdir.claim(made, place)
+    workdir.write_json(place / "manifest.json", source.texts.manifest)
+    workdir.write_json(place / "receipt.json", receipt.to_json())
+    source.words.save(unfinished / "vocabulary")
+    saved = checkpoint.Checkpoints(
+      place / "checkpoints", opening.facts(made, source.texts, source.encoded)
+    )
+    saved.save(state, batches)
+    saved.close()
+  print("\n".join([*receipt.lines(), f"moments {carried}"]))
+  print(f"written to {arguments.out}")
+
+
+def _state(
+  source: Any, outcome: Any, made: Any, wanted: bool | None
+) -> tuple[Any, str]:
+  """The state of the new run, and what became of the old one's moments."""
+  import jax
+  import jax.numpy as jnp
+
+  from experiments import carried
+  from experiments.program import program
+  from experiments.state import restarted
+
   parts = program(
     made,
     byte_lengths=source.words.byte_lengths,
@@ -142,19 +190,32 @@ def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
     outcome.model.state,
     optimizer=parts.optimizer,
   )
-  with whole(arguments.out) as unfinished:
-    place = epath.Path(unfinished)
-    workdir.claim(made, place)
-    workdir.write_json(place / "manifest.json", source.texts.manifest)
-    workdir.write_json(place / "receipt.json", receipt.to_json())
-    source.words.save(unfinished / "vocabulary")
-    saved = checkpoint.Checkpoints(
-      place / "checkpoints", opening.facts(made, source.texts, source.encoded)
+  why = outcome.moments if isinstance(outcome.moments, str) else ""
+  if not why and made.steps <= source.step:
+    why = f"{source.step} steps are done, and the new run has {made.steps}"
+  if wanted is False:
+    return state, "begin anew: --no-moments"
+  try:
+    if why:
+      raise ValueError(why)
+    moments = carried.optimizer(
+      source.saved.optimizer,
+      state.optimizer,
+      change=cast(Any, outcome.moments),
+      before=source.model,
+      after=outcome.model,
     )
-    saved.save(state, opening.training_batches(made, source.encoded))
-    saved.close()
-  print("\n".join(receipt.lines()))
-  print(f"written to {arguments.out}")
+  except ValueError as error:
+    if wanted:
+      raise ValueError(f"--moments: {error}; leave it out to begin anew.") from error
+    return state, f"begin anew: {error}"
+  rest = {name: jnp.asarray(x) for name, x in source.saved.rest.items()}
+  if made.seed != source.run.seed:
+    del rest["key"]
+  said = f"go on from step {source.step}"
+  if made.data != source.run.data:
+    said += ", the data begins anew"
+  return dataclasses.replace(state, optimizer=moments, **rest), said
 
 
 def _run(name: str, old: Any, model: Any, settings: list[str]) -> Any:

@@ -42,6 +42,7 @@ class Encoded(NamedTuple):
   train: Tokens
   held_out: Tokens
   vocabulary: Vocabulary
+  domains: tuple[str, ...] = ()  # names of the numbers in `Tokens.domain`
 
 
 def encoded(documents: Iterable[Any], vocabulary: Vocabulary) -> Tokens:
@@ -105,7 +106,7 @@ def load(cache: Path, texts: Texts, vocabulary: Vocabulary) -> Encoded:
       f"tokens {folder} are not those that were written; delete this folder, and they "
       "are encoded anew."
     )
-  return Encoded(train, held_out, vocabulary)
+  return Encoded(train, held_out, vocabulary, texts.domains)
 
 
 _PARTS = ("tokens", "ends", "domain", "unscored")

@@ -50,6 +50,7 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     check: `(config, **keywords)`, raises on values that cannot work.
     needs: names of `Context` fields without which it cannot run.
     needs_in_training: names of further fields, without which it cannot train.
+    ahead: whether it looks at later tokens outside training too, from its keywords.
     random: `(train, **keywords) -> bool`, whether a call draws random numbers.
     choices: `(num_experts, **keywords) -> int | None`, a router's K.
     causal: False if a token's outcome depends on later tokens.

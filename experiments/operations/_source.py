@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from etils import epath
 from experiments import data, dataset, opening, recorded, tokens
 from jmoe import surgery
 
+_MASTER = "master/"
 _LOGITS = 1 << 26  # of the sample on which outputs are compared
 
 
@@ -21,6 +22,10 @@ class Outcome(NamedTuple):
   kept: Sequence[Any]  # as of `surgery.receipt`
   notes: Mapping[str, Any] = {}  # for the receipt, ready for JSON
   settings: Sequence[str] = ()  # of the new run, as by `--set`, which goes after them
+  # What becomes of a tree of moments, as `surgery.moments` takes it; or why nothing.
+  moments: Callable[[surgery.Model], surgery.Model] | str = (
+    "the new weights are no copies of trained ones"
+  )
 
 
 class Source:
@@ -37,9 +42,12 @@ class Source:
 
   def __init__(self, folder: epath.Path, cache: Path, step: int | None = None):
     self.folder, self._cache = folder, cache
-    self.run, self.words, saved = recorded.read(folder, step)
-    self.step = saved.step
-    self.model = surgery.Model(self.run.model, saved.params, saved.balance)
+    self.run, self.words, self.saved = recorded.read(folder, step)
+    self.step = self.saved.step
+    full = self.saved.optimizer.items()  # float32 copies of what is stored in less
+    master = {n.removeprefix(_MASTER): x for n, x in full if n.startswith(_MASTER)}
+    params = self.saved.params | master
+    self.model = surgery.Model(self.run.model, params, self.saved.balance)
 
   @functools.cached_property
   def texts(self) -> dataset.Texts:

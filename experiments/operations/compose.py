@@ -43,7 +43,9 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     for each, receipt in zip((source, *others), receipts, strict=True)
   ]
   found = surgery.compose(from_jsonable(whole, allow=("experiments",)), parts)
-  return Outcome(found.model, found.kept, {"whole": whole})
+  return Outcome(
+    found.model, found.kept, {"whole": whole}, moments="it is made of several runs"
+  )
 
 
 def _receipt(folder: Any) -> dict[str, Any]:

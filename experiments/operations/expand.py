@@ -7,6 +7,7 @@ Without --noise the new model says what the old one did.
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import functools
 from typing import Any
 
 from experiments.operations._several import count
@@ -35,4 +36,5 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     [e // arguments.times for e in range(layer.config.num_experts)]
     for layer in layers(made)
   ]
-  return Outcome(made, kept)
+  copied = functools.partial(upcycle.expand, times=arguments.times, k=arguments.k)
+  return Outcome(made, kept, moments="--noise moved it" if arguments.noise else copied)

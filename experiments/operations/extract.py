@@ -12,6 +12,7 @@ routing probability, layer after layer with those before already cut; Easy-EP (a
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import functools
 from typing import Any
 
 
@@ -61,7 +62,12 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     found = way(source.model, samples, keep=keep, score=score)
   scores = [score_E.tolist() for score_E in found.scores]
   whole = to_jsonable(source.model.config)
-  return Outcome(found.model, found.kept, {"scores": scores, "whole": whole})
+  return Outcome(
+    found.model,
+    found.kept,
+    {"scores": scores, "whole": whole},
+    moments=functools.partial(surgery.cut_model, kept=found.kept),
+  )
 
 
 def _keep(text: str) -> int | tuple[int, ...]:

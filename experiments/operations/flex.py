@@ -41,7 +41,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     made = flex.without(source.model, left)
     kept = [[e for e in range(layer.config.num_experts) if e != left]
             for layer in layers(source.model)]  # fmt: skip
-    return Outcome(made, kept)
+    return Outcome(made, kept, moments=lambda model: flex.without(model, left))
   ours = calibration_rows(source, arguments, domain)
   public = [
     rows
@@ -51,4 +51,10 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   made = flex.begin(source.model, public, ours)
   kept = [["public", domain] for _ in layers(made)]
   settings = (f"optim.freeze={flex.FREEZE!r}", LOSS_WEIGHTS)
-  return Outcome(made, kept, {"freeze": flex.FREEZE}, settings=settings)
+  return Outcome(
+    made,
+    kept,
+    {"freeze": flex.FREEZE},
+    settings=settings,
+    moments="the public model is frozen, and its experts are new",
+  )

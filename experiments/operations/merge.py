@@ -49,4 +49,4 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   else:
     kept = [runs if how != "flex" else ["public", *runs] for _ in layers(made)]
   settings = () if source.run.loss_weights or how != "mix" else (LOSS_WEIGHTS,)
-  return Outcome(made, kept, settings=settings)
+  return Outcome(made, kept, settings=settings, moments="it is made of several runs")

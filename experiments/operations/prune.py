@@ -11,6 +11,7 @@ all domains of the corpus if it is not.
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import functools
 from typing import Any
 
 from experiments.operations._several import calibration_rows, count
@@ -47,7 +48,12 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     at_least=min(layer_k(source.model), arguments.keep),
   )
   made = cut_model(source.model, kept)
-  return Outcome(made, kept, {"scores": [score_E.tolist() for score_E in scores]})
+  return Outcome(
+    made,
+    kept,
+    {"scores": [score_E.tolist() for score_E in scores]},
+    moments=functools.partial(cut_model, kept=kept),
+  )
 
 
 def layer_k(model: Any) -> int:

@@ -18,4 +18,5 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from experiments.operations._source import Outcome
   from jmoe.surgery import to_dense
 
-  return Outcome(to_dense(source.model, how=arguments.how), [])
+  made = to_dense(source.model, how=arguments.how)
+  return Outcome(made, [], moments="experts have become one dense layer")

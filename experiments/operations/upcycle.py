@@ -51,4 +51,5 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   kept = [["the dense feed-forward"] * arguments.experts for _ in layers(made)]
   # A dense run balances nothing.
   settings = () if source.run.loss_weights else (LOSS_WEIGHTS,)
-  return Outcome(made, kept, settings=settings)
+  why = "a dense layer has become experts (as the paper does for language)"
+  return Outcome(made, kept, settings=settings, moments=why)

@@ -167,6 +167,12 @@ def _check(where: str, block: BlockConfig) -> None:
         "decode with the model of jmoe.models.dropless(config), of equal parameters."
       )
   for stage in (ff.router, *ff.restrict):
+    ahead = fact(stage, "ahead")
+    if ahead is not None and ahead(**stage.kwargs):
+      raise ValueError(
+        f"{where}: {stage!r} looks at later tokens outside training too, which "
+        "decoding does not have; use evaluation=None."
+      )
     draws = fact(stage, "random")
     if draws is not None and draws(False, **stage.kwargs):
       raise ValueError(

@@ -23,6 +23,7 @@ def _check(
   most: int | None = None,
   same_in_layers: bool = False,
   max_documents: int | None = None,
+  evaluation: int | None = None,
 ) -> None:
   E, k = config.num_experts, config.k or 1
   top = E if most is None else most
@@ -39,6 +40,11 @@ def _check(
     raise ValueError(
       f"document_pool: same_in_layers={shown(same_in_layers)} must be True or False."
     )
+  if evaluation is not None and not (whole(evaluation) and k <= evaluation <= E):
+    raise ValueError(
+      f"document_pool: evaluation={shown(evaluation)} must be None, or experts of a "
+      f"pool, of k={k} to num_experts={E}."
+    )
   if max_documents is not None and not whole(max_documents):
     raise ValueError(
       f"document_pool: max_documents={shown(max_documents)} must be a whole number of "
@@ -47,12 +53,17 @@ def _check(
 
 
 def _leaves(
-  allowed: frozenset[int], num_experts: int, *, least: int, **_
+  allowed: frozenset[int],
+  num_experts: int,
+  *,
+  least: int,
+  evaluation: int | None = None,
+  **_,
 ) -> list[frozenset[int]]:
   """Every smallest pool; of very many, one that is spread over all experts."""
   del num_experts
   experts = sorted(allowed)
-  least = min(least, len(experts))
+  least = min(least, evaluation or least, len(experts))
   if math.comb(len(experts), least) > _MOST_LISTED:
     return [frozenset(experts[n * len(experts) // least] for n in range(least))]
   return [frozenset(some) for some in itertools.combinations(experts, least)]
@@ -61,10 +72,10 @@ def _leaves(
 def _cut(use: Use, num_experts: int, kept: tuple[int, ...]) -> Use:
   """The same pools, of what is left at most."""
   del num_experts
-  most = use.get("most")
+  given = use.kwargs
+  limited = ("least", "most", "evaluation")
   return use.replace(
-    least=min(use.get("least"), len(kept)),
-    most=None if most is None else min(most, len(kept)),
+    **{n: min(given[n], len(kept)) for n in limited if given.get(n) is not None}
   )
 
 
@@ -76,6 +87,7 @@ def _cut(use: Use, num_experts: int, kept: tuple[int, ...]) -> Use:
   cut=_cut,
   random=lambda train, least, most=None, **_: train and least != most,
   same_in_layers=lambda same_in_layers=False, **_: same_in_layers,
+  ahead=lambda evaluation=None, **_: evaluation is not None,
 )
 def document_pool(
   select_TE: Array,
@@ -85,6 +97,7 @@ def document_pool(
   most: int | None = None,
   same_in_layers: bool = False,
   max_documents: int | None = None,
+  evaluation: int | None = None,
   mask: Array | None = None,
   key: Array | None = None,
   train: bool = False,
@@ -94,8 +107,9 @@ def document_pool(
 
   EMO (Wang, Bhagia, Min 2026, arXiv 2605.06663): the pool of a document holds the d
   experts of the highest mean routing probability over its own tokens, with d drawn from
-  least..most; outside training there is no pool.  As in the authors' code d is drawn
-  anew in each layer.  The choice of the pool has no gradient.  With
+  least..most; outside training there is no pool, unless `evaluation` asks for one.  As
+  in the authors' code d is drawn anew in each layer.  The choice of the pool has no
+  gradient.  With
   `MoEConfig(rescore=True)` scores, losses and weights are those within the pool, as in
   EMO.
 
@@ -114,30 +128,42 @@ def document_pool(
     least: experts of a pool, at least.
     most: at most; None: all experts.  Equal to `least`: every pool has as many.
     same_in_layers: draw a document's d once for all layers.
+    evaluation: experts of every pool outside training, as the authors' training code
+      evaluates with 32; likelihoods are then of tokens that know of later ones, and no
+      text can be generated.  None: no pools.  (`restrict.subset` is one pool for all.)
     max_documents: of a row, where segments are shaped like the rows; memory and sorting
       are of so many pools.  Later documents of a row share the pool of the last.  None:
       as many as tokens.
     mask: bool[T,E] what the other restrictions allow; the pool is of these.
     key: d is drawn from it and the document's number.
-    train: whether there are pools.
+    train: whether pools are those of training.
     axes: of a layer over a mesh; documents that lie on several shards are summed.
 
   Returns:
     bool[T,E].
 
   Raises:
-    ValueError: `max_documents`, but segments are not shaped like rows.
+    ValueError: `max_documents`, but segments are not shaped like rows; `evaluation`
+      without segments.
   """
   T, E = select_TE.shape
-  if not train:
+  if not train and evaluation is None:
     return jnp.ones((T, E), bool)
+  if context.segment is None:
+    raise ValueError(
+      f"document_pool: evaluation={evaluation} needs context.segment; pass "
+      "Context(segment=...)."
+    )
   place_T, number_M, longest, split = _documents(context, T, max_documents, axes)
   keep_TE = valid_or_all(context, T)[:, None]
   keep_TE = keep_TE if mask is None else keep_TE & mask
   sums = _sums(_shares(select_TE, keep_TE), keep_TE, place_T, len(number_M), longest)
   liked_ME = _joined(jax.lax.psum(sums, split) if split else sums, longest)
   rank_ME = jnp.argsort(jnp.argsort(-liked_ME, axis=1), axis=1)
-  pool_ME = rank_ME < _sizes(key, number_M, least, E if most is None else most)
+  most = E if most is None else most
+  if not train and evaluation is not None:
+    least = most = evaluation
+  pool_ME = rank_ME < _sizes(key, number_M, least, most)
   return pool_ME[place_T]
 
 

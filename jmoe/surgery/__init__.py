@@ -12,6 +12,8 @@ flex     experts trained apart beside a public model (FlexOlmo)
 grow     new experts beside those of a trained model
 to_dense one feed-forward of a layer's experts
 moments  an optimizer's state after an operation that takes or copies experts
+shells   layers of one's own models, of Flax Linen or NNX, as operations take them
+layout   what lies over a mesh is laid out again
 walk     a model run on calibration text, scored and changed layer by layer
 receipt  what was kept, parameters before and after, how far outputs moved
 
@@ -48,8 +50,15 @@ from jmoe.surgery.frame import rebuilt as rebuilt
 from jmoe.surgery.moments import moments as moments
 from jmoe.surgery.receipt import Receipt as Receipt
 from jmoe.surgery.receipt import Sample as Sample
+from jmoe.surgery.receipt import compared as compared
 from jmoe.surgery.receipt import moved as moved
 from jmoe.surgery.receipt import receipt as receipt
+from jmoe.surgery.shells import of_linen as of_linen
+from jmoe.surgery.shells import of_nnx as of_nnx
+from jmoe.surgery.shells import on_linen as on_linen
+from jmoe.surgery.shells import on_nnx as on_nnx
+from jmoe.surgery.shells import to_linen as to_linen
+from jmoe.surgery.shells import to_nnx as to_nnx
 from jmoe.surgery.to_dense import to_dense as to_dense
 from jmoe.surgery.walk import Seen as Seen
 from jmoe.surgery.walk import walk as walk

@@ -45,12 +45,12 @@ def cut(layer: Layer, experts: Sequence[int]) -> Layer:
   return Layer(
     cut_config(config, kept),
     {
-      part: tree if part in WHOLE else _taken(tree, index, E, part)
+      part: tree if part in WHOLE else taken(tree, index, E, part)
       for part, tree in layer.params.items()
     },
     State(
       bias=None if state.bias is None else state.bias[index],
-      gate=_taken(state.gate, index, E, "state.gate"),
+      gate=taken(state.gate, index, E, "state.gate"),
       # Hashed routing counts through what a token may use.
       table=None if state.table is None else state.table % len(kept),
       counted=None if state.counted is None else 0 * state.counted[index],
@@ -117,19 +117,19 @@ def cut_config(config: MoEConfig, experts: Sequence[int]) -> MoEConfig:
   return dataclasses.replace(config, **changed)
 
 
-def _taken(tree: Mapping[str, Any], kept: np.ndarray, E: int, where: str) -> Any:
-  """Arrays of a part along their experts' dimension."""
-  taken = {}
+def taken(tree: Mapping[str, Any], kept: np.ndarray, E: int, where: str) -> Any:
+  """Arrays of a part with these experts, of which one may be there twice."""
+  found = {}
   for name, leaf in tree.items():
     if isinstance(leaf, Mapping):
-      taken[name] = _taken(leaf, kept, E, f"{where}.{name}")
+      found[name] = taken(leaf, kept, E, f"{where}.{name}")
       continue
     at = experts_dim(name, leaf, E, where)
     if at is None:
-      taken[name] = leaf
+      found[name] = leaf
       continue
-    taken[name] = leaf[(..., kept, *[slice(None)] * (-at - 1))]
-  return taken
+    found[name] = leaf[(..., kept, *[slice(None)] * (-at - 1))]
+  return found
 
 
 def experts_dim(name: str, leaf: Any, E: int, where: str) -> int | None:

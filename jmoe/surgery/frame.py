@@ -20,6 +20,7 @@ from flax import nnx
 from jmoe.config import BlockConfig, ModelConfig, MoEConfig
 from jmoe.models.by_name import Arrays, Blueprint, take_apart
 from jmoe.models.decoder import Decoder
+from jmoe.surgery.layout import laid_out
 from jmoe.types import Params, State
 
 _MOE = "moe."
@@ -118,6 +119,7 @@ def rebuilt(model: Model, changed: Sequence[Block]) -> Model:
 
   Repeats of a segment whose blocks are still alike stay one stack; a segment whose
   repeats have come to differ, as by unequal numbers of experts, becomes several.
+  Arrays lie over a mesh as those of the model do (`jmoe.surgery.layout`).
 
   Args:
     model: where embedding, norm and logits are taken from.
@@ -139,6 +141,7 @@ def rebuilt(model: Model, changed: Sequence[Block]) -> Model:
             stack = _stack([one[name] for one in each])
             arrays[f"segments.{at}.{b}.{name}"] = stack
   config = dataclasses.replace(model.config, segments=tuple(segments))
+  params, state = laid_out(params, model.params), laid_out(state, model.state)
   return Model(config, params, state)
 
 

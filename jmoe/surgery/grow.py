@@ -5,16 +5,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jmoe.surgery.columns import check, take, together
+from jmoe.surgery.cut import WHOLE, of_domain, taken
 from jmoe.surgery.frame import Layer, Model, layers, on_layers
 from jmoe.surgery.receipt import Sample
 from jmoe.surgery.walk import Seen, walk
 
 _START = 0.02  # standard deviation of a new gate column
+_SHRUNK = 0.1  # share of the mean variance that a covariance gets more
 
 
 def grow(
@@ -24,6 +27,7 @@ def grow(
   copied: bool = True,
   columns: Sequence[np.ndarray] | None = None,
   bias: float | None = None,
+  directions: Sequence[tuple[np.ndarray, float]] | None = None,
   noise: float = 0.0,
   seed: int = 0,
 ) -> Model:
@@ -40,14 +44,22 @@ def grow(
       experts, as `inputs` on new text; None: drawn with deviation 0.02.
     bias: of the new experts' logits, beside 0 for the old ones; the lower, the less the
       old outputs move, and at -1e9 they do not.  None: the gate gets no bias.
+    directions: of each sparse layer the gate columns of all its new experts, and their
+      bias, as `apart` finds them; columns differ by a draw of deviation 0.02, so that
+      no two experts get the same tokens.  In place of `columns` and `bias`.
     noise: added to copies, as a share of their standard deviation.
     seed: of what is drawn.
 
   Raises:
-    ValueError: less than one, or a gate of another kind.
+    ValueError: less than one, a gate of another kind, or both kinds of columns.
   """
   if number < 1 or noise < 0:
     raise ValueError(f"grow: number={number}, noise={noise}; give >= 1 and >= 0.")
+  if directions is not None and (columns is not None or bias is not None):
+    raise ValueError(
+      f"grow: directions beside columns or bias={bias}; give one of the two."
+    )
+  biased = bias is not None or directions is not None
   random = np.random.default_rng(seed)
 
   def change(n: int, layer: Layer) -> Layer:
@@ -56,7 +68,7 @@ def grow(
       raise ValueError(
         f"grow: gate={layer.config.gate!r}; new columns are made for gates.linear."
       )
-    if bias is not None:
+    if biased:
       layer = _with_bias(layer)
     E = layer.config.num_experts
     new = take(layer, [e % E for e in range(number)])
@@ -65,14 +77,16 @@ def grow(
     params = {**new.params, "experts": _experts(new.params["experts"], random)}
     gate: dict[str, Any] = dict(params["gate"])
     kernel_DE = np.asarray(gate["kernel_DE"])
-    if columns is None:
-      drawn = _START * random.standard_normal(kernel_DE.shape)
-    else:
+    drawn, own_bias = _START * random.standard_normal(kernel_DE.shape), bias
+    if directions is not None:
+      column_D, own_bias = directions[n]
+      drawn += np.asarray(column_D)[:, None]
+    elif columns is not None:
       column_D = np.asarray(columns[n], np.float64)
       drawn = np.tile((column_D / np.linalg.norm(column_D))[:, None], (1, number))
     gate["kernel_DE"] = drawn.astype(kernel_DE.dtype)
-    if bias is not None:
-      gate["bias_E"] = np.full(number, bias, kernel_DE.dtype)
+    if biased:
+      gate["bias_E"] = np.full(number, own_bias, kernel_DE.dtype)
     return together([layer, new._replace(params={**params, "gate": gate})])
 
   def _experts(stacks: Any, random: np.random.Generator) -> dict[str, Any]:
@@ -89,6 +103,61 @@ def grow(
   return on_layers(model, change)
 
 
+def silent(model: Model, number: int, *, bias: bool = False) -> Model:
+  """The model with `number` more experts whose arrays are all zero, as their moments.
+
+  Args:
+    model: as for `grow`; or moments by the parameters' names, for `surgery.moments`.
+    number: of new experts.
+    bias: whether gates get one, as `grow` with `bias=` gives them.
+  """
+
+  def change(_: int, layer: Layer) -> Layer:
+    layer = _with_bias(layer) if bias else layer
+    new = take(layer, [e % layer.config.num_experts for e in range(number)])
+    zero = jax.tree.map(np.zeros_like, (new.params, new.state))
+    return together([layer, Layer(new.config, *zero)])
+
+  return on_layers(model, change)
+
+
+def add_domain(layer: Layer, like: int) -> Layer:
+  """A layer under `restrict.domain` with one more domain, whose experts are copies.
+
+  PanGu-Sigma (Ren et al. 2023, arXiv 2303.10845) grows so: the outputs of the domains
+  that were there stay as they are, to the bit.
+
+  Args:
+    layer: with `restrict.domain` among its restrictions.
+    like: the domain whose experts are copied; the new one's number is the highest.
+
+  Raises:
+    ValueError: no such restriction, or no such domain.
+  """
+  copied, E = of_domain(layer, like), layer.config.num_experts
+  rule = next(use for use in layer.config.restrict if use.name == "domain")
+  shared = rule.get("shared") or 0  # these serve every domain, and stay the last
+  own = copied[: len(copied) - shared]
+  index = np.array([*range(E - shared), *own, *range(E - shared, E)])
+  domains = rule.replace(num_domains=rule.get("num_domains") + 1)
+  config = dataclasses.replace(
+    layer.config,
+    num_experts=len(index),
+    restrict=tuple(domains if use is rule else use for use in layer.config.restrict),
+  )
+  params = {
+    part: tree if part in WHOLE else taken(tree, index, E, part)
+    for part, tree in layer.params.items()
+  }
+  bias = layer.state.bias
+  state = dataclasses.replace(
+    layer.state,
+    bias=None if bias is None else bias[index],
+    gate=taken(layer.state.gate, index, E, "state.gate"),
+  )
+  return Layer(config, params, state)
+
+
 def inputs(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
   """f64[D] of each sparse layer: its mean input over the tokens of some samples.
 
@@ -97,6 +166,66 @@ def inputs(model: Model, samples: Sequence[Sample]) -> list[np.ndarray]:
   """
   _, sums = walk(model, samples, _input)
   return [each[:-1] / max(each[-1], 1) for each in sums]
+
+
+def apart(
+  model: Model,
+  new: Sequence[Sample],
+  old: Sequence[Sequence[Sample]],
+  *,
+  margin: float = 4.0,
+) -> list[tuple[np.ndarray, float]]:
+  """For each sparse layer a gate column, f64[D], and a bias that tell texts apart.
+
+  The linear discriminant of the layer's inputs (Fisher 1936), with a tenth of their
+  mean variance added to each.  Minus `margin` is the logit at the mean input on that
+  kind of old text where it is highest, so that old tokens, whose other logits are
+  larger, go on to old experts.  At that on new text it is `margin`, or less where
+  inputs hardly differ: no column is longer than that of the logarithm of the likelihood
+  ratio.
+
+  Args:
+    model: any.
+    new: packed rows of what new experts are for.
+    old: of each kind of text that the model knows; all count alike.
+    margin: M.
+
+  Raises:
+    ValueError: no samples, or a margin that is not over 0.
+  """
+  if not margin > 0 or not old:
+    raise ValueError(
+      f"apart: margin={margin} and {len(old)} kinds of old text; give a number over 0, "
+      "and one kind or more."
+    )
+  found = []
+  sums = [walk(model, some, _products)[1] for some in (new, *old)]
+  for each in zip(*sums, strict=True):
+    means, spreads = map(np.stack, zip(*map(_statistics, each), strict=True))
+    both_DD = (spreads[0] + spreads[1:].mean(0)) / 2
+    both_DD += _SHRUNK * np.trace(both_DD) / len(both_DD) * np.eye(len(both_DD))
+    column_D = np.linalg.solve(both_DD, means[0] - means[1:].mean(0))
+    nearest = (means[1:] @ column_D).max()
+    rise = means[0] @ column_D - nearest
+    if rise > 2 * margin:
+      column_D, nearest = (2 * margin / rise * x for x in (column_D, nearest))
+    found.append((column_D, float(-margin - nearest)))
+  return found
+
+
+def _statistics(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(mean, covariance) of inputs, from `_products`."""
+  mean_D, *_ = np.split(products[-1] / max(products[-1, -1], 1), [-1])
+  second_DD = products[:-1, :-1] / max(products[-1, -1], 1)
+  return mean_D, second_DD - np.outer(mean_D, mean_D)
+
+
+def _products(seen: Seen) -> Array:
+  """f32[D+1,D+1] sums over tokens of products of what the layer is given, and one."""
+  one_T1 = seen.valid_T[:, None].astype(jnp.float32)
+  x_TD = jnp.where(seen.valid_T[:, None], seen.x_TD.astype(jnp.float32), 0)
+  with_one = jnp.concatenate([x_TD, one_T1], axis=1)
+  return jnp.matmul(with_one.T, with_one, precision=jax.lax.Precision.HIGHEST)
 
 
 def _input(seen: Seen) -> Array:

@@ -115,11 +115,21 @@ def moved(before: Model, after: Model, sample: Sample) -> dict[str, float]:
     _logits(m.params, m.state, sample, made=blueprint(m.config))
     for m in (before, after)
   )
-  valid = np.ones(np.shape(sample.inputs), bool)
-  if sample.segment is not None:
-    valid = np.asarray(sample.segment) > 0
-  largest, kl = _apart(old, new, valid)
-  return {"tokens": float(valid.sum()), "largest": float(largest), "kl": float(kl)}
+  valid = None if sample.segment is None else np.asarray(sample.segment) > 0
+  return compared(old, new, valid)
+
+
+def compared(old_BSV: Any, new_BSV: Any, valid_BS: Any = None) -> dict[str, float]:
+  """What `moved` gives, of the logits of any two models, as of one's own.
+
+  Args:
+    old_BSV, new_BSV: f[B,S,V] before and after.
+    valid_BS: bool[B,S], false for padding; None: all tokens count.
+  """
+  valid = np.ones(np.shape(old_BSV)[:-1], bool) if valid_BS is None else valid_BS
+  largest, kl = _apart(old_BSV, new_BSV, valid)
+  tokens = float(np.sum(valid))
+  return {"tokens": tokens, "largest": float(largest), "kl": float(kl)}
 
 
 @functools.partial(jax.jit, static_argnames="made")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jmoe import balance, models, presets, routers, use
+from jmoe import balance, models, presets, restrict, routers, use
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, simple
 from tests.models.decoder_test import built
 from tests.tolerance import assert_close
@@ -194,6 +194,7 @@ def test_a_model_with_capacities_decodes_without_them_and_with_its_parameters():
 
 
 DRAWING = use(routers.top_2, eval_policy="random")
+POOLS = use(restrict.document_pool, least=2, evaluation=2)
 BLIND = dataclasses.replace(MANY, causal=False)
 REFUSED = {
   "capacity": (
@@ -211,6 +212,10 @@ REFUSED = {
   "soft": (
     BlockConfig(BLIND, presets.soft_moe.layer(d_model=D, d_ff=8, num_experts=4)),
     "router=soft looks at later tokens",
+  ),
+  "pools": (
+    BlockConfig(MANY, dataclasses.replace(TOP_2.ff, restrict=(POOLS,))),
+    r"document_pool\(.*\) looks at later tokens outside training too",
   ),
   "not causal": (BlockConfig(BLIND, Dense(8)), "attention.causal=False looks at later"),
   "random": (

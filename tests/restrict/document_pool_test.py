@@ -204,6 +204,24 @@ def test_evaluation_has_no_pool_and_needs_no_documents():
     run(config(), context=valid)
 
 
+def test_evaluation_has_pools_of_one_size_if_it_is_asked():
+  asked = POOL.replace(least=5, evaluation=3)
+  fixed, info = run(config(restrict=(POOL.replace(least=3, most=3),)))
+  y, found = run(config(restrict=(asked,)), train=False)
+  np.testing.assert_array_equal(y, fixed)
+  np.testing.assert_array_equal(found.plan.routing.expert, info.plan.routing.expert)
+  # In training it changes nothing.
+  trained, _ = run(config(restrict=(asked,)))
+  np.testing.assert_array_equal(
+    trained, run(config(restrict=(POOL.replace(least=5),)))[0]
+  )
+  with pytest.raises(ValueError, match="evaluation=3 needs context.segment"):
+    run(config(restrict=(asked,)), train=False, context=Context(valid=CONTEXT.valid))
+  for size in (K - 1, E + 1):
+    with pytest.raises(ValueError, match=f"evaluation={size} must be None"):
+      config(restrict=(POOL.replace(evaluation=size),))
+
+
 def test_a_document_meets_few_experts():
   _, info = run(config(restrict=(use(restrict.document_pool, least=3, most=3),)))
   expert_TK = np.asarray(info.plan.routing.expert).reshape(-1, K)

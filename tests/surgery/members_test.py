@@ -113,9 +113,13 @@ def test_scores_are_their_formulas():
   params = {n: 0 * x if n.endswith(silent) else x for n, x in model.params.items()}
   model = model._replace(params=params)
   layer = surgery.layers(model)[0]
-  x = params["embed.embedding"][np.asarray(SAMPLE.inputs)[VALID]].astype(np.float64)
-  x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
-  x = x * params["segments.1.0.ff_norm.scale"][0]
+
+  def inputs(tokens):
+    x = params["embed.embedding"][np.asarray(tokens)[VALID]].astype(np.float64)
+    x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
+    return x * params["segments.1.0.ff_norm.scale"][0]
+
+  x = inputs(SAMPLE.inputs)
   probs = oracle.softmax(x @ layer.params["gate"]["kernel_DE"])
   fns = [expert_fn(layer.params["experts"], e) for e in range(cases.E)]
   load, saliency = np.zeros(cases.E), np.zeros(cases.E)
@@ -126,6 +130,20 @@ def test_scores_are_their_formulas():
       saliency[e] += p[e] / p[chosen].sum() * np.linalg.norm(fns[e](token))
   (mean_D, _) = growing.inputs(model, [SAMPLE, SAMPLE])
   assert_close(mean_D.astype(np.float32), x.mean(0).astype(np.float32))
+  others = [cases.sample(seed=n) for n in (7, 8)]
+  new, far = (inputs(other.inputs) for other in others)
+  gap = new.mean(0) - (x.mean(0) + far.mean(0)) / 2
+  pooled = sum(w * np.cov(a.T, ddof=0) for w, a in ((0.5, new), (0.25, x), (0.25, far)))
+  pooled += 0.1 * np.diag(pooled).mean() * np.eye(cases.D)
+  expected = np.linalg.solve(pooled, gap)
+  nearest = max(x.mean(0) @ expected, far.mean(0) @ expected)
+  rise = new.mean(0) @ expected - nearest
+  for margin in (abs(rise) / 4, 2 * abs(rise)):  # as far as asked, as far as they are
+    old = [[SAMPLE], [others[1]]]
+    column_D, bias = growing.apart(model, [others[0]], old, margin=margin)[0]
+    share = min(1, 2 * margin / rise) if rise > 0 else 1
+    assert_close(np.float32(column_D), np.float32(share * expected))
+    assert_close(np.float32(share * nearest + bias), np.float32(-margin))
   some = load > 0
   reap = pruning.by_reap(model, [SAMPLE, SAMPLE])[0]
   assert_close(reap[some].astype(np.float32), saliency[some] / load[some])

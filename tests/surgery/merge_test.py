@@ -147,6 +147,11 @@ def test_new_experts_start_as_copies_or_with_nothing_to_say():
   np.testing.assert_allclose(gate[:, -1] @ columns[0] / np.linalg.norm(columns[0]), 1,
                              rtol=1e-5)  # fmt: skip
   assert not np.any(made.params["experts"]["down_EFD"][-2:])
+  told = surgery.layers(grow(ONE, 2, directions=[(3 * columns[0], -0.5)]))[0]
+  gate = told.params["gate"]
+  np.testing.assert_array_equal(gate["bias_E"], [0] * cases.E + [-0.5] * 2)
+  drawn = gate["kernel_DE"][:, -2:] - 3 * columns[0][:, None]
+  assert 0 < np.abs(drawn).max() < 0.1 and np.ptp(drawn, axis=1).all()
   noisy = surgery.layers(grow(ONE, 8, noise=0.1))[0].params["experts"]["up_EDF"]
   assert len(noisy) == cases.E + 8
   copies = noisy[cases.E : 2 * cases.E] - noisy[: cases.E]
@@ -212,6 +217,7 @@ def test_mistakes_are_named():
     (lambda: merge.mix([ONE, TWO]), "sparse; give a dense block"),
     (lambda: merge.mix([DENSE, DENSE], k=3), "k=3 of 2"),
     (lambda: grow(ONE, 0), "number=0"),
+    (lambda: grow(ONE, 1, bias=1.0, directions=[]), "one of the two"),
     (lambda: flex.join([ONE]), "that `begin` made"),
     (lambda: flex.without(ONE, 6), "number=6"),
   ):

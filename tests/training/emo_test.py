@@ -16,6 +16,7 @@ from experiments import (
   emo,
   extraction,
   opening,
+  pools,
   program,
   settings,
   workdir,
@@ -148,6 +149,37 @@ def test_the_table_goes_on_where_it_was_stopped(trained, cache, capsys, monkeypa
     some, counts, _ = step(dict(small.params), dict(small.state), batch)
     nats, size = nats + float(some[number]), size + int(counts[number])
   assert bits["code", 0.25, 2] == pytest.approx(nats / size / np.log(2), rel=1e-5)
+
+
+def test_pools_in_evaluation_are_measured_once(trained, cache, monkeypatch, capsys):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+  given = [str(trained), "--cache", str(cache), "--sizes", "1"]
+  assert pools.main(given) == 0
+  lines = [json.loads(line) for line in (trained / pools.FILE).open()]
+  assert [line["pool"] for line in lines] == [None, 1]
+  bits = [line["bits"]["all"] for line in lines]
+  assert np.isfinite(bits).all() and bits[0] != bits[1]
+  assert f"{bits[1]:.4f}" == capsys.readouterr().out.split()[-1]
+  model = Source(trained, cache).model
+  (ff,) = surgery.layer_configs(pools.with_pools(model, 1).config)
+  assert ff.restrict[0].get("evaluation") == 1 and ff.rescore
+  assert surgery.layer_configs(model.config)[0].restrict[0].get("evaluation") is None
+
+  def measured(*_):
+    raise AssertionError("measured twice")
+
+  monkeypatch.setattr(pools, "evaluated", measured)
+  assert pools.main(given) == 0
+  with pytest.raises(ValueError, match="evaluation=9"):
+    pools.with_pools(model, 9)
+  plain = surgery.on_layers(
+    model,
+    lambda _, layer: layer._replace(
+      config=dataclasses.replace(layer.config, restrict=(), rescore=False)
+    ),
+  )
+  (ff,) = surgery.layer_configs(pools.with_pools(plain, 2).config)
+  assert (ff.restrict[0].get("least"), ff.restrict[0].get("evaluation")) == (4, 2)
 
 
 def test_means_are_over_draws_then_domains_then_seeds():

@@ -11,7 +11,7 @@ import chex
 import numpy as np
 import pytest
 
-from experiments import data, tokens
+from experiments import configs, data, settings, tokens
 from experiments.errors import BadData
 from experiments.vocabulary import Bytes
 
@@ -185,3 +185,25 @@ def test_tokens_go_to_another_process_as_the_name_of_their_files(encoded):
   sent = pickle.dumps(mapped)
   assert len(sent) < 1000
   chex.assert_trees_all_equal(pickle.loads(sent).tokens, mapped.tokens)
+
+
+def test_a_domain_gets_the_share_that_is_fixed_and_others_the_rest():
+  windows = windows_of([20] * 30, [], [150] * 40, [30] * 30)
+  plain = data.shares(windows, 1.0)
+  found = data.shares(windows, 1.0, {0: 0.0, 3: 0.25})
+  np.testing.assert_allclose(found, [0, 0, 0.75, 0.25])
+  found = data.shares(windows, 1.0, {3: 0.0})
+  np.testing.assert_allclose(found[:3], plain[:3] / plain[:3].sum())
+  np.testing.assert_array_equal(data.shares(windows, 1.0, {2: 1.0}), [0, 0, 1, 0])
+  batches = data.batches(windows, batch=8, seq=SEQ, seed=0, fixed={0: 0.0, 3: 0.25})
+  found = np.zeros(4)
+  for batch in itertools.islice(batches, 150):
+    domains = batch["domain"][batch["segment"] > 0]
+    found += np.bincount(domains, minlength=4)
+  np.testing.assert_allclose(found / found.sum(), [0, 0, 0.75, 0.25], atol=0.02)
+  run = configs.load("micro")
+  with pytest.raises(ValueError, match="are 1.4 of the tokens; give parts of 1"):
+    settings.with_settings(run, ["data.shares=(('code', 0.7), ('prose', 0.7))"])
+  for wrong, said in (({1: 0.5}, "no document"), ({0: 0, 2: 0, 3: 0}, "leaves no")):
+    with pytest.raises(BadData, match=said):
+      data.shares(windows, 1.0, wrong)

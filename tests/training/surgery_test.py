@@ -81,8 +81,12 @@ def test_all_experts_move_no_output_and_a_failure_leaves_nothing(
   def full(*_, **__):
     raise BadCheckpoint("no room.")
 
-  monkeypatch.setattr(checkpoint.Checkpoints, "save", full)
-  assert command(trained, cache, tmp_path / "other", *own) == 2
+  def stopped(*_, **__):
+    raise KeyboardInterrupt
+
+  for failure, code in ((full, 2), (stopped, 130)):
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", failure)
+    assert command(trained, cache, tmp_path / "other", *own) == code
   assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "same"]
   given[1] = str(trained)
   assert surgery.main(["compose", *given, "--out", str(tmp_path / "no")]) == 2

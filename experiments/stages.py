@@ -1,0 +1,170 @@
+"""Experiments of several stages: runs trained together, operated on, and compared.
+
+What a stage leaves is its runs' folders, and a line of bits.jsonl for each run that was
+evaluated.  What is there is not done again, so that the same command goes on where it
+was stopped.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from experiments import (
+  checkpoint,
+  evaluate,
+  intervals,
+  job,
+  metrics,
+  opening,
+  recorded,
+  surgery,
+  together,
+  workdir,
+)
+from experiments.config import Run
+from experiments.program import program
+from experiments.signals import Stop
+
+FILE = "bits.jsonl"
+Bits = Mapping[str, float]  # domain, or "all", -> bits per byte
+
+
+class Stages:
+  """An experiment in its folder.
+
+  Args:
+    first: a run that says what is read; all others read the same text.
+    out: local; made if missing.
+    cache: of data sets and compiled code.
+    command: that was typed.
+    stop: asked between two steps.
+
+  Raises:
+    BadData: the data set cannot be read.
+  """
+
+  def __init__(
+    self,
+    first: Run,
+    out: epath.Path,
+    cache: Path,
+    *,
+    command: Sequence[str],
+    stop: Stop,
+  ):
+    self.out, self.cache, self.command, self.stop = out, cache, command, stop
+    texts, encoded = job.loaded(first, cache)
+    held_out = list(opening.held_out_batches(first, encoded))
+    self.reading = together.Reading(texts, encoded, held_out)
+    out.mkdir(parents=True, exist_ok=True)
+    self._records = metrics.kept(out / FILE, sys.maxsize)
+    self._steps: dict[Any, Any] = {}
+
+  @property
+  def domains(self) -> tuple[str, ...]:
+    """Those of which something is held out."""
+    sizes = evaluate.domain_sizes(self.reading.texts.held_out, self._names)
+    return tuple(name for name in self._names if name in sizes)
+
+  @property
+  def _names(self) -> tuple[str, ...]:
+    return self.reading.texts.domains
+
+  def train(self, found: Mapping[tuple[str, int], tuple[Run, epath.Path]]) -> None:
+    """Trains what is missing of some runs as one program, and notes their bits.
+
+    Args:
+      found: by stage and seed, runs and their folders; alike but for names, seeds,
+        text, and where they start from.
+
+    Raises:
+      BadCheckpoint, BadConfig, Diverged, Stopped: see `experiments.together`.
+    """
+    missing = [key for key in found if not _finished(found[key][1])]
+    done = len(found) - len(missing)
+    names = ", ".join(dict.fromkeys(stage for stage, _ in found))
+    print(f"{names}: {done} of {len(found)} trained before", file=sys.stderr)
+    if missing:
+      runs, folders = zip(*(found[key] for key in missing), strict=True)
+      job.check(list(zip(runs, folders, strict=True)))
+      for run, folder in zip(runs, folders, strict=True):
+        workdir.check(run, folder)
+      together.finish(runs, folders, self.reading, command=self.command, stop=self.stop)
+    for (stage, seed), (run, folder) in found.items():
+      if seed not in self.bits(stage):
+        body = json.loads((folder / "evaluation.json").read_text())
+        self._note(stage, seed, run.steps, body["bits_per_byte"])
+
+  def operate(self, name: str, folder: epath.Path, *own: Any) -> Run:
+    """Makes a run by an operation of `experiments.surgery`, if it is not there.
+
+    Args:
+      name: of the operation.
+      folder: of the new run.
+      *own: arguments but --out and --cache.
+
+    Returns:
+      The new run.
+
+    Raises:
+      Stopped: a signal came before.
+      ValueError, OSError: as the operation.
+    """
+    if not folder.exists():
+      self.stop.check(0)
+      words = [*map(str, own), "--out", str(folder), "--cache", str(self.cache)]
+      surgery.operate(name, words)
+    return recorded.config(folder)
+
+  def evaluate(self, stage: str, seed: int, run: Run, folder: epath.Path) -> None:
+    """Notes the bits of a run's newest checkpoint, as one that is not trained yet."""
+    if seed in self.bits(stage):
+      return
+    saved = checkpoint.read(folder / "checkpoints")
+    like = dataclasses.replace(
+      run, name="evaluated", seed=0, data=dataclasses.replace(run.data, seed=0)
+    )
+    arrays = dict(jax.device_put(saved.params)), dict(jax.device_put(saved.balance))
+    step = self._eval_step(like)
+    found = evaluate.evaluation(
+      lambda batch: step(*arrays, batch),
+      self.stop.between(self.reading.held_out, saved.step),
+      evaluate.domain_sizes(self.reading.texts.held_out, self._names),
+      self._names,
+    )
+    self._note(stage, seed, saved.step, found.bits)
+
+  def bits(self, stage: str) -> dict[int, Bits]:
+    """By seed, what was noted of a stage."""
+    return {r["seed"]: r["bits"] for r in self._records if r["stage"] == stage}
+
+  def mean(self, stage: str, domain: str) -> float:
+    """Bits of a domain, over the seeds of a stage."""
+    return intervals.student([b[domain] for b in self.bits(stage).values()]).mean
+
+  def _eval_step(self, run: Run) -> Any:
+    made = program(
+      run,
+      byte_lengths=self.reading.encoded.vocabulary.byte_lengths,
+      num_domains=len(self._names),
+    )
+    # One function for all models of one structure.
+    return self._steps.setdefault(made.blueprint, jax.jit(made.eval_step))
+
+  def _note(self, stage: str, seed: int, step: int, bits: Bits) -> None:
+    record = {"step": step, "stage": stage, "seed": seed, "bits": dict(bits)}
+    self._records.append(record)
+    lines = metrics.Lines(self.out / FILE, self._records)
+    lines.close()
+
+
+def _finished(folder: epath.Path) -> bool:
+  path = folder / "summary.json"
+  return path.exists() and bool(json.loads(path.read_text())["finished"])
