@@ -13,7 +13,8 @@ from jmoe.config import Dense, ModelConfig, MoEConfig
 from jmoe.layer import init_section, init_state
 from jmoe.presets import emoe
 from jmoe.surgery import dense
-from jmoe.surgery.frame import Block, Layer, Model, blocks, rebuilt
+from jmoe.surgery.columns import concatenated
+from jmoe.surgery.frame import Layer, Model, blocks, rebuilt
 from jmoe.surgery.to_dense import to_dense
 from jmoe.types import Params
 from jmoe.use import shown, use
@@ -145,9 +146,8 @@ def joined(layer: Layer, order_F: np.ndarray) -> dict[str, Any]:
   back_F = np.argsort(order_F)
   found = {}
   for name, x in dense.from_experts(layer.params["experts"]).items():
-    x, axis = np.asarray(x), _hidden(name)
-    units = np.concatenate(list(x), axis)
-    found[name] = np.take(units, back_F, axis)
+    axis = _hidden(name)
+    found[name] = concatenated(list(x), axis).take(back_F, axis)
   return found
 
 
