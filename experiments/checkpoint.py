@@ -39,13 +39,16 @@ class Checkpoints:
   Args:
     folder: theirs alone; made if missing.
     facts: what must be equal for a run to go on, as JSON: its configuration, its data.
+    keep_every: steps whose multiples are kept beside the last two; None: none.
   """
 
-  def __init__(self, folder: epath.Path, facts: dict[str, Any]):
+  def __init__(
+    self, folder: epath.Path, facts: dict[str, Any], keep_every: int | None = None
+  ):
     self._folder = folder
     # Through JSON, so that what was read back compares equal.
     self._facts = json.loads(json.dumps(facts))
-    self._manager = manager_of(folder, ours=True)
+    self._manager = manager_of(folder, ours=True, keep_every=keep_every)
 
   @property
   def latest(self) -> int | None:

@@ -23,10 +23,13 @@ from experiments.workdir import differences, listed
 _DATA = "readers.json"
 
 
-def manager_of(folder: epath.Path, *, ours: bool) -> ocp.CheckpointManager:
+def manager_of(
+  folder: epath.Path, *, ours: bool, keep_every: int | None = None
+) -> ocp.CheckpointManager:
   """Only what is ours is made, and tidied of saves that were never finished.
 
-  What is not ours a process reads for itself, and waits for no other.
+  What is not ours a process reads for itself, and waits for no other.  Two checkpoints
+  are kept, and with `keep_every` those of steps that are multiples of it.
   """
   if folder.exists() and not folder.is_dir():
     raise BadCheckpoint(f"{folder} is a file; give another --workdir.")
@@ -36,7 +39,11 @@ def manager_of(folder: epath.Path, *, ours: bool) -> ocp.CheckpointManager:
     alone = ocp.options.MultiprocessingOptions(me, {me}, f"reader{me}")
   given = {"multiprocessing_options": alone}
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=2, create=ours, cleanup_tmp_directories=ours, **given
+    max_to_keep=2,
+    keep_period=keep_every,
+    create=ours,
+    cleanup_tmp_directories=ours,
+    **given,
   )
   handlers: dict[str, Any] = {
     "state": ocp.StandardCheckpointHandler(**given),

@@ -66,6 +66,7 @@ def finish(
   command: Sequence[str],
   stop: Stop,
   saved: bool = True,
+  keep_every: int | None = None,
 ) -> None:
   """Trains what is missing of some runs, evaluates, and writes their folders.
 
@@ -79,6 +80,7 @@ def finish(
     command: that was typed.
     stop: asked between two steps.
     saved: whether checkpoints are written.
+    keep_every: steps whose checkpoints stay, beside the last two; None: none.
 
   Raises:
     BadCheckpoint, BadConfig, Diverged, Stopped: see there.
@@ -92,7 +94,7 @@ def finish(
       state = None if begun else opening.started(run, made, reading.encoded)
       workdir.claim(run, folder)
       kept.enter_context(workdir.held(folder))
-      found.append(_opened(run, folder, reading, made, state))
+      found.append(_opened(run, folder, reading, made, state, keep_every))
       kept.callback(found[-1].checkpoints.close)
     found.sort(key=_done, reverse=True)
     for _, equal in itertools.groupby(found, _done):
@@ -118,12 +120,13 @@ def _opened(
   reading: Reading,
   made: Program,
   state: TrainState | None,
+  keep_every: int | None,
 ) -> _Seed:
   """A run with its last state, or with the one given if it is new."""
   texts, encoded = reading.texts, reading.encoded
   batches = opening.training_batches(run, encoded)
   facts = opening.facts(run, texts, encoded)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", facts)
+  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", facts, keep_every)
   if checkpoints.latest is not None:
     state = checkpoints.restore(jax.eval_shape(made.init), batches)
   elif state is None:

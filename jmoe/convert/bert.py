@@ -23,6 +23,16 @@ _PLAIN = {
   "is_decoder": False,
   "add_cross_attention": False,
 }
+_SIZES = (
+  "vocab_size",
+  "hidden_size",
+  "intermediate_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "max_position_embeddings",
+  "type_vocab_size",
+  "layer_norm_eps",
+)
 _TABLES = {
   "words.embedding": "embeddings.word_embeddings.weight",
   "positions.embedding": "embeddings.position_embeddings.weight",
@@ -62,6 +72,10 @@ def from_released(
       raise ValueError(
         f"convert.bert: {name}={shown(value)} in config.json; only {plain!r} is known."
       )
+  if missing := [name for name in _SIZES if name not in config]:
+    raise ValueError(
+      f"convert.bert: {missing[0]} is missing; give config.json of the checkpoint."
+    )
   left = {name.removeprefix("bert."): x for name, x in tensors.items()}
   left = {name: x for name, x in left.items() if not name.startswith(_UNREAD)}
   d, width = int(config["hidden_size"]), int(config["intermediate_size"])

@@ -91,11 +91,21 @@ class EncoderLayer(nnx.Module):
     self, x_BSD: Array, valid_BS: Array, *, key: Array | None, train: bool, layer: int
   ) -> tuple[Array, Info | None]:
     """(f[B,S,D], Info of a sparse feed-forward or None)."""
+    x_BSD = self.attend(x_BSD, valid_BS)
+    return self.feed(x_BSD, valid_BS, key=key, train=train, layer=layer)
+
+  def attend(self, x_BSD: Array, valid_BS: Array) -> Array:
+    """f[B,S,D], the first half: what the feed-forward is given."""
     heads = (*x_BSD.shape[:2], self.num_heads, -1)
     q, k, v = (f(x_BSD).reshape(heads) for f in (self.query, self.key, self.value))
     y_BSHd = attention(q, k, v, valid_BS.astype(jnp.int32), is_causal=False)
     y_BSD = self.out(y_BSHd.reshape(x_BSD.shape))
-    x_BSD = normed(self.attention_norm, x_BSD + y_BSD)
+    return normed(self.attention_norm, x_BSD + y_BSD)
+
+  def feed(
+    self, x_BSD: Array, valid_BS: Array, *, key: Array | None, train: bool, layer: int
+  ) -> tuple[Array, Info | None]:
+    """The second half."""
     info = None
     if hasattr(self, "moe"):
       context = Context(valid=valid_BS, layer=jnp.asarray(layer, jnp.int32))
@@ -154,23 +164,27 @@ class Encoder(nnx.Module):
     Raises:
       ValueError: more tokens than positions.
     """
+    if valid_BS is None:
+      valid_BS = jnp.ones(tokens_BS.shape, bool)
+    x_BSD = self.embedded(tokens_BS, type_BS)
+    infos = []
+    for n, layer in enumerate(self.layers):
+      x_BSD, info = layer(x_BSD, valid_BS, key=key, train=train, layer=n)
+      infos += [] if info is None else [info]
+    return x_BSD, tuple(infos)
+
+  def embedded(self, tokens_BS: Array, type_BS: Array | None = None) -> Array:
+    """f[B,S,D] that the first layer is given; arguments are those of a call."""
     S = tokens_BS.shape[1]
     if self.config.max_positions < S:
       raise ValueError(
         f"Encoder: tokens_BS has {S} tokens a row, max_positions="
         f"{self.config.max_positions}; give shorter rows."
       )
-    if valid_BS is None:
-      valid_BS = jnp.ones(tokens_BS.shape, bool)
     x_BSD = self.words(tokens_BS) + self.positions(jnp.arange(S, dtype=jnp.int32))
     kinds_BS = jnp.zeros_like(tokens_BS) if type_BS is None else type_BS
     x_BSD = normed(self.embed_norm, x_BSD + self.types(kinds_BS))
-    x_BSD = x_BSD.astype(self.config.dtype)
-    infos = []
-    for n, layer in enumerate(self.layers):
-      x_BSD, info = layer(x_BSD, valid_BS, key=key, train=train, layer=n)
-      infos += [] if info is None else [info]
-    return x_BSD, tuple(infos)
+    return x_BSD.astype(self.config.dtype)
 
   def update(self, infos: Sequence[Info]) -> None:
     """Writes the state that a call in training reported; after the optimizer step."""

@@ -54,4 +54,5 @@ from jmoe.surgery.receipt import moved as moved
 from jmoe.surgery.receipt import receipt as receipt
 from jmoe.surgery.to_dense import to_dense as to_dense
 from jmoe.surgery.walk import Seen as Seen
+from jmoe.surgery.walk import fed as fed
 from jmoe.surgery.walk import walk as walk
