@@ -68,10 +68,10 @@ def lines(found: Sequence[Row], against: str = "dense") -> list[str]:
     base = next((r for r in own if r.label == against), None)
     said.append(f"{task}, {tuning} tuning: accuracy in %, less {against} [95 %] (+/-)")
     domains = (*DOMAINS, "others")
-    head = "".join(f"{domain:>31}" for domain in domains)
+    head = "".join(f"{domain:>38}" for domain in domains)
     said.append(f"{'arm':<18}{'N':>4}{'k':>4}{'rate':>8}{head}")
     for row in own:
-      cells = "".join(f"{_cell(row, base, domain):>31}" for domain in domains)
+      cells = "".join(f"{_cell(row, base, domain):>38}" for domain in domains)
       size = f"{row.job.groups or '':>4}{row.job.k or '':>4}{row.rate:>8.0e}"
       said.append(f"{row.label:<18}{size}{cells}")
     said.append("")

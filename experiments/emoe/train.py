@@ -108,7 +108,8 @@ def _one(params, state, sign, follow, model: Model, tokens_MS, label_M, settings
       return loss
 
     loss, gradient = jax.value_and_grad(objective)(learned)
-    updates, moments = adam.update(gradient, moments)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
+      updates, moments = adam.update(gradient, moments)
     rate = model.rate * (1 - number / steps)
     learned = jax.tree.map(lambda p, u: p - rate * u, learned, updates)
     state = _followed(whole(learned), state, sign, follow)
