@@ -70,6 +70,7 @@ def _held(add) -> None:
   add("--texts", type=int, default=200, help="drawn from all domains")
   add("--groups", type=_numbers, default=(16, 32, 64), metavar="N,N,...")
   add("--shares", type=_shares, default=(0.125, 0.25, 0.5), help="of the groups")
+  add("--untrained", action="store_true", help="of weights before any training")
   add("--json", action="store_true")
 
 
@@ -82,6 +83,7 @@ def _measured(arguments: argparse.Namespace, argv: list[str]) -> int:
     num_texts=arguments.texts,
     groups=arguments.groups,
     shares=arguments.shares,
+    untrained=arguments.untrained,
   )
   print(json.dumps(found, indent=2) if arguments.json else "\n".join(held.lines(found)))
   return 0

@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from experiments.emoe.pack import read
 from jmoe.analysis import modularity
 from jmoe.config import Dense
 from jmoe.convert import bert
+from jmoe.models.by_name import take_apart
+from jmoe.models.encoder import Encoder
 from jmoe.surgery.cluster import balanced
 
 _NAMES = {"up": "up.kernel", "up_bias": "up.bias", "down": "down.kernel"}
@@ -20,7 +23,12 @@ DRAWS = 3  # random partitions, of which the mean is taken
 
 
 def pretrained(
-  path: Path, *, num_texts: int, groups: Sequence[int], shares: Sequence[float]
+  path: Path,
+  *,
+  num_texts: int,
+  groups: Sequence[int],
+  shares: Sequence[float],
+  untrained: bool = False,
 ) -> list[dict[str, Any]]:
   """A record for each layer, number of groups, share and partition.
 
@@ -29,9 +37,13 @@ def pretrained(
     num_texts: drawn from all domains, seed 0.
     groups: numbers of groups.
     shares: of the groups that a token takes.
+    untrained: weights drawn as before pretraining, in place of the pretrained ones.
   """
   pack = read(path)
   model = bert.from_released(pack.config, pack.tensors)
+  if untrained:
+    _, drawn, _ = take_apart(Encoder(model.config, rngs=nnx.Rngs(0)))
+    model = model._replace(params=drawn)
   rows = np.random.default_rng(0).permutation(len(pack.tokens_MS))[:num_texts]
   tokens_BS = pack.tokens_MS[rows][:, : pack.length_M[rows].max()]
   valid_BS = tokens_BS > 0

@@ -62,14 +62,14 @@ def keys(
 
   EMoE (arXiv 2310.10908), avg-k gating: the mean of un-normalised keys, biases left
   out.  No parameter of its own and no gradient to the keys.  The means are frozen, or
-  taken anew from the keys after every optimizer step, by `nnx.MoE.update`;
-  `refresh_keys` does it in loops without that.
+  taken anew from the keys after every optimizer step: by `nnx.MoE.update`, and by
+  `linen.MoE` when it is called next; `refresh_keys` is for loops of another kind.
 
   Args:
     params: `key_ED`, from `State.gate`.
     x_TD: activations.
     context: not read.
-    refresh: take the means anew after every step; read by `update`, not here.
+    refresh: take the means anew after every step; not read here.
     momentum: share of the old means that a refresh keeps; the authors' is 0.
 
   Returns:
