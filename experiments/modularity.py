@@ -110,7 +110,7 @@ def _one(source: Any, step: int, arguments: argparse.Namespace) -> list[dict[str
   from flax import nnx
 
   from experiments import opening
-  from experiments.emoe.held import compared
+  from experiments.emoe.held import SEEDS, compared
   from experiments.errors import BadData
   from experiments.operations._source import sample_of
   from jmoe import surgery
@@ -133,12 +133,10 @@ def _one(source: Any, step: int, arguments: argparse.Namespace) -> list[dict[str
       raise BadData(
         f"--groups {arguments.groups} does not divide d_ff={ff.d_ff}; give a divisor."
       )
-    found = compared(
-      dense.of_block(block), x_TD, ff.activation, arguments.groups, [arguments.share]
-    )
-    records += [
-      {"layer": depth, **record, "groups": arguments.groups} for record in found
-    ]
+    for seed in SEEDS:
+      feed = dense.of_block(block), x_TD, ff.activation
+      found = compared(*feed, arguments.groups, [arguments.share], seed)
+      records += [{"layer": depth, **record} for record in found]
   return records
 
 
@@ -158,11 +156,15 @@ def lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def by_step(records: Sequence[Mapping[str, Any]]) -> dict[tuple, dict[int, float]]:
-  """(layer, partition) -> step -> share."""
-  found: dict[tuple, dict[int, float]] = {}
+  """(layer, partition) -> step -> share, the mean over seeds."""
+  found: dict[tuple, dict[int, list[float]]] = {}
   for r in records:
-    found.setdefault((r["layer"], r["partition"]), {})[r["step"]] = r["share"]
-  return found
+    by_step = found.setdefault((r["layer"], r["partition"]), {})
+    by_step.setdefault(r["step"], []).append(r["share"])
+  return {
+    at: {step: sum(shares) / len(shares) for step, shares in by_step.items()}
+    for at, by_step in found.items()
+  }
 
 
 def _draw(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

@@ -71,11 +71,12 @@ def _held(add) -> None:
   add("--groups", type=_numbers, default=(16, 32, 64), metavar="N,N,...")
   add("--shares", type=_shares, default=(0.125, 0.25, 0.5), help="of the groups")
   add("--untrained", action="store_true", help="of weights before any training")
+  add("--results", type=Path, metavar="DIR", help="of claims; none if not given")
+  add("--name", default="emoe", help="of the claims")
   add("--json", action="store_true")
 
 
 def _measured(arguments: argparse.Namespace, argv: list[str]) -> int:
-  del argv
   from experiments.emoe import held
 
   found = held.pretrained(
@@ -85,6 +86,9 @@ def _measured(arguments: argparse.Namespace, argv: list[str]) -> int:
     shares=arguments.shares,
     untrained=arguments.untrained,
   )
+  if arguments.results is not None:
+    command = shlex.join(["python", "-m", "experiments.emoe", *argv])
+    held.claim(found, arguments.results, arguments.name, command)
   print(json.dumps(found, indent=2) if arguments.json else "\n".join(held.lines(found)))
   return 0
 

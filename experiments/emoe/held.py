@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments import results, summary
 from experiments.emoe.pack import read
 from jmoe.analysis import modularity
 from jmoe.config import Dense
@@ -19,7 +20,7 @@ from jmoe.models.encoder import Encoder
 from jmoe.surgery.cluster import balanced
 
 _NAMES = {"up": "up.kernel", "up_bias": "up.bias", "down": "down.kernel"}
-DRAWS = 3  # random partitions, of which the mean is taken
+SEEDS = (0, 1, 2)  # of the texts, of the clusters' first centres, of random groups
 
 
 def pretrained(
@@ -30,11 +31,11 @@ def pretrained(
   shares: Sequence[float],
   untrained: bool = False,
 ) -> list[dict[str, Any]]:
-  """A record for each layer, number of groups, share and partition.
+  """A record for each seed, layer, number of groups, share and partition.
 
   Args:
     path: of the pack.
-    num_texts: drawn from all domains, seed 0.
+    num_texts: drawn from all domains by each seed.
     groups: numbers of groups.
     shares: of the groups that a token takes.
     untrained: weights drawn as before pretraining, in place of the pretrained ones.
@@ -44,9 +45,6 @@ def pretrained(
   if untrained:
     _, drawn, _ = take_apart(Encoder(model.config, rngs=nnx.Rngs(0)))
     model = model._replace(params=drawn)
-  rows = np.random.default_rng(0).permutation(len(pack.tokens_MS))[:num_texts]
-  tokens_BS = pack.tokens_MS[rows][:, : pack.length_M[rows].max()]
-  valid_BS = tokens_BS > 0
   encoder = model.module()
 
   @jax.jit
@@ -59,15 +57,18 @@ def pretrained(
     return found
 
   records = []
-  given = inputs(jnp.asarray(tokens_BS), jnp.asarray(valid_BS))
-  for n, x_BSD in enumerate(given):
-    at, ff = f"layers.{n}.", model.config.feed_forwards[n]
-    assert isinstance(ff, Dense)
-    matrices = {own: model.params[at + name] for own, name in _NAMES.items()}
-    x_TD = np.asarray(x_BSD)[valid_BS]
-    for number in groups:
-      found = compared(matrices, x_TD, ff.activation, number, shares)
-      records += [{"layer": n, **record} for record in found]
+  for seed in SEEDS:
+    rows = np.random.default_rng(seed).permutation(len(pack.tokens_MS))[:num_texts]
+    tokens_BS, valid_BS = pack.tokens_MS[rows], pack.tokens_MS[rows] > 0
+    given = inputs(jnp.asarray(tokens_BS), jnp.asarray(valid_BS))
+    for n, x_BSD in enumerate(given):
+      at, ff = f"layers.{n}.", model.config.feed_forwards[n]
+      assert isinstance(ff, Dense)
+      matrices = {own: model.params[at + name] for own, name in _NAMES.items()}
+      x_TD = np.asarray(x_BSD)[valid_BS]
+      for number in groups:
+        found = compared(matrices, x_TD, ff.activation, number, shares, seed)
+        records += [{"layer": n, **record} for record in found]
   return records
 
 
@@ -77,47 +78,62 @@ def compared(
   activation: Any,
   number: int,
   shares: Sequence[float],
+  seed: int,
 ) -> list[dict[str, Any]]:
   """Of one feed-forward: records for each share, clustered and at random."""
   keys_FD = np.asarray(matrices.get("gate", matrices["up"]), np.float32).T
-  F, ks = len(keys_FD), [max(1, round(share * number)) for share in shares]
-  parts = {"keys": [np.argsort(balanced(keys_FD, number), kind="stable")]}
-  parts["random"] = [np.random.default_rng(d).permutation(F) for d in range(DRAWS)]
-  records = []
-  for name, orders in parts.items():
-    each = [
-      modularity.held(
-        matrices, x_TD, order_F, activation=activation, num_groups=number, ks=ks
-      )
-      for order_F in orders
-    ]
-    for held in zip(*each, strict=True):
-      mean = [float(np.mean([h[i] for h in held])) for i in range(1, 4)]
-      names = dict(zip(("share", "error", "best"), mean, strict=True))
-      records.append(
-        {
-          "partition": name,
-          "groups": number,
-          "k": held[0].k,
-          **names,
-          "tokens": len(x_TD),
-        }
-      )
-  return records
+  ks = [max(1, round(share * number)) for share in shares]
+  orders = {
+    "keys": np.argsort(balanced(keys_FD, number, seed=seed), kind="stable"),
+    "random": np.random.default_rng(seed).permutation(len(keys_FD)),
+  }
+  return [
+    {"partition": name, "groups": number, "seed": seed, **held._asdict()}
+    for name, order_F in orders.items()
+    for held in modularity.held(
+      matrices, x_TD, order_F, activation=activation, num_groups=number, ks=ks
+    )
+  ]
+
+
+def claim(
+  records: Sequence[Mapping[str, Any]], folder: Path, name: str, command: str
+) -> None:
+  """Appends shares to FOLDER/NAME-held-K-of-N-layer-L.json.
+
+  Raises:
+    BadData: a file holds something else.
+  """
+  about = {"versions": summary.versions(), "hardware": summary.hardware()}
+  for record in records:
+    at = f"{record['k']}-of-{record['groups']}-layer-{record['layer']}"
+    results.append(
+      folder / f"{name}-held-{at}.json",
+      claim=f"share of a feed-forward's output, layer {record['layer']} of MiniLM, "
+      f"that {record['k']} of {record['groups']} groups hold, chosen by mean keys",
+      unit="share",
+      against="random",
+      arm=record["partition"],
+      seed=record["seed"],
+      value=record["share"],
+      command=command,
+      config={name: record[name] for name in ("layer", "groups", "k", "partition")},
+      **about,
+    )
 
 
 def lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
-  """A table, a line a layer, number of groups and k."""
+  """A table of means over seeds, a line a layer, number of groups and k."""
   head = "".join(f"{name + ' ' + part:>16}" for name in ("share", "error", "best")
                  for part in ("keys", "random"))  # fmt: skip
   said = [f"{'layer':>5}{'N':>5}{'k':>5}{head}"]
-  cells: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+  cells: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
   for record in records:
-    at = (record["layer"], record["groups"], record["k"])
-    cells.setdefault(at, {})[record["partition"]] = record
+    by_part = cells.setdefault((record["layer"], record["groups"], record["k"]), {})
+    by_part.setdefault(record["partition"], []).append(record)
   for (layer, groups, k), by_part in cells.items():
     values = "".join(
-      f"{by_part[part][name]:>16.4f}"
+      f"{np.mean([record[name] for record in by_part[part]]):>16.4f}"
       for name in ("share", "error", "best")
       for part in ("keys", "random")
     )

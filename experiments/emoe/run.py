@@ -163,8 +163,8 @@ class _Work:
       other = self._accuracies(self._dense, joined, {}, head, parts)
     else:
       like = self._start("emoe", plan.groups, plan.k)
-      cut = jax.jit(jax.vmap(lambda p: arms.in_groups(p, like)))(params)
-      other = self._accuracies(like.model, *cut, head, parts)
+      cut, means = jax.jit(jax.vmap(lambda p: arms.in_groups(p, like)))(params)
+      other = self._accuracies(like.model, cut, means, head, parts)
     last = np.asarray(losses)[:, -20:].mean(1)
     return [
       {
