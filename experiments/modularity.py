@@ -5,7 +5,8 @@
 Of every checkpoint that is kept and every dense feed-forward: hidden units are cut into
 groups by their keys, and at random; a token takes those whose mean key it likes most
 (EMoE, arXiv 2310.10908).  The share of the output that they hold, `<y_k, y>/<y, y>` on
-held-out text, is k/N if groups mean nothing.  Step 0 is an untrained model, drawn anew.
+held-out text, is k/N if groups mean nothing.  Step 0 is an untrained model, drawn anew
+where no checkpoint of it is there.
 Steps that were measured are lines of DIR/modularity.jsonl and not measured again.
 
 Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
@@ -80,10 +81,11 @@ def _measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
   folder = workdir.opened(name, "DIR")
   if not workdir.is_local(folder):
     raise BadData(f"{folder} is not local; bring it here first.")
-  steps = arguments.steps
-  if steps is None:
-    kept = [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
-    steps = (0, *sorted(kept))
+  place = folder / "checkpoints"
+  kept = (
+    [int(p.name) for p in place.iterdir() if p.name.isdigit()] if place.exists() else []
+  )
+  steps = sorted({0, *kept}) if arguments.steps is None else arguments.steps
   settings = {n: getattr(arguments, n) for n in ("groups", "share", "rows")}
   path = Path(folder) / FILE
   old = path.read_text().splitlines() if path.exists() else []
@@ -91,8 +93,11 @@ def _measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
   for step in dict.fromkeys(steps):
     if any(_is(record, step, settings) for record in records):
       continue
-    source = Source(folder, arguments.cache, step or None)
-    new = [{"step": step, **settings, **r} for r in _one(source, step, arguments)]
+    drawn = step == 0 and 0 not in kept
+    source = Source(folder, arguments.cache, None if drawn else step)
+    new = [
+      {"step": step, "settings": settings, **r} for r in _one(source, drawn, arguments)
+    ]
     if not new:
       raise BadData(f"DIR {folder}: the model has no dense feed-forward to look at.")
     with path.open("a") as file:
@@ -103,10 +108,12 @@ def _measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _is(record: Mapping[str, Any], step: int, settings: Mapping[str, Any]) -> bool:
-  return record["step"] == step and all(record[n] == x for n, x in settings.items())
+  return record["step"] == step and record["settings"] == settings
 
 
-def _one(source: Any, step: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _one(
+  source: Any, drawn: bool, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
   from flax import nnx
 
   from experiments import opening
@@ -119,24 +126,29 @@ def _one(source: Any, step: int, arguments: argparse.Namespace) -> list[dict[str
   from jmoe.surgery import dense
 
   model = source.model
-  if step == 0:
+  if drawn:
     untrained = Decoder(source.run.model, rngs=nnx.Rngs(source.run.seed))
     model = surgery.model_of(untrained)
   batch = next(iter(opening.held_out_batches(source.run, source.encoded)))
   given = surgery.fed(model, sample_of(batch, arguments.rows))
-  records = []
+  records, left_out = [], []
   for depth, (block, x_TD) in enumerate(zip(surgery.blocks(model), given, strict=True)):
     ff = block.config.ff
     if not isinstance(ff, Dense):
       continue
     if ff.d_ff % arguments.groups:
-      raise BadData(
-        f"--groups {arguments.groups} does not divide d_ff={ff.d_ff}; give a divisor."
-      )
+      left_out.append(ff.d_ff)
+      continue
     for seed in SEEDS:
       feed = dense.of_block(block), x_TD, ff.activation
       found = compared(*feed, arguments.groups, [arguments.share], seed)
       records += [{"layer": depth, **record} for record in found]
+  if left_out and not records:
+    raise BadData(
+      f"--groups {arguments.groups} does not divide d_ff={left_out[0]}; give a divisor."
+    )
+  if left_out:
+    print(f"without layers of d_ff={left_out[0]}", file=sys.stderr)
   return records
 
 

@@ -17,6 +17,7 @@ from jmoe.config import Dense
 from jmoe.convert import bert
 from jmoe.models.by_name import take_apart
 from jmoe.models.encoder import Encoder
+from jmoe.surgery import encoders
 from jmoe.surgery.cluster import balanced
 
 _NAMES = {"up": "up.kernel", "up_bias": "up.bias", "down": "down.kernel"}
@@ -45,10 +46,10 @@ def pretrained(
   if untrained:
     _, drawn, _ = take_apart(Encoder(model.config, rngs=nnx.Rngs(0)))
     model = model._replace(params=drawn)
-  encoder = model.module()
 
   @jax.jit
-  def inputs(tokens_BS, valid_BS):
+  def inputs(params, tokens_BS, valid_BS):
+    encoder: Any = encoders.blueprint(model.config).model(params, {})
     x_BSD, found = encoder.embedded(tokens_BS), []
     for n, layer in enumerate(encoder.layers):
       x_BSD = layer.attend(x_BSD, valid_BS)
@@ -60,7 +61,7 @@ def pretrained(
   for seed in SEEDS:
     rows = np.random.default_rng(seed).permutation(len(pack.tokens_MS))[:num_texts]
     tokens_BS, valid_BS = pack.tokens_MS[rows], pack.tokens_MS[rows] > 0
-    given = inputs(jnp.asarray(tokens_BS), jnp.asarray(valid_BS))
+    given = inputs(dict(model.params), jnp.asarray(tokens_BS), jnp.asarray(valid_BS))
     for n, x_BSD in enumerate(given):
       at, ff = f"layers.{n}.", model.config.feed_forwards[n]
       assert isinstance(ff, Dense)

@@ -4,6 +4,7 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,14 +31,13 @@ def test_steps_are_measured_once_and_feed_forwards_see_what_they_did(
   assert modularity.main(given) == 0
   said = capsys.readouterr()
   records = [json.loads(x) for x in (folder / modularity.FILE).open()]
-  steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
-  assert sorted({r["step"] for r in records}) == [0, *steps]
+  assert {r["step"] for r in records} == {0}  # of the checkpoint
   assert {(r["layer"], r["k"], r["partition"]) for r in records} == {
     (0, 2, "keys"),
     (0, 2, "random"),
   }
   assert all(0 < r["share"] < r["best"] <= 1.5 for r in records)
-  assert f"step {steps[-1]}" in said.err
+  assert "step 0" in said.err
   assert modularity.main(given) == 0
   again = capsys.readouterr()
   assert again.out == said.out and not again.err
@@ -58,4 +58,4 @@ def test_inputs_of_feed_forwards_are_those_of_the_model(trained, cache):
 
 
 def sums(seen):
-  return (seen.x_TD * seen.valid_T[:, None]).sum(0)
+  return jnp.where(seen.valid_T[:, None], seen.x_TD, 0).sum(0)
