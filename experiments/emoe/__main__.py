@@ -111,6 +111,7 @@ def _run(add) -> None:
   add("--epochs", type=int, default=4)
   add("--precision", default="tensorfloat32", help="of products of float32")
   add("--seconds", type=float, default=540, help="no job begins that would end later")
+  add("--ahead", type=int, default=1, metavar="N", help="programs compiled at a time")
   add("--tiny", action="store_true", help="two seeds, one rate, four steps")
   add("--cache", type=Path, default=Path.home() / ".cache" / "jmoe")
 
@@ -121,11 +122,11 @@ def _ran(arguments: argparse.Namespace, argv: list[str]) -> int:
     extras.check(module, extra, needed_by="experiments.emoe run")
   import jax
 
-  from experiments.emoe import run, texts
+  from experiments.emoe import jobs, run, texts
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
-  plan = run.Plan(
+  plan = jobs.Plan(
     seeds=arguments.seeds,
     rates={"full": arguments.rates, "lora": arguments.lora_rates},
     groups=arguments.groups,
@@ -149,8 +150,15 @@ def _ran(arguments: argparse.Namespace, argv: list[str]) -> int:
     if wrong := [x for x in given if x not in known]:
       raise ValueError(f"{name} {wrong[0]}; give some of {','.join(known)}.")
   names = arguments.arms.split(",")
-  wanted = list(run.jobs(plan, tasks, tunings, names, arguments.grid))
-  left = run.run(arguments.pack, arguments.out, plan, wanted, arguments.seconds)
+  wanted = list(jobs.jobs(plan, tasks, tunings, names, arguments.grid))
+  left = run.run(
+    arguments.pack,
+    arguments.out,
+    plan,
+    wanted,
+    seconds=arguments.seconds,
+    ahead=arguments.ahead,
+  )
   return 3 if left else 0
 
 
@@ -163,9 +171,9 @@ def _table(add) -> None:
 
 def _shown(arguments: argparse.Namespace, argv: list[str]) -> int:
   del argv
-  from experiments.emoe import run, table
+  from experiments.emoe import jobs, table
 
-  found = table.rows(run.records(arguments.dir / run.FILE))
+  found = table.rows(jobs.records(arguments.dir / jobs.FILE))
   print("\n".join(table.lines(found)))
   if arguments.results is not None:
     words = ["python", "-m", "experiments.emoe", "run", "--pack", "data/minilm.npz"]

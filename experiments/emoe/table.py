@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import intervals, results
-from experiments.emoe.run import Job
+from experiments.emoe.jobs import Job
 
 DOMAINS = ("film", "tweets", "amazon", "editorials")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.emoe import __main__ as command, arms, pack, run, table, texts, train
+from experiments.emoe import __main__ as command, arms, jobs, pack, table, texts, train
 from experiments.errors import BadConfig, BadData
 from jmoe.convert import bert
 from jmoe.surgery import encoders
@@ -201,7 +201,7 @@ def test_jobs_are_kept_and_not_done_again(packed, tmp_path, capsys):
   assert command.main(given) == 0
   assert command.main(given) == 0
   assert "0 of 1 jobs to do" in capsys.readouterr().err
-  records = run.records(tmp_path / "out" / run.FILE)
+  records = jobs.records(tmp_path / "out" / jobs.FILE)
   assert [r["seed"] for r in records] == [0, 1]
   assert {"choose", *table.DOMAINS} == set(records[0]["accuracy_as_groups"])
   claims = tmp_path / "claims"
