@@ -48,6 +48,9 @@ def jobs(
   for task in tasks:
     for tuning in tunings:
       for name in names:
+        # Keys that are not trained are followed by means that stay.
+        if tuning == "lora" and name == "frozen":
+          continue
         # Where labels conflict three arms say it; the controls are of the first task.
         if task != "film" and name not in ("dense", "emoe", "random"):
           continue

@@ -32,7 +32,8 @@ class Settings(NamedTuple):
   """What is compiled, beside shapes."""
 
   config: EncoderConfig
-  tuning: str  # "full", or "lora": attention alone, by products of rank 8
+  # "full"; or "lora": attention by products of rank 8, and a gate that is trained.
+  tuning: str
   precision: str  # of jax.default_matmul_precision
 
 
@@ -77,15 +78,16 @@ def _one(params, state, sign, follow, model: Model, tokens_MS, label_M, settings
   d = settings.config.d_model
   key_head, key_lora = jax.random.split(model.key)
   head = {"kernel": 0.02 * jax.random.normal(key_head, (d, 2)), "bias": jnp.zeros(2)}
-  if settings.tuning == "full":
-    learned = {"encoder": dict(params), "head": head}
-  else:
-    learned = {"encoder": _adapters(key_lora, params), "head": head}
+  learned: dict[str, Any] = {"encoder": dict(params), "gate": {}, "head": head}
+  if settings.tuning == "lora":
+    # A gate that learns does so beside adapters too, whole, as the head does.
+    gate = {name: x for name, x in params.items() if ".moe.gate." in name}
+    learned |= {"encoder": _adapters(key_lora, params), "gate": gate}
 
   def whole(learned) -> Arrays:
     if settings.tuning == "full":
       return learned["encoder"]
-    return _adapted(params, learned["encoder"])
+    return _adapted(params, learned["encoder"]) | learned["gate"]
 
   adam = optax.scale_by_adam()
   steps = model.order.shape[0]

@@ -179,17 +179,31 @@ def test_training_all_groups_is_training_the_dense_model():
   assert_close(key_ED, np.asarray(cut["layers.0.moe.experts.up_EDF"]).mean(-1))
 
 
-def test_adapters_move_attention_alone():
-  begun = started("frozen")
+def test_adapters_move_attention_and_a_trained_gate_alone():
+  begun = started("learned")
   params, state, _, losses = fitted(begun, "lora")
   first = begun.model.params
   moved = {
     n for n, x in params.items() if (np.asarray(x) != np.asarray(first[n])).any()
   }
   names = {f"layers.0.{name}.kernel" for name in ("query", "key", "value", "out")}
-  assert moved == names and np.isfinite(losses).all()
-  for name, array in state.items():
-    assert_close(array[0], np.asarray(begun.model.state[name]))
+  gate = {n for n in params if n.startswith("layers.0.moe.gate.")}
+  assert moved == names | gate and len(gate) == 4 and not state
+  assert np.isfinite(losses).all()
+
+
+def test_shares_of_groups_are_claims_by_seed(packed, tmp_path, capsys):
+  given = ["held", "--pack", str(packed), "--texts", "6", "--groups", "4"]
+  given += ["--shares", "0.5,1", "--results", str(tmp_path)]
+  assert command.main(given) == 0
+  said = capsys.readouterr().out.splitlines()
+  assert [line.split()[:3] for line in said[1:]] == [["0", "4", "2"], ["0", "4", "4"]]
+  claim = json.loads((tmp_path / "emoe-held-4-of-4-layer-0.json").read_text())
+  for arm in ("keys", "random"):
+    whole = claim["arms"][arm]["values"]
+    np.testing.assert_allclose(list(whole.values()), [1, 1, 1], rtol=1e-5)
+  half = json.loads((tmp_path / "emoe-held-2-of-4-layer-0.json").read_text())
+  assert 0 < half["interval"]["keys"]["mean"] != half["interval"]["random"]["mean"]
 
 
 def test_jobs_are_kept_and_not_done_again(packed, tmp_path, capsys):
