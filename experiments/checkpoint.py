@@ -41,13 +41,23 @@ class Checkpoints:
     facts: what must be equal for a run to go on, as JSON: its configuration, its data.
     shared: whether all processes see this folder; else it is a copy of each one's own
       (`experiments.remote`), which holds all of what there was and its part of the new.
+    keep_every: steps whose multiples are kept beside the last two; None: none.
   """
 
-  def __init__(self, folder: epath.Path, facts: dict[str, Any], *, shared: bool = True):
+  def __init__(
+    self,
+    folder: epath.Path,
+    facts: dict[str, Any],
+    *,
+    shared: bool = True,
+    keep_every: int | None = None,
+  ):
     self._folder, self._shared = folder, shared or hosts.count() == 1
     # Through JSON, so that what was read back compares equal.
     self._facts = json.loads(json.dumps(facts))
-    self._manager = manager_of(folder, ours=True, shared=self._shared)
+    self._manager = manager_of(
+      folder, ours=True, shared=self._shared, keep_every=keep_every
+    )
 
   @property
   def latest(self) -> int | None:

@@ -24,7 +24,11 @@ _DATA = "readers.json"
 
 
 def manager_of(
-  folder: epath.Path, *, ours: bool, shared: bool = True
+  folder: epath.Path,
+  *,
+  ours: bool,
+  shared: bool = True,
+  keep_every: int | None = None,
 ) -> ocp.CheckpointManager:
   """Only what is ours is made, and tidied of saves that were never finished.
 
@@ -35,6 +39,7 @@ def manager_of(
     ours: whether they are written.
     shared: whether all processes write into one folder; else each into its own, and
       what they wrote is a checkpoint when it is put together.
+    keep_every: steps whose multiples are kept beside the last two; None: none.
   """
   if folder.exists() and not folder.is_dir():
     raise BadCheckpoint(f"{folder} is a file; give another --workdir.")
@@ -53,7 +58,12 @@ def manager_of(
     at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
     apart, pieces = {"async_options": at_once}, {"use_ocdbt": False}
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=2, create=ours, cleanup_tmp_directories=ours, **given, **apart
+    max_to_keep=2,
+    keep_period=keep_every,
+    create=ours,
+    cleanup_tmp_directories=ours,
+    **given,
+    **apart,
   )
   handlers: dict[str, Any] = {
     "state": ocp.StandardCheckpointHandler(**given, **pieces),

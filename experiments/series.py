@@ -61,6 +61,12 @@ def main(argv: list[str] | None = None) -> int:
   add("--ahead", type=int, default=0, metavar="N", help="arms compiled at a time")
   add("--out", required=True, help="folder of the series")
   add("--start-from", metavar="DIR", help="folder of the series whose models go on")
+  add(
+    "--keep-every",
+    type=int,
+    metavar="N",
+    help="keep checkpoints of steps that are multiples of N; else the last two alone",
+  )
   add("--no-checkpoints", action="store_true", help="what is stopped begins anew")
   add("--set", action="append", default=[], metavar="PATH=VALUE")
   add("--results", type=Path, help="folder of claims; default: none are written")
@@ -103,6 +109,8 @@ def _arms(arguments: argparse.Namespace) -> list[Arm]:
     raise ValueError(
       f"--seeds {arguments.seeds}: give integers separated by commas, as in 0,1,2."
     ) from None
+  if arguments.keep_every is not None and arguments.keep_every < 1:
+    raise ValueError(f"--keep-every {arguments.keep_every}: give steps, 1 or more.")
   if arguments.together < 0:
     raise ValueError(f"--together {arguments.together}: give a number of seeds, or 0.")
   if arguments.ahead < 0:
@@ -172,6 +180,7 @@ def _run(found: list[Arm], arguments: argparse.Namespace, argv: list[str]) -> No
         stop=stop,
         saved=not arguments.no_checkpoints,
         ahead=ahead,
+        keep_every=arguments.keep_every,
       )
   against = arguments.against or found[-1].name
   measured = claims.measured(found, against)

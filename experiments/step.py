@@ -74,7 +74,8 @@ def train_step(
   updates, moments = optimizer.update(grads, state.optimizer, state.params)
   with jax.numpy_dtype_promotion("standard"):  # float32 updates of narrower parameters
     params = optax.apply_updates(state.params, updates)
-  balance = blueprint.balanced(state.params, state.balance, infos)
+  # Of the new parameters: some gates are read off the experts after each step.
+  balance = blueprint.balanced(params, state.balance, infos)
   params, balance, moments = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
     (params, balance, moments),

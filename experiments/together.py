@@ -68,6 +68,7 @@ def finish(
   stop: Stop,
   saved: bool = True,
   ahead: Ahead | None = None,
+  keep_every: int | None = None,
 ) -> None:
   """Trains what is missing of some runs, evaluates, and writes their folders.
 
@@ -82,6 +83,7 @@ def finish(
     stop: asked between two steps.
     saved: whether checkpoints are written.
     ahead: steps that may be compiled already.
+    keep_every: steps whose checkpoints stay, beside the last two; None: none.
 
   Raises:
     BadCheckpoint, BadConfig, Diverged, Stopped: see there.
@@ -97,7 +99,7 @@ def finish(
       state = None if begun else opening.started(run, made, reading.encoded)
       workdir.claim(run, folder)
       kept.enter_context(workdir.held(folder))
-      found.append(_opened(run, folder, reading, made, state))
+      found.append(_opened(run, folder, reading, made, state, keep_every))
       kept.callback(found[-1].checkpoints.close)
     found.sort(key=_done, reverse=True)
     for _, equal in itertools.groupby(found, _done):
@@ -124,12 +126,15 @@ def _opened(
   reading: Reading,
   made: Program,
   state: TrainState | None,
+  keep_every: int | None,
 ) -> _Seed:
   """A run with its last state, or with the one given if it is new."""
   texts, encoded = reading.texts, reading.encoded
   batches = opening.training_batches(run, encoded)
   facts = opening.facts(run, texts, encoded)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", facts)
+  checkpoints = checkpoint.Checkpoints(
+    folder / "checkpoints", facts, keep_every=keep_every
+  )
   if checkpoints.latest is not None:
     state = checkpoints.restore(jax.eval_shape(made.init), batches)
   elif state is None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jmoe import checks, layer
+from jmoe import checks, dispatch, layer
 from jmoe.config import MoEConfig
 from jmoe.contexts import PER_TOKEN
 from jmoe.kernels import devices
@@ -137,7 +137,11 @@ def _trace(config: MoEConfig, x_TD: Any, num_rows: int, train: bool) -> _Seen:
   # As of segments that were shaped like the rows.
   row = max(1, x_TD.shape[0] // num_rows)
   context = dataclasses.replace(context, row_segments=row)
-  looking = dataclasses.replace(config, experts=use(experts))
+  looking = config
+  if fact(config.dispatch, "in_place"):  # no rows to look at: those it would have
+    way = dispatch.sort if config.capacity is None else dispatch.buckets
+    looking = dataclasses.replace(config, dispatch=use(way))
+  looking = dataclasses.replace(looking, experts=use(experts))
   # The function under the jit: a trace for looking has no place in its cache.
   call = functools.partial(
     inspect.unwrap(layer._moe), config=looking, train=train, axes=None, with_plan=True
@@ -183,6 +187,11 @@ def _note(
     return "without effect, nothing is dropped"
   if name == "capacity":
     return _slots(config, seen)
+  in_place = fact(config.dispatch, "in_place")
+  if name == "dispatch" and in_place:
+    return "no rows; every hidden unit of every token, most of them times zero"
+  if name == "experts" and in_place:
+    return "plain products"
   if name == "dispatch":
     times = seen.rows / max(seen.entries, 1)
     return f"{seen.rows} rows, {times:.2f} x {seen.entries} assignments"

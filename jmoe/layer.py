@@ -23,6 +23,7 @@ from jmoe.kernels.varying import over
 from jmoe.parallel import spmd
 from jmoe.parallel.shards import Shards
 from jmoe.parameters import (
+  after_step as after_step,
   has_state as has_state,
   init_section as init_section,
   init_state as init_state,

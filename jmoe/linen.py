@@ -79,6 +79,10 @@ class _Layer(nn.Module):
         "state",
         lambda: layer.init_state(config, params, self.make_rng("params")),
       )
+    state = State()
+    if variable is not None:
+      # Parameters are those after the last optimizer step: nothing runs in between.
+      state = layer.after_step(config, params, variable.value)
     if key is None and self.has_rng("router"):
       key = self.make_rng("router")
     y, info = layer.apply(
@@ -86,7 +90,7 @@ class _Layer(nn.Module):
       x,
       config,
       context=context,
-      state=State() if variable is None else variable.value,
+      state=state,
       key=key,
       train=train,
       residual=residual,

@@ -146,6 +146,8 @@ class MoE(nnx.Module):
   def update(self, info: Info) -> None:
     """Takes over the state that a training call returned; call it after the optimizer.
 
+    Buffers that a gate makes of the experts are made of those of now, if it says so.
+
     Args:
       info: of the step's call in training; its load should be of the whole batch.
 
@@ -155,7 +157,8 @@ class MoE(nnx.Module):
     """
     if not isinstance(info, Info):
       raise TypeError(f"update: info={shown(info)} is not what a call returned.")
-    new, old = _state_dict(info.state), self.state.arrays()
+    state = layer.after_step(self.config, self.params(), info.state)
+    new, old = _state_dict(state), self.state.arrays()
     if (given := _shapes(new)) != (own := _shapes(old)):
       raise ValueError(
         f"update: info.state holds {shown(given)}, but this layer's state is "

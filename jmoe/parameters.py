@@ -13,6 +13,7 @@ from jmoe import checks
 from jmoe.config import MoEConfig
 from jmoe.losses.total import batches_of_update
 from jmoe.types import Params, State
+from jmoe.use import fact
 
 
 def sections(config: MoEConfig) -> dict[str, Any]:
@@ -79,6 +80,21 @@ def has_state(config: MoEConfig) -> bool:
   if config.balance is not None or batches_of_update(config.losses) > 1:
     return True
   return any(hasattr(f, name) for f, name in marks)
+
+
+def after_step(config: MoEConfig, params: Params, state: State) -> State:
+  """The state with what a gate reads of the experts made anew, if the gate says so.
+
+  Args:
+    config: the layer.
+    params: its parameters after the optimizer step.
+    state: that a call in training returned.
+  """
+  renewed = fact(config.gate, "after_step")
+  if renewed is None or not state.gate:
+    return state
+  gate = renewed(params["experts"], state.gate, **config.gate.kwargs)
+  return dataclasses.replace(state, gate=gate)
 
 
 def init_state(config: MoEConfig, params: Params, key: Array | None = None) -> State:

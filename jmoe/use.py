@@ -64,6 +64,8 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     sums: of experts that weigh: True if they give `[T,D]`, the sums of each token's
       rows, whenever `Rows.sums` says so.
     constant: of a gate: True if every token gets the same logits.
+    after_step: of a gate: `(expert parameters, buffers, **keywords) -> buffers`, those
+      that it has after an optimizer step.
     within: of a restriction: True if it ranks experts, so it is asked after the others
       and given their mask.
     same_in_layers: of a restriction: `(**keywords) -> bool`, whether its key is the
@@ -77,6 +79,7 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
     dropless: of a dispatch: True, False, or None where it takes either.
     exchanges: of a dispatch: True if it carries rows over mesh axes to experts on other
       devices; then it takes `axis`, those axes, and `placement`.
+    in_place: of a dispatch: True if it moves no rows and runs all hidden units.
     gspmd: of a dispatch: True if XLA splits it over a mesh, outside `shard_map`.
     levels: of a priority: `(routing) -> int`, if it gives whole numbers, all of them
       from `1 - levels` to 0: queues are then sorted by one key.

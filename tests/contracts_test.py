@@ -71,7 +71,7 @@ SCORES = jax.nn.softmax(LOGITS)
 GATES = {
   "linear": [use(gates.linear), use(gates.linear, bias=True)],
   "cosine": [use(gates.cosine, d_project=5)],
-  "keys": [use(gates.keys)],
+  "keys": [use(gates.keys), use(gates.keys, refresh=True, momentum=0.5)],
   "mlp": [use(gates.mlp), use(gates.mlp, residual=True, d_hidden=7)],
   "none": [use(gates.none)],
   "per_modality": [use(gates.per_modality, num_modalities=2)],
@@ -132,10 +132,15 @@ DISPATCH = {
   "hierarchical": [use(dispatch.hierarchical)],
   "ragged_all_to_all": [use(dispatch.ragged_all_to_all)],
   "deduplicated": [use(dispatch.deduplicated)],
+  "mask": [use(dispatch.mask)],
   "mix": [use(dispatch.mix)],
 }
 EXPERTS = {
-  "mlp": [use(experts.mlp, d_ff=5), use(experts.mlp, d_ff=5, bias=True)],
+  "mlp": [
+    use(experts.mlp, d_ff=5),
+    use(experts.mlp, d_ff=5, bias=True),
+    use(experts.mlp, d_ff=5, bias="hidden"),
+  ],
   "glu": [use(experts.glu, d_ff=5), use(experts.glu, d_ff=5, bias=True)],
   "clamped_glu": [use(experts.clamped_glu, d_ff=5)],
   "with_free": [
@@ -486,7 +491,8 @@ def _plan(limited: bool, k: int = 2, group_size=None) -> tuple[Plan, Context]:
   ), context
 
 
-SPARSE = {n: u for n, u in DISPATCH.items() if n != "mix"}
+# The two others take no rows to experts; `mask` has its own test in tests/dispatch.
+SPARSE = {n: u for n, u in DISPATCH.items() if n not in ("mask", "mix")}
 
 
 @rows(SPARSE)

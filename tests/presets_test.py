@@ -79,6 +79,9 @@ TABLE = {  # module.function: keywords of a tiny layer
   "megablocks.layer": SIZES,
   "dag_moe.layer": TOP_2,
   "emo.layer": {**TOP_2, "least": 3},
+  "emoe.layer": TOP_2,
+  "emoe.learned_layer": TOP_2,
+  "emoe.released_layer": TOP_2,
 }
 NO_GATE = ("mmoe.layer", "pangu_sigma.layer", "hash_layers.layer")
 each_preset = pytest.mark.parametrize("name", TABLE)
@@ -158,7 +161,12 @@ def run(name: str):
 
 def loss_weights(name: str) -> dict[str, float]:
   module = getattr(presets, name.split(".")[0])
-  return LIMOE_WEIGHTS if name == "limoe.layer" else module.LOSS_WEIGHTS
+  own = {
+    "limoe.layer": LIMOE_WEIGHTS,
+    "emoe.learned_layer": presets.emoe.LEARNED_LOSS_WEIGHTS,
+    "emoe.released_layer": presets.emoe.RELEASED_LOSS_WEIGHTS,
+  }
+  return own[name] if name in own else module.LOSS_WEIGHTS
 
 
 def test_table_has_every_preset():
@@ -249,6 +257,11 @@ def tokens_stay_in_their_domain(info):
   assert np.all(routing.weight == 1)
 
 
+def chosen_groups_weigh_one(info):
+  assert np.all(info.plan.routing.weight[: 2 * (T - 2)] == 1)
+  assert info.state.gate["key_ED"].shape == (8, D)
+
+
 def documents_stay_in_their_pool(info):
   routing = info.plan.routing
   allowed_TE = np.asarray(routing.probs)[: T - 2] > 0
@@ -280,6 +293,8 @@ CHECKS = {
   "deepseek_v3.layer": bias_moves_against_the_load,
   "pangu_sigma.layer": tokens_stay_in_their_domain,
   "emo.layer": documents_stay_in_their_pool,
+  "emoe.layer": chosen_groups_weigh_one,
+  "emoe.learned_layer": weights_sum_to(2.0),
 }
 
 
@@ -309,10 +324,11 @@ def test_facts_of_the_papers():
   ks = dict(
     switch=1, gshard=2, vmoe=2, limoe=1, zcode_m3=1, dbrx=4, grok_1=2, gpt_oss=4
   )
-  ks |= dict(llama_4=1, megablocks=1, moe_plus_plus=2, mmoe=8)
+  ks |= dict(llama_4=1, megablocks=1, moe_plus_plus=2, mmoe=8, emoe=2)
   assert {n: build(f"{n}.layer").k for n in ks} == ks
   full = dict(mixtral=(8, 2), dbrx=(16, 4), olmoe=(64, 8), qwen3_moe=(128, 8))
   full |= dict(deepseek_v2=(160, 6), deepseek_v3=(256, 8), gpt_oss=(128, 4))
+  full |= dict(emoe=(64, 16))
   for name, sizes in full.items():
     config = getattr(presets, name).layer(d_model=D, d_ff=32)
     assert (config.num_experts, config.k) == sizes, name

@@ -4,8 +4,9 @@
       --blocks 10 --out runs/emoe
 
 EMoE (arXiv 2310.10908): input weights of hidden units are clustered into groups of one
-size; chosen groups weigh one.  --partition random is a control.  The receipt has where
-each hidden unit was.
+size; chosen groups weigh one, scored by the means of their keys, which follow the keys
+from step to step unless --gate frozen.  --gate linear or cosine is trained from there.
+--partition random is a control.  The receipt has where each hidden unit was.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -21,6 +22,7 @@ def arguments(add: Any) -> None:
   add("--k", required=True, type=count, help="groups of a token")
   add("--blocks", required=True, type=numbers, metavar="N,N,...", help="from 0")
   add("--partition", choices=("keys", "random"), default="keys")
+  add("--gate", choices=("keys", "frozen", "linear", "cosine"), default="keys")
 
 
 def operate(source: Any, arguments: argparse.Namespace) -> Any:
@@ -35,6 +37,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     blocks_changed=arguments.blocks,
     seed=arguments.seed,
     partition=arguments.partition,
+    gate=arguments.gate,
   )
   return Outcome(
     made.model,

@@ -12,6 +12,7 @@ from jmoe.dispatch.buckets import buckets as buckets
 from jmoe.dispatch.deduplicated import deduplicated as deduplicated
 from jmoe.dispatch.einsum import einsum as einsum
 from jmoe.dispatch.hierarchical import hierarchical as hierarchical
+from jmoe.dispatch.mask import mask as mask
 from jmoe.dispatch.mix import mix as mix
 from jmoe.dispatch.ragged_all_to_all import ragged_all_to_all as ragged_all_to_all
 from jmoe.dispatch.sort import sort as sort

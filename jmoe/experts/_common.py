@@ -13,10 +13,21 @@ from jmoe.use import Use, use
 
 
 def check(
-  config: Any, *, d_ff: int, keep: str = "hidden", pieces: int | None = None, **_: Any
+  config: Any,
+  *,
+  d_ff: int,
+  bias: bool | str = False,
+  keep: str = "hidden",
+  pieces: int | None = None,
+  **_: Any,
 ) -> None:
-  """Raises unless numbers are positive whole ones and `keep` is known."""
+  """Raises unless numbers are positive whole ones, `bias` and `keep` are known."""
   del config
+  if not isinstance(bias, bool) and bias != "hidden":
+    raise ValueError(
+      f"experts: bias={bias!r}; give True, False, or 'hidden' for those before the "
+      "activation alone."
+    )
   check_keep(keep)
   check_pieces(pieces)
   if isinstance(d_ff, bool) or not isinstance(d_ff, int) or d_ff < 1:
@@ -30,10 +41,10 @@ def init_mlp(
   num_experts: int,
   dtype: Any,
   d_ff: int,
-  bias: bool = False,
+  bias: bool | str = False,
   initializer: Use = use(initializers.fan_in),
 ) -> dict[str, Array]:
-  """`up_EDF`, `down_EFD`, and their biases if asked for."""
+  """`up_EDF`, `down_EFD`, and their biases if asked for; "hidden": that of `up`."""
   up, down = jax.random.split(key)
   params = {
     "up_EDF": initializer(up, (num_experts, d_model, d_ff), dtype),
@@ -41,5 +52,6 @@ def init_mlp(
   }
   if bias:
     params["up_bias_EF"] = jnp.zeros((num_experts, d_ff), dtype)
+  if bias is True:
     params["down_bias_ED"] = jnp.zeros((num_experts, d_model), dtype)
   return params

@@ -22,7 +22,7 @@ def _init(
   num_experts: int,
   dtype: Any,
   d_ff: int,
-  bias: bool = False,
+  bias: bool | str = False,
   initializer: Use = use(initializers.fan_in),
 ) -> dict[str, Array]:
   both, gate = jax.random.split(key)
@@ -64,7 +64,8 @@ def glu(
     keep: for the backward pass, "rows", "hidden" or "inputs"; see `grouped_ffn`.
     pieces: in how many large arrays are made on a Hopper; see `grouped_ffn`.
 
-  Keywords of `use`: also `d_ff`, `bias=False`, `initializer=use(initializers.fan_in)`.
+  Keywords of `use`: also `d_ff`, `bias=False` (True, or "hidden": before the
+  activation alone), `initializer=use(initializers.fan_in)`.
 
   Returns:
     `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`.

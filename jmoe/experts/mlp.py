@@ -35,7 +35,8 @@ def mlp(
     keep: for the backward pass, "rows", "hidden" or "inputs"; see `grouped_ffn`.
     pieces: in how many large arrays are made on a Hopper; see `grouped_ffn`.
 
-  Keywords of `use`: also `d_ff`, `bias=False`, `initializer=use(initializers.fan_in)`.
+  Keywords of `use`: also `d_ff`, `bias=False` (True, or "hidden": before the
+  activation alone), `initializer=use(initializers.fan_in)`.
 
   Returns:
     `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`.

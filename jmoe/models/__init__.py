@@ -2,6 +2,7 @@
 
 blocks    attention, rotary positions, dense feed-forward, the block
 decoder   embedding, segments of blocks, logits
+encoder   tokens that see each other, norms after each sum
 cache     one token at a time
 by_name   a model as arrays by dotted name
 cross_entropy  the loss, without the logits of all tokens
@@ -13,6 +14,7 @@ unrolled  the same model without loops over layers
 
 from jmoe.models.blocks import Block, FeedForward, SelfAttention, rotary
 from jmoe.models.decoder import Decoder
+from jmoe.models.encoder import Encoder, EncoderConfig
 from jmoe.models.cache import Cache, empty_cache, extend
 from jmoe.models.cross_entropy import cross_entropy
 from jmoe.models.dropless import dropless
@@ -22,6 +24,8 @@ __all__ = [
   "Block",
   "Cache",
   "Decoder",
+  "Encoder",
+  "EncoderConfig",
   "FeedForward",
   "SelfAttention",
   "cross_entropy",

@@ -36,7 +36,13 @@ class Blueprint(NamedTuple):
     return nnx.merge(self.graph, *states)
 
   def balanced(self, params: Arrays, balance: Arrays, infos: Sequence[Info]) -> Arrays:
-    """What is not learned by gradient, after the step that gave these infos."""
+    """What is not learned by gradient, after the step that gave these infos.
+
+    Args:
+      params: after that step.
+      balance: before it.
+      infos: of the call in training.
+    """
     model = self.model(params, balance)
     model.update(infos)
     return take_apart(model)[2]

@@ -15,6 +15,7 @@ from jmoe.presets import dbrx as dbrx
 from jmoe.presets import deepseek_v2 as deepseek_v2
 from jmoe.presets import deepseek_v3 as deepseek_v3
 from jmoe.presets import emo as emo
+from jmoe.presets import emoe as emoe
 from jmoe.presets import expert_choice as expert_choice
 from jmoe.presets import fairseq_moe as fairseq_moe
 from jmoe.presets import glam as glam

@@ -5,6 +5,7 @@ cut      a layer or model with some of its experts
 extract  which experts: those that some text asks for, or at random
 frame    `Model`, `Block`, `Layer`: what operations take and give
 cluster  dense feed-forwards in groups of hidden units (EMoE)
+encoders the same in encoders
 upcycle  dense feed-forwards copied into experts; experts copied (`expand`)
 prune    scores by which experts are chosen, REAP's among them
 merge    models averaged, their experts side by side, dense models as experts
@@ -23,6 +24,7 @@ them on checkpoints.
 # SPDX-License-Identifier: Apache-2.0
 
 from jmoe.surgery import cluster as cluster
+from jmoe.surgery import encoders as encoders
 from jmoe.surgery import flex as flex
 from jmoe.surgery import grow as grow
 from jmoe.surgery import merge as merge
@@ -61,4 +63,5 @@ from jmoe.surgery.shells import to_linen as to_linen
 from jmoe.surgery.shells import to_nnx as to_nnx
 from jmoe.surgery.to_dense import to_dense as to_dense
 from jmoe.surgery.walk import Seen as Seen
+from jmoe.surgery.walk import fed as fed
 from jmoe.surgery.walk import walk as walk

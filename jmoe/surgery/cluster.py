@@ -1,20 +1,25 @@
 """A dense feed-forward cut into experts by balanced clustering of its keys (EMoE)."""
 # SPDX-License-Identifier: Apache-2.0
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe import dispatch, experts, gates, routers
-from jmoe.assign import renormalise
+from jmoe import gates
 from jmoe.config import Dense, ModelConfig, MoEConfig
-from jmoe.layer import init_state
+from jmoe.layer import init_section, init_state
+from jmoe.presets import emoe
 from jmoe.surgery import dense
-from jmoe.surgery.frame import Block, Layer, Model, blocks, rebuilt
+from jmoe.surgery.columns import concatenated
+from jmoe.surgery.frame import Layer, Model, blocks, rebuilt
 from jmoe.surgery.to_dense import to_dense
+from jmoe.types import Params
 from jmoe.use import shown, use
+
+GATES = ("keys", "frozen", "linear", "cosine")
 
 
 class Clustered(NamedTuple):
@@ -33,14 +38,14 @@ def cluster(
   blocks_changed: Sequence[int],
   seed: int = 0,
   partition: str = "keys",
+  gate: str = "keys",
 ) -> Clustered:
   """Dense feed-forwards as `num_experts` groups of hidden units; a token takes k.
 
   Qiu, Huang, Fu 2024 (EMoE, arXiv 2310.10908): keys, the input weights of a hidden unit
   (of the gate projection if there is one), are clustered into groups of one size; a
   group's score is the token times the mean of its keys; chosen groups weigh one, so all
-  of them together are the dense feed-forward.  The gate has no parameters;
-  `gates.refresh_keys` makes it anew after a step.
+  of them together are the dense feed-forward.
 
   Args:
     model: with dense blocks.
@@ -50,13 +55,14 @@ def cluster(
       even ones.
     seed: of the clusters' first centres.
     partition: "keys", or "random" as a control.
+    gate: "keys": means that follow the keys from step to step, without parameters;
+      "frozen": those of now for good; "linear" or "cosine": a trained gate that begins
+      at the means, whose weights multiply (EMoE-learn).
 
   Raises:
     ValueError: a block that is sparse, a width that is not divisible, or another
-      partition.
+      partition or gate.
   """
-  if partition not in ("keys", "random"):
-    raise ValueError(f"cluster: partition={partition!r}; give 'keys' or 'random'.")
   parts, orders = blocks(model), []
   for n in sorted(blocks_changed):
     if not 0 <= n < len(parts) or parts[n].sparse:
@@ -64,45 +70,125 @@ def cluster(
         f"cluster: blocks_changed={shown(list(blocks_changed))}; give numbers of dense "
         f"blocks of the {len(parts)}."
       )
-    matrices = dense.of_block(parts[n])
-    keys_FD = np.asarray(matrices.get("gate", matrices["up"]), np.float32).T
-    if partition == "keys":
-      label_F = balanced(keys_FD, num_experts, seed=seed)
-    else:
-      size = _size(len(keys_FD), num_experts)
-      label_F = np.repeat(np.arange(num_experts), size)
-      np.random.default_rng(seed).shuffle(label_F)
-    orders.append(np.argsort(label_F, kind="stable"))
-    parts[n] = _grouped(parts[n], num_experts, k, orders[-1])
+    ff = parts[n].config.ff
+    assert isinstance(ff, Dense)
+    layer, order_F = split(
+      dense.of_block(parts[n]),
+      num_experts=num_experts,
+      k=k,
+      activation=ff.activation,
+      seed=seed,
+      partition=partition,
+      gate=gate,
+    )
+    orders.append(order_F)
+    parts[n] = parts[n].with_layer(layer)
   return Clustered(rebuilt(model, parts), orders, model.config)
 
 
-def _grouped(block: Block, num_experts: int, k: int, order_F: np.ndarray) -> Block:
-  ff = block.config.ff
-  assert isinstance(ff, Dense)
+def split(
+  matrices: Mapping[str, Any],
+  *,
+  num_experts: int,
+  k: int,
+  activation: Callable[..., Any],
+  seed: int = 0,
+  partition: str = "keys",
+  gate: str = "keys",
+) -> tuple[Layer, np.ndarray]:
+  """One feed-forward in groups, and where their hidden units were.
+
+  Args:
+    matrices: `up` f[D,F], `down` f[F,D], maybe `gate` f[D,F], and `up_bias` and
+      `gate_bias` f[F].  A bias after `down` is no group's: it stays where it was.
+    activation: of the feed-forward.
+
+  The others, and errors, are those of `cluster`.
+
+  Returns:
+    (the layer, i[F] the dense hidden unit of each, group by group).
+  """
+  if partition not in ("keys", "random"):
+    raise ValueError(f"cluster: partition={partition!r}; give 'keys' or 'random'.")
+  if gate not in GATES:
+    raise ValueError(f"cluster: gate={gate!r}; give one of {', '.join(GATES)}.")
+  keys_FD = np.asarray(matrices.get("gate", matrices["up"]), np.float32).T
+  if partition == "keys":
+    label_F = balanced(keys_FD, num_experts, seed=seed)
+  else:
+    label_F = np.repeat(np.arange(num_experts), _size(len(keys_FD), num_experts))
+    np.random.default_rng(seed).shuffle(label_F)
+  order_F = np.argsort(label_F, kind="stable")
   stacks = {}
-  for name, x in dense.of_block(block).items():
-    axis = 0 if name == "down" else 1
+  for name, x in matrices.items():
+    axis = _hidden(name)
     units = np.take(np.asarray(x), order_F, axis)
     stacks[name] = np.stack(np.split(units, num_experts, axis))
-  config = MoEConfig(
-    stacks["up"].shape[1],
-    num_experts,
-    gate=use(gates.keys),
-    router=use(routers.top_k, k=k),
-    renormalise=use(renormalise.ones),
-    dispatch=use(dispatch.sort),
-    experts=use(
-      experts.glu if ff.gated else experts.mlp,
-      d_ff=len(order_F) // num_experts,
-      activation=ff.activation,
-    ),
-    losses=(),
+  config = _config(stacks, num_experts, k, activation, gate)
+  experts = dense.as_experts(stacks)
+  arrays = {name: jnp.asarray(x) for name, x in experts.items()}
+  params: Params = {"experts": experts}
+  if gate in ("linear", "cosine"):
+    params = {"gate": _averages(config, arrays)} | params
+  return Layer(config, params, init_state(config, {"experts": arrays})), order_F
+
+
+def joined(layer: Layer, order_F: np.ndarray) -> dict[str, Any]:
+  """The feed-forward that `split` took, hidden units where they were.
+
+  To the bit if the layer was not trained; else what all groups together are, each at
+  weight one.
+
+  Args:
+    layer: in groups.
+    order_F: from `split`.
+  """
+  back_F = np.argsort(order_F)
+  found = {}
+  for name, x in dense.from_experts(layer.params["experts"]).items():
+    axis = _hidden(name)
+    found[name] = concatenated(list(x), axis).take(back_F, axis)
+  return found
+
+
+def _hidden(name: str) -> int:
+  """The dim of a dense array that is the hidden width."""
+  return 1 if name in ("up", "gate") else 0
+
+
+def _config(
+  stacks: Mapping[str, np.ndarray],
+  num_experts: int,
+  k: int,
+  activation: Callable[..., Any],
+  gate: str,
+) -> MoEConfig:
+  d_model = stacks["up"].shape[1]
+  fields: dict[str, Any] = dict(
+    d_model=d_model,
+    d_ff=stacks["up"].shape[2],
+    num_experts=num_experts,
+    k=k,
+    gated="gate" in stacks,
+    activation=activation,
+    bias="hidden" if "up_bias" in stacks else False,
   )
-  params = {"experts": dense.as_experts(stacks)}
-  arrays = {name: jnp.asarray(x) for name, x in params["experts"].items()}
-  state = init_state(config, {"experts": arrays})
-  return block.with_layer(Layer(config, params, state))
+  if gate in ("keys", "frozen"):
+    return emoe.layer(refresh=gate == "keys", **fields)
+  learned = use(gates.linear)
+  if gate == "cosine":
+    learned = use(gates.cosine, d_project=d_model)
+  return emoe.learned_layer(gate=learned, **fields)
+
+
+def _averages(config: MoEConfig, experts: Params) -> dict[str, np.ndarray]:
+  """A trained gate's first parameters: the means of the keys."""
+  key_DE = np.asarray(gates.keys.buffers(experts)["key_ED"]).T  # type: ignore[attr]
+  if config.gate.name == "linear":
+    return {"kernel_DE": key_DE}
+  first = init_section(jax.random.key(0), config, "gate")
+  first |= {"project_DP": np.eye(config.d_model, dtype=np.float32), "centre_PE": key_DE}
+  return {name: np.asarray(x) for name, x in first.items()}
 
 
 def merged(clustered: Clustered) -> Model:

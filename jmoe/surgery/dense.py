@@ -1,6 +1,7 @@
 """Dense feed-forwards as experts and experts as dense feed-forwards: their arrays."""
 # SPDX-License-Identifier: Apache-2.0
 
+from collections.abc import Mapping
 from typing import Any
 
 from jmoe.config import Dense, MoEConfig
@@ -9,6 +10,7 @@ from jmoe.use import shown
 
 # An expert's array -> the dense feed-forward's.
 _NAMES = {"gate_EDF": "gate", "up_EDF": "up", "down_EFD": "down"}
+_NAMES |= {"gate_bias_EF": "gate_bias", "up_bias_EF": "up_bias"}
 
 
 def of_block(block: Block) -> dict[str, Any]:
@@ -48,10 +50,15 @@ def of_experts(config: MoEConfig, params: Any, part: str = "experts") -> dict[st
     raise ValueError(
       f"{part}={shown(used)}: dense feed-forwards are glu or mlp without biases."
     )
-  return {_NAMES[name]: x for name, x in params[part].items()}
+  return from_experts(params[part])
 
 
-def as_experts(matrices: dict[str, Any]) -> dict[str, Any]:
+def from_experts(params: Mapping[str, Any]) -> dict[str, Any]:
+  """The arrays of experts under their dense names, still stacked."""
+  return {_NAMES[name]: x for name, x in params.items()}
+
+
+def as_experts(matrices: Mapping[str, Any]) -> dict[str, Any]:
   """Stacked matrices under the names of an expert's parameters."""
   names = {dense: expert for expert, dense in _NAMES.items()}
   return {names[name]: x for name, x in matrices.items()}

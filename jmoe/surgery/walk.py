@@ -105,6 +105,37 @@ def walk(
   return (model if change is None else rebuilt(model, made)), sums
 
 
+def fed(model: Model, sample: Sample) -> list[np.ndarray]:
+  """f32[T,D] that each block's feed-forward is given, sparse or dense, by depth.
+
+  Args:
+    model: any; runs as in evaluation.
+    sample: packed rows; padding is left out.
+  """
+  place = _place(sample)
+  x_BSD = model.module().embed(place.tokens).astype(model.config.dtype)
+  valid_BS = np.ones(place.tokens.shape, bool)
+  if place.segment is not None:
+    valid_BS = np.asarray(place.segment) > 0
+  found = []
+  for depth, block in enumerate(blocks(model)):
+    made = _blueprint(block.config, model.config.d_model, model.config.dtype)
+    arrays = jax.device_put((dict(block.params), dict(block.state)))
+    h_BSD, x_BSD = _given(*arrays, x_BSD, place, depth, made=made)
+    found.append(np.asarray(h_BSD, np.float32)[valid_BS])
+  return found
+
+
+@functools.partial(jax.jit, static_argnames="made")
+def _given(params, state, x_BSD: Array, place: "_Place", depth: int, *, made):
+  """(what the feed-forward is given, what the block gives)."""
+  block: Any = made.model(params, state)
+  h_BSD = modules.normed(block.attention_norm, x_BSD)
+  x_BSD += block.attention(h_BSD, place.position, place.segment)
+  h_BSD = modules.normed(block.ff_norm, x_BSD)
+  return h_BSD, block.feed(x_BSD, _context(place, depth))[0]
+
+
 class _Place(NamedTuple):
   """What blocks ask about the tokens of a batch, i32[B,S] each."""
 
@@ -120,6 +151,16 @@ def _place(sample: Sample) -> _Place:
     return _Place(tokens, segment, jnp.asarray(sample.position))
   row_S = jnp.arange(tokens.shape[1], dtype=jnp.int32)
   return _Place(tokens, segment, jnp.broadcast_to(row_S, tokens.shape))
+
+
+def _context(place: _Place, depth: int) -> Context:
+  return Context(
+    valid=None if place.segment is None else place.segment > 0,
+    segment=jnp.ones_like(place.tokens) if place.segment is None else place.segment,
+    token_id=place.tokens,
+    layer=jnp.asarray(depth, jnp.int32),
+    num_rows=place.tokens.shape[0],
+  )
 
 
 @functools.lru_cache(maxsize=64)
@@ -146,14 +187,7 @@ def _run(
 ) -> tuple[Array, Array | None]:
   """What a block gives, and its score if it is asked for."""
   block: Any = made.model(params, state)
-  B = place.tokens.shape[0]
-  context = Context(
-    valid=None if place.segment is None else place.segment > 0,
-    segment=jnp.ones_like(place.tokens) if place.segment is None else place.segment,
-    token_id=place.tokens,
-    layer=jnp.asarray(depth, jnp.int32),
-    num_rows=B,
-  )
+  context = _context(place, depth)
   h_BSD = modules.normed(block.attention_norm, x_BSD)
   x_BSD += block.attention(h_BSD, place.position, place.segment)
   if score is None:

@@ -6,8 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
-from jmoe import experts, gates
+import jmoe
+from jmoe import experts, gates, renormalise
 from jmoe.types import Context, State
 from jmoe.use import use
 from tests import _cases as cases
@@ -139,3 +142,40 @@ def test_gates_are_as_wide_as_their_input_and_never_narrower_than_float32():
     with cases.enable_x64():
       wide = {name: a.astype(jnp.float64) for name, a in given.items()}
       assert member(wide, jnp.asarray(X, jnp.float64), NOTHING).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_both_shells_take_the_means_anew_after_a_step(follows):
+  """Half of the old ones stays; where nothing follows, all of them."""
+  with cases.quickly():
+    x = jnp.asarray(X)
+    more = dict(refresh=True, momentum=0.5) if follows else {}
+    config = jmoe.MoEConfig(
+      D,
+      E,
+      gate=use(gates.keys, **more),
+      experts=use(experts.mlp, d_ff=5),
+      renormalise=use(renormalise.ones),
+      losses=(),
+    )
+    layer = jmoe.nnx.MoE(config, rngs=nnx.Rngs(0))
+    params, state = layer.params(), layer.get_state()
+    _, info = layer(x, train=True)
+    params["experts"]["up_EDF"] *= 3.0
+    layer.experts.write(params["experts"])
+    layer.update(info)
+    expected = state.gate["key_ED"] * (2.0 if follows else 1.0)
+    assert_close(layer.get_state().gate["key_ED"], expected)
+    variables = {"params": params, "moe_state": {"state": state}}
+    (y, _), new = jmoe.linen.MoE(config).apply(
+      variables, x, train=True, mutable=["moe_state"]
+    )
+    assert_close(new["moe_state"]["state"].gate["key_ED"], expected)
+    assert_close(y, layer(x)[0])
+
+
+def test_a_share_of_the_means_is_checked():
+  with pytest.raises(ValueError, match=r"momentum=1\.0; give a share"):
+    jmoe.MoEConfig(D, E, gate=use(gates.keys, refresh=True, momentum=1.0), losses=())
+  with pytest.raises(ValueError, match="without refresh=True"):
+    jmoe.MoEConfig(D, E, gate=use(gates.keys, momentum=0.5), losses=())

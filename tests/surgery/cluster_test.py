@@ -10,6 +10,7 @@ import pytest
 import jmoe
 from jmoe import surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
+from jmoe.models.by_name import take_apart
 from jmoe.surgery import cluster as clustering
 from tests.surgery import cases
 from tests.tolerance import assert_close
@@ -79,11 +80,70 @@ def test_a_token_goes_through_its_groups_alone_at_weight_one():
     assert_close(y[t], np.asarray(expected, np.float32))
 
 
+@pytest.mark.parametrize("gate", ["linear", "cosine"])
+def test_a_trained_gate_begins_at_the_means_and_multiplies(gate):
+  made = clustering.cluster(
+    model(False), num_experts=4, k=2, blocks_changed=[0], gate=gate
+  )
+  (layer,) = surgery.layers(made.model)
+  x = np.random.default_rng(1).normal(size=(7, cases.D)).astype(np.float32)
+  y, info = jmoe.moe(layer.params, jnp.asarray(x), layer.config, with_plan=True)
+  assert "load_balance" in info.losses
+  old = {n: np.asarray(p, np.float64) for n, p in layer.params["experts"].items()}
+  centre = old["up_EDF"].mean(2).T
+  score = x @ centre
+  if gate == "cosine":
+    lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(centre, axis=0)
+    score = 2 * score / lengths
+  for t, token in enumerate(x):
+    best = np.argsort(-score[t])[:2]
+    weight = np.exp(score[t][best]) / np.exp(score[t][best]).sum() * 2
+    expected = sum(
+      w * (np.asarray(jax.nn.gelu(token @ old["up_EDF"][e])) @ old["down_EFD"][e])
+      for w, e in zip(weight, best, strict=True)
+    )
+    assert_close(y[t], np.asarray(expected, np.float32))
+
+
+def test_means_follow_the_keys_after_a_step_or_stay():
+  """In a stack of two layers, through the update that training loops call."""
+  for gate, follows in (("keys", True), ("frozen", False)):
+    made = clustering.cluster(
+      model(True), num_experts=3, k=2, blocks_changed=[0, 1], gate=gate
+    )
+    module = made.model.module()
+    _, infos = module(SAMPLE.inputs)
+    blueprint, params, state = take_apart(module)
+    (name,) = (n for n in params if n.endswith("gate_EDF"))
+    moved = params | {name: 2 * params[name]}
+    after = blueprint.balanced(moved, state, infos)
+    (buffer,) = after.values()
+    (before,) = state.values()
+    assert_close(buffer, before * (2 if follows else 1))
+    assert_close(before, params[name].mean(-1))
+
+
+def test_a_feed_forward_with_biases_goes_there_and_back_to_the_bit():
+  random = np.random.default_rng(0)
+  matrices = {
+    "up": random.normal(size=(6, 12)).astype(np.float32),
+    "down": random.normal(size=(12, 6)).astype(np.float32),
+    "up_bias": random.normal(size=12).astype(np.float32),
+  }
+  layer, order = clustering.split(matrices, num_experts=4, k=4, activation=jnp.tanh)
+  chex.assert_trees_all_equal(clustering.joined(layer, order), matrices)
+  x = random.normal(size=(5, 6)).astype(np.float32)
+  y, _ = jmoe.moe(layer.params, jnp.asarray(x), layer.config, state=layer.state)
+  hidden = np.tanh(x @ matrices["up"] + matrices["up_bias"])
+  assert_close(y, hidden @ matrices["down"])
+
+
 def test_mistakes_are_named():
   for fields, message in (
     (dict(num_experts=5), "does not divide d_ff=12"),
     (dict(blocks_changed=[2]), "dense blocks of the 2"),
     (dict(partition="values"), "partition='values'"),
+    (dict(gate="mlp"), "gate='mlp'; give one of keys, frozen"),
   ):
     given: dict = dict(num_experts=3, k=2, blocks_changed=[1]) | fields
     with pytest.raises(ValueError, match=message):

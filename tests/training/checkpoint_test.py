@@ -1,6 +1,7 @@
 """Checkpoints come back exactly, or are named and passed over."""
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import itertools
 import json
 import random
@@ -9,6 +10,7 @@ import time
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import checkpoint
@@ -68,6 +70,17 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(job, saved):
     state, *_ = job.train_step(state, next(batches))
   assert digests(state) == expected[6]
   chex.assert_trees_all_equal(list(itertools.islice(batches, 3)), following)
+
+
+def test_multiples_stay_beside_the_last_two(job, tmp_path):
+  checkpoints = Checkpoints(tmp_path / "checkpoints", FACTS, keep_every=2)
+  state, batches = job.init(), job.batches()
+  for step in range(1, 6):
+    at = dataclasses.replace(state, step=jnp.full_like(state.step, step))
+    checkpoints.save(at, batches)
+  checkpoints.close()
+  kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+  assert kept == [2, 4, 5]
 
 
 def test_an_unfinished_save_is_ignored_and_tidied_away(job, copy):

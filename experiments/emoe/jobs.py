@@ -1,0 +1,102 @@
+"""What is to do, and what is done: jobs, their common settings, their records.
+
+A job is an arm of a task under a tuning: all rates and seeds at once.  Each model is a
+line of results.jsonl: accuracies by domain as it was trained, and in the other form.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FILE = "results.jsonl"
+
+
+class Job(NamedTuple):
+  """One program's worth of models."""
+
+  task: str
+  tuning: str
+  arm: str
+  groups: int  # 0 of the dense arm
+  k: int
+
+
+class Plan(NamedTuple):
+  """What is common to all jobs."""
+
+  seeds: Sequence[int]
+  rates: dict[str, Sequence[float]]  # by tuning
+  groups: int
+  k: int
+  layers: tuple[int, ...]
+  examples: int
+  batch: int
+  epochs: int
+  precision: str
+  few: int | None = None  # texts that test, of each domain; None: all
+  eval_batch: int = 256
+
+
+def jobs(
+  plan: Plan, tasks: Sequence[str], tunings: Sequence[str], names: Sequence[str],
+  grid: Sequence[tuple[int, int]],
+) -> Iterator[Job]:  # fmt: skip
+  """The jobs in order; those that matter most come first."""
+  usual = (plan.groups, plan.k)
+  for task in tasks:
+    for tuning in tunings:
+      for name in names:
+        # Keys that are not trained are followed by means that stay.
+        if tuning == "lora" and name == "frozen":
+          continue
+        # Where labels conflict three arms say it; the controls are of the first task.
+        if task != "film" and name not in ("dense", "emoe", "random"):
+          continue
+        yield Job(task, tuning, name, *((0, 0) if name == "dense" else usual))
+  for tuning in tunings[:1]:
+    for groups, k in grid:
+      if (groups, k) != usual:
+        yield Job("film", tuning, "emoe", groups, k)
+
+
+def told(plan: Plan, job: Job) -> dict[str, Any]:
+  """What must be the same for records to belong together."""
+  return {
+    "layers": list(plan.layers),
+    "examples": plan.examples,
+    "batch": plan.batch,
+    "epochs": plan.epochs,
+    "precision": plan.precision,
+    "few": plan.few,
+    "rates": list(plan.rates[job.tuning]),
+    "seeds": list(plan.seeds),
+  }
+
+
+def done(path: Path, plan: Plan) -> set[Job]:
+  """Jobs of which all models are there; records of other settings are not counted."""
+  if not path.exists():
+    return set()
+  counts: dict[Job, int] = {}
+  for record in records(path):
+    job = Job(*(record[name] for name in Job._fields))
+    if record["plan"] == json.loads(json.dumps(told(plan, job))):
+      counts[job] = counts.get(job, 0) + 1
+  return {
+    job
+    for job, count in counts.items()
+    if count >= len(plan.seeds) * len(plan.rates[job.tuning])
+  }
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+  """All whole lines; one that a kill cut off is left out."""
+  found = []
+  for line in path.read_text().splitlines():
+    try:
+      found.append(json.loads(line))
+    except ValueError:
+      continue
+  return found

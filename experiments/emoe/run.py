@@ -1,0 +1,77 @@
+"""The jobs of the experiment, one after the other; what was done is not done again."""
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.emoe.jobs import FILE, Job, Plan, done
+from experiments.emoe.pack import read
+from experiments.emoe.work import Ahead, Work
+
+
+def run(
+  path: Path,
+  out: Path,
+  plan: Plan,
+  wanted: Sequence[Job],
+  *,
+  seconds: float,
+  ahead: int = 1,
+) -> int:
+  """Does what is left to do; returns the number of jobs that are then left.
+
+  Args:
+    path: of the pack.
+    out: folder of results.jsonl.
+    plan: common settings.
+    wanted: jobs.
+    seconds: no job begins later than this, less what the longest one took.
+    ahead: programs that compile at a time, for later jobs too; they are found again in
+      the compilation cache.
+  """
+  begin = time.perf_counter()
+  out.mkdir(parents=True, exist_ok=True)
+  before = done(out / FILE, plan)
+  left = [job for job in wanted if job not in before]
+  print(f"{len(left)} of {len(wanted)} jobs to do", file=sys.stderr)
+  if not left:
+    return 0
+  pack = read(path)
+  work = Work(pack, plan)
+  with Ahead(work, left, ahead) as compiled:
+    return _each(work, left, compiled, out / FILE, begin, seconds)
+
+
+def _each(
+  work: Work,
+  left: Sequence[Job],
+  compiled: Ahead,
+  path: Path,
+  begin: float,
+  seconds: float,
+) -> int:
+  longest = 0.0
+  for n, job in enumerate(left):
+    now = time.perf_counter() - begin
+    if now + longest > seconds:
+      print(f"{now:.0f} s: {len(left) - n} jobs are left", file=sys.stderr)
+      return len(left) - n
+    compiled.wait(job)
+    records = work.do(job)
+    with path.open("a") as lines:
+      lines.writelines(json.dumps(record) + "\n" for record in records)
+    took = time.perf_counter() - begin - now
+    longest = max(longest, took)
+    mean = np.mean([record["accuracy"]["film"] for record in records])
+    print(
+      f"{now + took:.0f} s: {n + 1}/{len(left)} {' '.join(map(str, job))}, "
+      f"{took:.1f} s, film {mean:.4f}",
+      file=sys.stderr,
+      flush=True,
+    )
+  return 0

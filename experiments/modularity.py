@@ -1,0 +1,205 @@
+"""When modularity emerges: what few groups of hidden units hold, over a run's steps.
+
+  python -m experiments.modularity runs/dense --steps 0,50,200,800
+
+Of every checkpoint that is kept and every dense feed-forward: hidden units are cut into
+groups by their keys, and at random; a token takes those whose mean key it likes most
+(EMoE, arXiv 2310.10908).  The share of the output that they hold, `<y_k, y>/<y, y>` on
+held-out text, is k/N if groups mean nothing.  Step 0 is an untrained model, drawn anew
+where no checkpoint of it is there.
+Steps that were measured are lines of DIR/modularity.jsonl and not measured again.
+
+Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import extras
+from experiments.parser import Parser, run
+
+FILE = "modularity.jsonl"
+_NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  parser = Parser(
+    prog="python -m experiments.modularity",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("workdirs", nargs="+", metavar="DIR", help="of runs; local")
+  add("--steps", type=_numbers, help="of checkpoints; all that are there if not given")
+  add("--groups", type=int, default=64, help="of hidden units; 64 if not given")
+  add("--share", type=float, default=0.25, help="of the groups, for a token")
+  add("--rows", type=int, default=8, help="of held-out text; 8 if not given")
+  add("--plot", type=Path, metavar="FILE", help="share by step: .svg, .png or .pdf")
+  add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
+  arguments = parser.parse_args(argv)
+  try:
+    for module, extra in _NEEDED.items():
+      extras.check(module, extra, needed_by="experiments.modularity")
+    if arguments.plot is not None:
+      extras.check("matplotlib", "viz", needed_by="--plot")
+    if not 0 < arguments.share <= 1 or arguments.groups < 1 or arguments.rows < 1:
+      raise ValueError(
+        f"--share {arguments.share} --groups {arguments.groups} --rows "
+        f"{arguments.rows}; give a share up to 1, and numbers of at least 1."
+      )
+    found = {name: _measured(name, arguments) for name in arguments.workdirs}
+    for name, records in found.items():
+      print("\n".join([f"{name}:", *lines(records)]))
+    if arguments.plot is not None:
+      _draw(found, arguments.plot)
+  except (ValueError, OSError, extras.MissingExtra) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("\nstopped; the same command goes on from there.", file=sys.stderr)
+    return 130
+  return 0
+
+
+def _measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+  """A record for each step and dense feed-forward, done before or now."""
+  import jax
+
+  from experiments import workdir
+  from experiments.errors import BadData
+  from experiments.operations._source import Source
+
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
+  folder = workdir.opened(name, "DIR")
+  if not workdir.is_local(folder):
+    raise BadData(f"{folder} is not local; bring it here first.")
+  place = folder / "checkpoints"
+  kept = (
+    [int(p.name) for p in place.iterdir() if p.name.isdigit()] if place.exists() else []
+  )
+  steps = sorted({0, *kept}) if arguments.steps is None else arguments.steps
+  settings = {n: getattr(arguments, n) for n in ("groups", "share", "rows")}
+  path = Path(folder) / FILE
+  old = path.read_text().splitlines() if path.exists() else []
+  records = [json.loads(line) for line in old]
+  for step in dict.fromkeys(steps):
+    if any(_is(record, step, settings) for record in records):
+      continue
+    drawn = step == 0 and 0 not in kept
+    source = Source(folder, arguments.cache, None if drawn else step)
+    new = [
+      {"step": step, "settings": settings, **r} for r in _one(source, drawn, arguments)
+    ]
+    if not new:
+      raise BadData(f"DIR {folder}: the model has no dense feed-forward to look at.")
+    with path.open("a") as file:
+      file.writelines(json.dumps(record) + "\n" for record in new)
+    records += new
+    print(f"{folder}: step {step}", file=sys.stderr)
+  return [r for r in records if any(_is(r, step, settings) for step in steps)]
+
+
+def _is(record: Mapping[str, Any], step: int, settings: Mapping[str, Any]) -> bool:
+  return record["step"] == step and record["settings"] == settings
+
+
+def _one(
+  source: Any, drawn: bool, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+  from flax import nnx
+
+  from experiments import opening
+  from experiments.emoe.held import SEEDS, compared
+  from experiments.errors import BadData
+  from experiments.operations._source import sample_of
+  from jmoe import surgery
+  from jmoe.config import Dense
+  from jmoe.models import Decoder
+  from jmoe.surgery import dense
+
+  model = source.model
+  if drawn:
+    untrained = Decoder(source.run.model, rngs=nnx.Rngs(source.run.seed))
+    model = surgery.model_of(untrained)
+  batch = next(iter(opening.held_out_batches(source.run, source.encoded)))
+  given = surgery.fed(model, sample_of(batch, arguments.rows))
+  records, left_out = [], []
+  for depth, (block, x_TD) in enumerate(zip(surgery.blocks(model), given, strict=True)):
+    ff = block.config.ff
+    if not isinstance(ff, Dense):
+      continue
+    if ff.d_ff % arguments.groups:
+      left_out.append(ff.d_ff)
+      continue
+    for seed in SEEDS:
+      feed = dense.of_block(block), x_TD, ff.activation
+      found = compared(*feed, arguments.groups, [arguments.share], seed)
+      records += [{"layer": depth, **record} for record in found]
+  if left_out and not records:
+    raise BadData(
+      f"--groups {arguments.groups} does not divide d_ff={left_out[0]}; give a divisor."
+    )
+  if left_out:
+    print(f"without layers of d_ff={left_out[0]}", file=sys.stderr)
+  return records
+
+
+def lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Shares by step and layer: by keys, at random, and their difference."""
+  cells = by_step(records)
+  layers = sorted({record["layer"] for record in records})
+  head = "".join(f"{f'layer {layer}':>24}" for layer in layers)
+  said = [f"{'step':>8}{head}", f"{'':>8}" + f"{'keys - random':>24}" * len(layers)]
+  for step in sorted({record["step"] for record in records}):
+    row = ""
+    for layer in layers:
+      keys, chance = (cells[layer, part][step] for part in ("keys", "random"))
+      row += f"{f'{keys:.3f} - {chance:.3f} = {keys - chance:.3f}':>24}"
+    said.append(f"{step:>8}{row}")
+  return said
+
+
+def by_step(records: Sequence[Mapping[str, Any]]) -> dict[tuple, dict[int, float]]:
+  """(layer, partition) -> step -> share, the mean over seeds."""
+  found: dict[tuple, dict[int, list[float]]] = {}
+  for r in records:
+    by_step = found.setdefault((r["layer"], r["partition"]), {})
+    by_step.setdefault(r["step"], []).append(r["share"])
+  return {
+    at: {step: sum(shares) / len(shares) for step, shares in by_step.items()}
+    for at, by_step in found.items()
+  }
+
+
+def _draw(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(6, 4), layout="constrained")
+  axes = figure.add_subplot()
+  for name, records in found.items():
+    cells = by_step(records)
+    for layer in sorted({layer for layer, _ in cells}):
+      keys, chance = cells[layer, "keys"], cells[layer, "random"]
+      steps = sorted(keys)
+      gaps = [keys[step] - chance[step] for step in steps]
+      axes.plot(steps, gaps, marker="o", label=f"{name}, layer {layer}")
+  axes.set_xlabel("step")
+  axes.set_ylabel("share held by clustered groups, less random ones")
+  axes.legend(fontsize="small")
+  figure.savefig(path)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+  return tuple(int(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+  run(main)
