@@ -69,30 +69,16 @@ def test_right_answers_are_counted_by_kind():
 def test_a_probe_is_not_made_twice(tmp_path, capsys, monkeypatch):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
   given = ["--out", str(tmp_path), "--cache", str(tmp_path / "cache"), "--layers", "1"]
-  given += [
-    "--arms",
-    "dag=1",
-    "--against",
-    "dag=1",
-    "--functions",
-    "2",
-    "--values",
-    "3",
-    "--seeds",
-  ]
-  given += ["2", "--width", "8", "--steps", "2", "--every", "1", "--rows", "1"]
+  given += "--arms sparse --functions 2 --values 3 --seeds 2 --width 8".split()
+  given += "--steps 2 --every 1 --rows 1".split()
   with _cases.quickly():
     assert composition.main([*given, "--results", str(tmp_path / "claims")]) == 0
   lines = (tmp_path / composition.FILE).read_text().splitlines()
   assert len(lines) == 2 * 2
-  assert {(x["seed"], x["step"]) for x in map(json.loads, lines)} == {
-    (0, 1),
-    (1, 1),
-    (0, 2),
-    (1, 2),
-  }
+  drawn = {(x["seed"], x["step"]) for x in map(json.loads, lines)}
+  assert drawn == {(seed, step) for seed in (0, 1) for step in (1, 2)}
   (claim,) = (tmp_path / "claims").glob("*held_out.json")
-  assert set(json.loads(claim.read_text())["arms"]["dag=1"]["values"]) == {"0", "1"}
+  assert set(json.loads(claim.read_text())["arms"]["sparse"]["values"]) == {"0", "1"}
   shown = capsys.readouterr().out
   assert composition.main(given) == 0
   again = capsys.readouterr()
