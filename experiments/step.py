@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def train_step(
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, moments = optimizer.update(grads, state.optimizer, state.params)
   with jax.numpy_dtype_promotion("standard"):  # float32 updates of narrower parameters
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
   # Of the new parameters: some gates are read off the experts after each step.
   balance = blueprint.balanced(params, state.balance, infos)
   params, balance, moments = jax.tree.map(
