@@ -184,10 +184,11 @@ class Session:
     until = time.monotonic() + share * self.arguments.limit
     print(f"links of {n} GPUs", flush=True)
     rounds = min(5, self.arguments.rounds)
-    with turn(self.arguments.turn):
+    with turn(self.arguments.turn) as waited:
       self.found["links"] = links.measured(
-        self.shape, n, rounds=rounds, until=until, tiny=self.arguments.dry
+        self.shape, n, rounds=rounds, until=until + waited, tiny=self.arguments.dry
       )
+    self.begin += waited
     for entry in self.found["links"]:
       print(links.shown(entry), flush=True)
     self.save()
@@ -218,7 +219,9 @@ class Session:
       print(f"  {job.name:<38}{said}", flush=True)
       programs.append((job, program))
     right = True
-    with turn(arguments.turn):
+    with turn(arguments.turn) as waited:
+      until += waited
+      self.begin += waited
       for i, routing in enumerate(self.routings):
         left = max(0.0, until - time.monotonic())
         stop = time.monotonic() + left / (len(self.routings) - i)

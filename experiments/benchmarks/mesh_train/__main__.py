@@ -128,8 +128,9 @@ def _run(arguments: argparse.Namespace, sizes: dict[str, int]) -> int:
     for program in filter(None, made):
       # A compiler that tries kernels would slow what is timed.
       program.compiled.result()
-    with turn(arguments.turn):
-      step = measure.step(arguments, sizes, made, state, until=until)
+    with turn(arguments.turn) as waited:
+      begin += waited
+      step = measure.step(arguments, sizes, made, state, until=until + waited)
     save(step=step)
     right &= step["right"]
     if made.saved is not None:
