@@ -366,7 +366,8 @@ def test_scans_over_layers_with_and_without_remat_agree_with_a_loop():
   for remat in (False, True):
     of_nnx = with_nnx_scan(moe, x_BSD, remat)
     *of_linen, state = with_linen_scan(moe, x_BSD, remat)
-    assert_equal(of_nnx, tuple(of_linen))
+    # Two programs: XLA fuses, and so rounds, each in its own way.
+    jax.tree.map(assert_close, of_nnx, tuple(of_linen))
     jax.tree.map(assert_close, of_nnx, expected)
     np.testing.assert_array_equal(of_nnx[1][1].load, load_LE)
     assert_equal(state.bias, bias_LE)
