@@ -19,7 +19,7 @@ from experiments.workdir import write_text
 from jmoe.analysis import routes, specialisation
 
 FILE = "routes.json"
-_VERSION = 1
+_VERSION = 2
 _BITS = math.log(2)  # nats of one
 
 
@@ -174,7 +174,9 @@ def _asked(source: Source, some: choices.Pieces, now: choices.Choices) -> list[_
     return asked
   python_T = np.where(is_python_T, document_T, -1)
   if len(np.unique(domain_D[document_T[is_python_T]])) > 1:
-    asked.append(_Labels("domain", "Python", python_T, domain_D))
+    # Chance draws labels of these documents alone.
+    units = _dense(python_T, domain_D[document_T])
+    asked.append(_Labels("domain", "Python", *units))
   # Pieces of a document are its units: do two have more in common than their words?
   piece_T = np.where(is_python_T, now.piece, -1)
   asked.append(_Labels("document", "Python", *_dense(piece_T, document_T)))

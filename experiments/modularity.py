@@ -7,14 +7,14 @@ groups by their keys, and at random; a token takes those whose mean key it likes
 (EMoE, arXiv 2310.10908).  The share of the output that they hold, `<y_k, y>/<y, y>` on
 held-out text, is k/N if groups mean nothing.  Step 0 is an untrained model, drawn anew
 where no checkpoint of it is there.
-Steps that were measured are lines of DIR/modularity.jsonl and not measured again.
+A step that was measured is a line of DIR/modularity.jsonl and not measured again.
 
 Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
-import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ def _measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
   """A record for each step and dense feed-forward, done before or now."""
   import jax
 
-  from experiments import workdir
+  from experiments import metrics, workdir
   from experiments.errors import BadData
   from experiments.operations._source import Source
 
@@ -87,28 +87,31 @@ def _measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
   )
   steps = sorted({0, *kept}) if arguments.steps is None else arguments.steps
   settings = {n: getattr(arguments, n) for n in ("groups", "share", "rows")}
-  path = Path(folder) / FILE
-  old = path.read_text().splitlines() if path.exists() else []
-  records = [json.loads(line) for line in old]
+  path = folder / FILE
+  measured = metrics.kept(path, sys.maxsize)
   for step in dict.fromkeys(steps):
-    if any(_is(record, step, settings) for record in records):
+    if any(_is(line, step, settings) for line in measured):
       continue
     drawn = step == 0 and 0 not in kept
     source = Source(folder, arguments.cache, None if drawn else step)
-    new = [
-      {"step": step, "settings": settings, **r} for r in _one(source, drawn, arguments)
-    ]
+    new = _one(source, drawn, arguments)
     if not new:
       raise BadData(f"DIR {folder}: the model has no dense feed-forward to look at.")
-    with path.open("a") as file:
-      file.writelines(json.dumps(record) + "\n" for record in new)
-    records += new
+    measured.append({"step": step, "settings": settings, "records": new})
+    metrics.Lines(path, measured).close()
     print(f"{folder}: step {step}", file=sys.stderr)
-  return [r for r in records if any(_is(r, step, settings) for step in steps)]
+  return [
+    {"step": line["step"], **record}
+    for line in measured
+    if any(_is(line, step, settings) for step in steps)
+    for record in line["records"]
+  ]
 
 
-def _is(record: Mapping[str, Any], step: int, settings: Mapping[str, Any]) -> bool:
-  return record["step"] == step and record["settings"] == settings
+def _is(line: Mapping[str, Any], step: int, settings: Mapping[str, Any]) -> bool:
+  """Whether it has all of a step; lines that have one record each do not say so."""
+  same = line["step"] == step and line.get("settings") == settings
+  return same and "records" in line
 
 
 def _one(
@@ -172,7 +175,8 @@ def by_step(records: Sequence[Mapping[str, Any]]) -> dict[tuple, dict[int, float
   found: dict[tuple, dict[int, list[float]]] = {}
   for r in records:
     by_step = found.setdefault((r["layer"], r["partition"]), {})
-    by_step.setdefault(r["step"], []).append(r["share"])
+    share = math.nan if r["share"] is None else r["share"]  # JSON has no NaN
+    by_step.setdefault(r["step"], []).append(share)
   return {
     at: {step: sum(shares) / len(shares) for step, shares in by_step.items()}
     for at, by_step in found.items()

@@ -80,6 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
   from experiments import workdir
   from experiments.operations._source import Source
   from experiments.signals import Stop
+  from jmoe import surgery
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
@@ -92,6 +93,8 @@ def _run(arguments: argparse.Namespace) -> None:
       if not workdir.is_local(folder):
         raise ValueError(f"{folder} is not local; bring it here first.")
       source = Source(folder, arguments.cache)
+      if not surgery.layer_configs(source.model.config):
+        raise ValueError(f"{folder} has no sparse layer; give a run with one.")
       bits = [_measured(source, size, stop) for size in sizes]
       print(f"{name[-39:]:<40}" + "".join(f"{x:>10.4f}" for x in bits), flush=True)
 

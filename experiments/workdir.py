@@ -13,6 +13,8 @@
   summary.json       the end, or how far it came
   routes.json        whom tokens ask, if `experiments.routes` was asked to look
   extraction.jsonl   what a few experts are worth, if `experiments.emo` was
+  pools.jsonl        bits where documents have pools, if `experiments.pools` was
+  modularity.jsonl   what few groups of hidden units hold, if its module was
   dense/             all of this for the dense model it is compared with
 
 Local, or `gs://...` and `s3://...`, which `experiments.remote` brings here and back.

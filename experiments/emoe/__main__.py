@@ -88,7 +88,13 @@ def _measured(arguments: argparse.Namespace, argv: list[str]) -> int:
   )
   if arguments.results is not None:
     command = shlex.join(["python", "-m", "experiments.emoe", *argv])
-    held.claim(found, arguments.results, arguments.name, command)
+    held.claim(
+      found,
+      arguments.results,
+      arguments.name,
+      command,
+      untrained=arguments.untrained,
+    )
   print(json.dumps(found, indent=2) if arguments.json else "\n".join(held.lines(found)))
   return 0
 

@@ -98,19 +98,27 @@ def compared(
 
 
 def claim(
-  records: Sequence[Mapping[str, Any]], folder: Path, name: str, command: str
+  records: Sequence[Mapping[str, Any]],
+  folder: Path,
+  name: str,
+  command: str,
+  *,
+  untrained: bool = False,
 ) -> None:
-  """Appends shares to FOLDER/NAME-held-K-of-N-layer-L.json.
+  """Appends shares to FOLDER/NAME-held-K-of-N-layer-L.json; `-held-untrained-` if so.
 
   Raises:
     BadData: a file holds something else.
   """
   about = {"versions": summary.versions(), "hardware": summary.hardware()}
+  mark, model, weights = "", "MiniLM", {}
+  if untrained:
+    mark, model, weights = "untrained-", "an untrained MiniLM", {"untrained": True}
   for record in records:
     at = f"{record['k']}-of-{record['groups']}-layer-{record['layer']}"
     results.append(
-      folder / f"{name}-held-{at}.json",
-      claim=f"share of a feed-forward's output, layer {record['layer']} of MiniLM, "
+      folder / f"{name}-held-{mark}{at}.json",
+      claim=f"share of a feed-forward's output, layer {record['layer']} of {model}, "
       f"that {record['k']} of {record['groups']} groups hold, chosen by mean keys",
       unit="share",
       against="random",
@@ -118,7 +126,7 @@ def claim(
       seed=record["seed"],
       value=record["share"],
       command=command,
-      config={name: record[name] for name in ("layer", "groups", "k", "partition")},
+      config={n: record[n] for n in ("layer", "groups", "k", "partition")} | weights,
       **about,
     )
 

@@ -8,10 +8,12 @@ archive of vaderSentiment.  Archives are opened as such; nothing of them is impo
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ FILES = {
 }
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 _WEIGHT = "weight/"
+_ARRAYS = ("config", "tokens", "length", "domain", "rating")
 
 
 class Pack(NamedTuple):
@@ -101,19 +104,23 @@ def write(folder: Path, out: Path, *, longest: int) -> dict[str, Any]:
   length_M = np.array([len(ids) for ids in encoded], np.int32)
   domains = list(FILES)
   out.parent.mkdir(parents=True, exist_ok=True)
-  np.savez_compressed(
-    out,
-    config=np.frombuffer(json.dumps(config).encode(), np.uint8),
-    tokens=np.concatenate([np.asarray(ids, np.uint16) for ids in encoded]),
-    length=length_M,
-    domain=np.array([domains.index(name) for name, _, _ in rows], np.uint8),
-    rating=np.array([rating for _, rating, _ in rows], np.float32),
-    **{  # type: ignore[arg-type]
-      _WEIGHT + name: x.astype(np.float16)
-      for name, x in weights.items()
-      if x.dtype == np.float32
-    },
-  )
+  unfinished = out.with_name(out.name + ".unfinished")
+  # By its name NumPy would add .npz.
+  with unfinished.open("wb") as file:
+    np.savez_compressed(
+      file,
+      config=np.frombuffer(json.dumps(config).encode(), np.uint8),
+      tokens=np.concatenate([np.asarray(ids, np.uint16) for ids in encoded]),
+      length=length_M,
+      domain=np.array([domains.index(name) for name, _, _ in rows], np.uint8),
+      rating=np.array([rating for _, rating, _ in rows], np.float32),
+      **{  # type: ignore[arg-type]
+        _WEIGHT + name: x.astype(np.float16)
+        for name, x in weights.items()
+        if x.dtype == np.float32
+      },
+    )
+  os.replace(unfinished, out)
   return {
     "bytes": out.stat().st_size,
     "texts": {n: sum(1 for name, _, _ in rows if name == n) for n in domains},
@@ -145,10 +152,13 @@ def read(path: Path) -> Pack:
     BadData: it is none, or not whole.
   """
   try:
-    with np.load(path) as kept:
-      arrays = {name: kept[name] for name in kept.files}
-  except (OSError, ValueError, zipfile.BadZipFile) as error:
+    with path.open("rb") as file:
+      kept = np.load(file)  # one array, if it is .npy
+      arrays = {name: kept[name] for name in getattr(kept, "files", ())}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise BadData(f"--pack {path}: {error}; write it with `pack --out`.") from None
+  if missing := [name for name in _ARRAYS if name not in arrays]:
+    raise BadData(f"--pack {path} has no {missing[0]!r}; write it with `pack --out`.")
   length_M = arrays["length"].astype(np.int32)
   tokens_MS = np.zeros((len(length_M), int(length_M.max())), np.int32)
   begin = np.concatenate([[0], np.cumsum(length_M)])

@@ -6,12 +6,14 @@ heads and orders in all arms.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import intervals, results
-from experiments.emoe.jobs import Job
+from experiments import intervals, results, workdir
+from experiments.emoe.jobs import FILE, Job
+from experiments.errors import BadData
 
 DOMAINS = ("film", "tweets", "amazon", "editorials")
 
@@ -27,18 +29,31 @@ class Row(NamedTuple):
 
 
 def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-  """Every arm as it was trained, and in its other form."""
-  jobs: dict[Job, dict[float, dict[int, Mapping[str, Any]]]] = {}
+  """Every arm as it was trained, and in its other form; arms that are not whole wait.
+
+  Raises:
+    BadData: arms of one tuning had different settings, or none is whole.
+  """
+  groups: dict[tuple[Job, str], dict[float, dict[int, Mapping[str, Any]]]] = {}
   for record in records:  # of equal ones the last counts
     job = Job(*(record[name] for name in Job._fields))
-    seeds = jobs.setdefault(job, {}).setdefault(record["rate"], {})
-    seeds[record["seed"]] = record
-  found = []
-  for job, rates in jobs.items():
-    most = max(len(seeds) for seeds in rates.values())
-    whole = {rate: seeds for rate, seeds in rates.items() if len(seeds) == most}
-    rate = max(whole, key=lambda r: _mean(whole[r].values(), "choose"))
-    seeds = whole[rate]
+    plan = json.dumps(record["plan"], sort_keys=True)
+    rates = groups.setdefault((job, plan), {})
+    rates.setdefault(record["rate"], {})[record["seed"]] = record
+  found: list[Row] = []
+  plans: dict[str, Any] = {}  # by tuning
+  for (job, text), rates in groups.items():
+    plan = json.loads(text)
+    models = sum(map(len, rates.values()))
+    if models < len(plan["rates"]) * len(plan["seeds"]):
+      continue
+    if apart := workdir.differences(plans.setdefault(job.tuning, plan), plan):
+      raise BadData(
+        f"{FILE} has {job.tuning} tuning under different settings ({job.arm}: "
+        f"{workdir.listed(apart)}); keep those of one in it."
+      )
+    rate = max(rates, key=lambda r: _mean(rates[r].values(), "choose"))
+    seeds = rates[rate]
     about = next(iter(seeds.values()))
     forms = {"accuracy": job.arm, "accuracy_as_dense": f"{job.arm} to dense"}
     forms["accuracy_as_groups"] = f"{job.arm} to groups"
@@ -46,6 +61,8 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
       if name in about:
         own = {seed: dict(record[name]) for seed, record in seeds.items()}
         found.append(Row(label, job, rate, own, about))
+  if not found:
+    raise BadData(f"{FILE} has all models of no arm; go on with `run`.")
   return found
 
 

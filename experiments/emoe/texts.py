@@ -63,10 +63,16 @@ def order(
   """i32[steps,batch]: the texts of every step of a seed, the same for all arms.
 
   Raises:
-    BadData: more examples than there are.
+    BadData: more examples than there are, or too few for a step.
   """
   random = np.random.default_rng([seed, 0])
   each = examples // len(parts.train)
+  rows_in_all = epochs * each * len(parts.train)
+  if not 0 < batch <= rows_in_all:
+    raise BadData(
+      f"--examples {examples} --epochs {epochs} --batch {batch}: no step; give a batch "
+      "of at least 1, and epochs times examples of at least a batch."
+    )
   drawn = []
   for domain, numbers in parts.train.items():
     if each > len(numbers):
@@ -77,7 +83,7 @@ def order(
     drawn.append(random.permutation(numbers)[:each])
   own = np.concatenate(drawn)
   rows = [random.permutation(own) for _ in range(epochs)]
-  steps = epochs * len(own) // batch
+  steps = rows_in_all // batch
   return np.concatenate(rows)[: steps * batch].reshape(steps, batch).astype(np.int32)
 
 

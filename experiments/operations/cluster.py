@@ -5,7 +5,8 @@
 
 EMoE (arXiv 2310.10908): input weights of hidden units are clustered into groups of one
 size; chosen groups weigh one, scored by the means of their keys, which follow the keys
-from step to step unless --gate frozen.  --gate linear or cosine is trained from there.
+from step to step unless --gate frozen.  --gate linear or cosine is trained from there,
+and balanced with the weight of `presets.emoe` if the run weighs no loss.
 --partition random is a control.  The receipt has where each hidden unit was.
 """
 # SPDX-License-Identifier: Apache-2.0
@@ -28,6 +29,7 @@ def arguments(add: Any) -> None:
 def operate(source: Any, arguments: argparse.Namespace) -> Any:
   """The model in groups."""
   from experiments.operations._source import Outcome
+  from jmoe.presets import emoe
   from jmoe.surgery import cluster
 
   made = cluster.cluster(
@@ -39,8 +41,13 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     partition=arguments.partition,
     gate=arguments.gate,
   )
+  learned = arguments.gate in ("linear", "cosine")
+  # A dense run balances nothing.
+  weights = tuple(emoe.LEARNED_LOSS_WEIGHTS.items())
+  balance = learned and not source.run.loss_weights
   return Outcome(
     made.model,
     [order_F.tolist() for order_F in made.orders],
+    settings=(f"loss_weights={weights}",) if balance else (),
     moments="hidden units of a dense layer are experts of a sparse one",
   )

@@ -1,7 +1,8 @@
 """BERT's published layout as a `surgery.encoders.EncoderModel`, and back.
 
 `config.json` and tensors by name, as `tensors.read` gives them, of BertModel or of a
-model with a head (names below "bert.").  The pooler and heads are left out.
+model with a head (names below "bert."), norms with the names of newer or older files.
+The pooler and heads are left out.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -152,9 +153,11 @@ def to_released(model: EncoderModel) -> tuple[dict[str, Any], dict[str, np.ndarr
 
 
 def _norm(left: dict[str, Any], own: str, name: str, d: int) -> dict[str, np.ndarray]:
+  # Older files have TensorFlow's names.
+  scale, bias = ("gamma", "beta") if f"{name}.gamma" in left else ("weight", "bias")
   return {
-    f"{own}.scale": _take(left, f"{name}.weight", (d,)),
-    f"{own}.bias": _take(left, f"{name}.bias", (d,)),
+    f"{own}.scale": _take(left, f"{name}.{scale}", (d,)),
+    f"{own}.bias": _take(left, f"{name}.{bias}", (d,)),
   }
 
 

@@ -29,6 +29,8 @@ def test_a_dry_run_times_compares_and_writes_what_it_was_asked_for(tmp_path, cap
   code = mesh.main([*words.split(), "--strategies", names, "--out", str(out)])
   assert code == 0, capsys.readouterr().err
   found = json.loads(out.read_text())
+  said = f"python -m experiments.benchmarks.mesh {words} --strategies {names}"
+  assert found["command"] == said
   (group,) = found["groups"]
   assert group["gpus"] == 2 and "--liger-site" in group["missing"]["liger-cute-kernels"]
   entries = {row["name"]: row for row in group["rows"]}

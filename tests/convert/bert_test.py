@@ -112,7 +112,16 @@ def run(model):
 
 def test_activations_are_those_of_the_published_formulas():
   wide = {name: np.asarray(x, np.float64) for name, x in TENSORS.items()}
-  found = run(bert.from_released(CONFIG, TENSORS))
+  older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+  renamed = {}
+  for name, x in TENSORS.items():
+    for new, old in older.items():
+      name = name.replace(new, old)
+    renamed[name] = x
+  model = bert.from_released(CONFIG, renamed)
+  for name, x in bert.from_released(CONFIG, TENSORS).params.items():
+    np.testing.assert_array_equal(model.params[name], x, name)
+  found = run(model)
   for row, length in enumerate(LENGTHS):
     expected = oracle(wide, TOKENS[row], length, KINDS[row])
     assert_close(found[row, :length], expected[:length].astype(np.float32))

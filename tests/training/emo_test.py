@@ -26,6 +26,7 @@ from experiments.operations._source import Source
 from jmoe import presets, surgery
 from jmoe.config import BlockConfig, ModelConfig
 from tests import _cases
+from tests.training import routes_test
 
 RUN = configs.load("emo")
 
@@ -170,6 +171,10 @@ def test_pools_in_evaluation_are_measured_once(trained, cache, monkeypatch, caps
 
   monkeypatch.setattr(pools, "evaluated", measured)
   assert pools.main(given) == 0
+  with monkeypatch.context() as changed:
+    changed.setattr(Source, "__init__", routes_test.dense(Source.__init__))
+    assert pools.main(given) == 2
+  assert "has no sparse layer; give a run with one" in capsys.readouterr().err
   with pytest.raises(ValueError, match="evaluation=9"):
     pools.with_pools(model, 9)
   plain = surgery.on_layers(

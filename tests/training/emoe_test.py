@@ -72,7 +72,7 @@ def _add(tar, name, data):
 
 @pytest.fixture(scope="module")
 def packed(archives):
-  out = archives / "pack.npz"
+  out = archives / "pack"
   given = ["--archives", str(archives), "--out", str(out), "--longest", "9"]
   assert command.main(["pack", *given]) == 0
   return out
@@ -85,8 +85,19 @@ def test_the_file_holds_weights_texts_and_ratings(packed):
     assert_close(array.astype(np.float16), TENSORS[name].astype(np.float16))
   assert found.tokens_MS.shape == (4 * 41, 9) and found.length_M.max() == 9
   assert found.tokens_MS[0].tolist() == [1, 3, 0, 0, 0, 0, 0, 0, 0]
-  with pytest.raises(BadData, match="write it with"):
-    pack.read(packed.parent / "none.npz")
+  assert [p.name for p in packed.parent.glob("pack*")] == ["pack"]  # and no half one
+  other = packed.parent / "other.npz"
+  np.savez(other, config=np.zeros(1), tokens=np.zeros(1))
+  for name, body, said in (
+    ("none.npz", None, "No such file"),
+    ("empty.npz", b"", "No data left"),
+    ("half.npz", packed.read_bytes()[:-100], "write it with"),
+    ("other.npz", None, "has no 'length'"),
+  ):
+    if body is not None:
+      (packed.parent / name).write_bytes(body)
+    with pytest.raises(BadData, match=f"--pack .*{name}.*{said}"):
+      pack.read(packed.parent / name)
 
 
 def test_texts_are_apart_and_a_seed_draws_the_same_for_all_arms(packed):
@@ -108,6 +119,9 @@ def test_texts_are_apart_and_a_seed_draws_the_same_for_all_arms(packed):
   assert (order != texts.order(inverted, seed=2, **given)).any()
   with pytest.raises(BadData, match="has .* texts to train"):
     texts.order(parts, seed=0, examples=1000, batch=3, epochs=1)
+  for few in (dict(examples=2), dict(epochs=0), dict(batch=0), dict(examples=-8)):
+    with pytest.raises(BadData, match="no step; give a batch"):
+      texts.order(inverted, seed=0, **(dict(examples=8, batch=3, epochs=1) | few))
 
 
 def started(name, k=2, groups=4):
@@ -204,6 +218,11 @@ def test_shares_of_groups_are_claims_by_seed(packed, tmp_path, capsys):
     np.testing.assert_allclose(list(whole.values()), [1, 1, 1], rtol=1e-5)
   half = json.loads((tmp_path / "emoe-held-2-of-4-layer-0.json").read_text())
   assert 0 < half["interval"]["keys"]["mean"] != half["interval"]["random"]["mean"]
+  assert command.main([*given, "--untrained"]) == 0
+  drawn = json.loads((tmp_path / "emoe-held-untrained-2-of-4-layer-0.json").read_text())
+  assert "of an untrained MiniLM" in drawn["claim"]
+  assert drawn["arms"]["keys"]["config"]["untrained"]
+  assert drawn["arms"]["keys"]["values"] != half["arms"]["keys"]["values"]
 
 
 def test_jobs_are_kept_and_not_done_again(packed, tmp_path, capsys):
@@ -233,15 +252,25 @@ def test_a_rate_is_chosen_without_the_tests_and_seeds_are_paired():
     rest = dict.fromkeys(table.DOMAINS[1:], 0.5)
     own = {"choose": choose, "film": film, **rest}
     job = dict(task="film", tuning="full", arm=arm, groups=0, k=0)
-    return {**job, "rate": rate, "seed": seed, "accuracy": own}
+    plan = {"examples": 9, "rates": [1e-5, 1e-4], "seeds": [0, 1]}
+    return {**job, "plan": plan, "rate": rate, "seed": seed, "accuracy": own}
 
   records = [
     record("dense", 1e-5, 0, 0.9, 0.5), record("dense", 1e-5, 1, 0.9, 0.6),
     record("dense", 1e-4, 0, 0.8, 0.9), record("dense", 1e-4, 1, 0.8, 0.9),
     record("emoe", 1e-5, 0, 0.9, 0.6), record("emoe", 1e-5, 1, 0.9, 0.6),
+    record("emoe", 1e-4, 0, 0.8, 0.9), record("emoe", 1e-4, 1, 0.8, 0.9),
+    record("random", 1e-5, 0, 0.9, 0.6),  # not whole
   ]  # fmt: skip
   dense, emoe = table.rows(records)
   assert dense.rate == 1e-5 and table.values(dense, "film") == {0: 50.0, 1: 60.0}
   assert emoe.label == "emoe"
   (line,) = [x for x in table.lines([dense, emoe]) if x.startswith("emoe")]
   assert "60.00 5.00 [" in line and "(1/0)" in line
+  # Of other settings those are left out that are not whole, as of a try stopped early.
+  other = [r | {"plan": r["plan"] | {"examples": 4}} for r in records[4:8]]
+  assert table.rows([*records, *other[1:]]) == [dense, emoe]
+  with pytest.raises(BadData, match=r"emoe: examples: 9 there, 4 here\); keep"):
+    table.rows([*records, *other])
+  with pytest.raises(BadData, match="all models of no arm"):
+    table.rows(records[:1])

@@ -30,8 +30,9 @@ def test_steps_are_measured_once_and_feed_forwards_see_what_they_did(
   given = [str(folder), "--groups", "8", "--rows", "2", "--cache", str(cache)]
   assert modularity.main(given) == 0
   said = capsys.readouterr()
-  records = [json.loads(x) for x in (folder / modularity.FILE).open()]
-  assert {r["step"] for r in records} == {0}  # of the checkpoint
+  lines = [json.loads(x) for x in (folder / modularity.FILE).open()]
+  assert [line["step"] for line in lines] == [0]  # of the checkpoint
+  records = lines[0]["records"]
   assert {(r["layer"], r["k"], r["partition"]) for r in records} == {
     (0, 2, "keys"),
     (0, 2, "random"),
@@ -41,6 +42,13 @@ def test_steps_are_measured_once_and_feed_forwards_see_what_they_did(
   assert modularity.main(given) == 0
   again = capsys.readouterr()
   assert again.out == said.out and not again.err
+  # A line that a kill cut off, after one of a record by itself, is measured again.
+  whole = (folder / modularity.FILE).read_text()
+  alone = json.dumps({n: lines[0][n] for n in ("step", "settings")} | records[0]) + "\n"
+  (folder / modularity.FILE).write_text(alone + whole[: len(whole) // 2])
+  assert modularity.main(given) == 0
+  assert capsys.readouterr().out == said.out
+  assert (folder / modularity.FILE).read_text() == alone + whole
   assert modularity.main([*given, "--groups", "5"]) == 2
   assert "--groups 5 does not divide d_ff=32" in capsys.readouterr().err
 

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import itertools
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -165,10 +167,42 @@ def test_what_experts_know_for_certain_is_all_that_labels_hold():
   assert math.isclose(found["miller_madow"], madow) and madow < found["by_chance"]
 
 
+def test_chance_of_python_text_deals_domains_among_its_documents_alone(monkeypatch):
+  """All ways to give four documents of two Python domains their labels."""
+  domain_D = np.array([0, 0, 1, 1, 2, 2, 3, 3, 3, 3])
+  document_T = np.repeat(np.arange(10), 6)
+  T = np.arange(60)
+  kind_T = np.where(document_T < 4, 0, -1)
+  monkeypatch.setattr(counting, "_python", lambda *_: (kind_T, np.where(kind_T, -1, T)))
+  held_out = types.SimpleNamespace(domain=domain_D)
+  source = types.SimpleNamespace(encoded=types.SimpleNamespace(held_out=held_out))
+  some = types.SimpleNamespace(document=np.arange(10))
+  now = types.SimpleNamespace(piece=document_T, token=T % 5)
+  uses_TE = np.eye(3, dtype=bool)[(document_T + T % 3 // 2) % 3]
+  (row,) = (
+    row
+    for row in counting._asked(source, some, now)  # type: ignore[arg-type]
+    if (row.labels, row.text) == ("domain", "Python")
+  )
+  found = counting._told(row, uses_TE, draws=400, seed=0)
+
+  def bits(ones):
+    label_T = np.isin(document_T, ones).astype(int)[document_T < 4]
+    load_LE = np.stack([uses_TE[:24][label_T == n].sum(0) for n in (0, 1)])
+    p = load_LE / load_LE.sum()
+    even = p.sum(0) * p.sum(1, keepdims=True)
+    return (p * np.log2(np.where(p > 0, p / even, 1))).sum()
+
+  each = [bits(ones) for ones in itertools.combinations(range(4), 2)]
+  assert math.isclose(found["bits"], bits((2, 3)))
+  assert math.isclose(found["chance_at_most"], max(each))
+  np.testing.assert_allclose(found["by_chance"], np.mean(each), atol=0.05 * max(each))
+
+
 def test_a_run_without_choices_and_bad_arguments_are_refused(
   twice, cache, tmp_path, capsys, monkeypatch
 ):
-  monkeypatch.setattr(Source, "__init__", _dense(Source.__init__))
+  monkeypatch.setattr(Source, "__init__", dense(Source.__init__))
   assert routes.main([str(twice), "--cache", str(cache), "--draws", "1"]) == 2
   assert "has no sparse layer" in capsys.readouterr().err
   assert routes.main([str(tmp_path), "--cache", str(cache)]) == 2
@@ -178,7 +212,7 @@ def test_a_run_without_choices_and_bad_arguments_are_refused(
   assert "'0' is not a whole number >= 1" in capsys.readouterr().err
 
 
-def _dense(own):
+def dense(own):
   """A source whose model is a dense block."""
 
   def init(self, *args, **kwargs):

@@ -1,6 +1,7 @@
 """Each operation on a checkpoint: its arguments, what it makes, and what trains on."""
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import json
 
 import numpy as np
@@ -82,7 +83,12 @@ def test_dense_again_upcycled_and_expanded(source):
   up = operated("upcycle", dense, "--experts", "3", "--blocks", "1")
   assert layer(up.model).config.num_experts == 3
   groups = operated("cluster", dense, "--experts", "4", "--k", "2", "--blocks", "0")
-  assert sorted(groups.kept[0]) == list(range(32))
+  assert sorted(groups.kept[0]) == list(range(32)) and not groups.settings
+  dense.run = dataclasses.replace(source.run, loss_weights=())
+  own = ["--experts", "4", "--k", "2", "--blocks", "0", "--gate", "linear"]
+  learned = operated("cluster", dense, *own)
+  run = surgery._run("", dense.run, learned.model.config, [*learned.settings])
+  assert run.loss_weights == (("load_balance", 0.01),)
   begun = operated("flex", dense, "--domain", "code", "--public-domain", "prose",
                    "--documents", "2")  # fmt: skip
   assert len(pure.layers(begun.model)) == 2

@@ -34,9 +34,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.command import command
 from experiments.benchmarks.turns import HELP, turn
 from experiments.parser import Parser, run
 
+_NAME = "experiments.benchmarks.mesh"
 PARTS = ("layer", "links", "liger")
 _STRATEGIES = "all_gather,all_to_all,ragged_all_to_all,hierarchical,deduplicated,gather"
 
@@ -44,7 +46,7 @@ _STRATEGIES = "all_gather,all_to_all,ragged_all_to_all,hierarchical,deduplicated
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code."""
   parser = Parser(
-    prog="python -m experiments.benchmarks.mesh",
+    prog=f"python -m {_NAME}",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -69,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
   add("--dry", action="store_true", help="host devices and a tiny layer, no GPU")
   add("--out", type=Path, help="JSON file for the figures")
   arguments = parser.parse_args(argv)
-  arguments.words = list(sys.argv[1:] if argv is None else argv)
+  words = sys.argv[1:] if argv is None else argv
+  arguments.command = command(_NAME, words, without=("--turn", "--out"))
   if arguments.dry:
     pretend(arguments.gpus)
   # Other processes may share the GPUs: nobody takes all memory at once.
@@ -136,7 +139,7 @@ class Session:
       self.sizes.append(self.sizes[-1] // 2)
     self.found: dict[str, Any] = {
       "what": "a sparse layer over the GPUs of a host",
-      "command": " ".join(["python -m experiments.benchmarks.mesh", *arguments.words]),
+      "command": arguments.command,
       "shape": dataclasses.asdict(shape) | {"name": arguments.shape},
       "device": jax.devices()[0].device_kind,
       "jax": jax.__version__,

@@ -29,14 +29,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.command import command
 from experiments.benchmarks.turns import HELP, turn
 from experiments.parser import Parser, run
+
+_NAME = "experiments.benchmarks.mesh_train"
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code."""
   parser = Parser(
-    prog="python -m experiments.benchmarks.mesh_train",
+    prog=f"python -m {_NAME}",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -60,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
   add("--dry", action="store_true", help="host devices and a tiny model, no GPU")
   add("--out", type=Path, help="JSON file for the figures, written as they come")
   arguments = parser.parse_args(argv)
-  arguments.words = list(sys.argv[1:] if argv is None else argv)
+  words = sys.argv[1:] if argv is None else argv
+  without = ("--turn", "--out", "--folder")
+  arguments.command = command(_NAME, words, without=without)
   if arguments.dry:
     from experiments.benchmarks.mesh.__main__ import pretend
 
@@ -104,9 +109,7 @@ def _run(arguments: argparse.Namespace, sizes: dict[str, int]) -> int:
 
   found: dict[str, Any] = {
     "what": "a training step over the GPUs of a host",
-    "command": " ".join(
-      ["python -m experiments.benchmarks.mesh_train", *arguments.words]
-    ),
+    "command": arguments.command,
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
     "mesh": sizes,
