@@ -151,7 +151,7 @@ def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     about = {"layers": layers, "arm": name, **same, "task": dataclasses.asdict(task)}
     kept = [x for x in map(json.loads, before) if about.items() <= x.items()]
     kept = [x for x in kept if x["seed"] < arguments.seeds]
-    # With more seeds than before those of before were trained again.
+    # Seeds that were trained again, as --seeds grew, have several lines.
     kept = list({(x["seed"], x["step"]): x for x in kept}.values())
     if len(kept) == arguments.seeds * (arguments.steps // arguments.every):
       print(f"layers={layers} {name}: done before", file=sys.stderr)

@@ -69,8 +69,8 @@ def measured(name):
   found = json.loads((MEASURED / f"mesh_2_{name}.json").read_text())
   shape = Shape(*(found["shape"][f.name] for f in dataclasses.fields(Shape)))
   for group in found["groups"]:
-    for strategy, layer, share in rows_of(shape, group):
-      yield group["routing"], strategy, layer, share
+    for strategy, one, share in rows_of(shape, group):
+      yield group["routing"], strategy, one, share
 
 
 def rows_of(shape, group):
