@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import sys
 import threading
 import time
@@ -150,6 +151,8 @@ def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     about = {"layers": layers, "arm": name, **same, "task": dataclasses.asdict(task)}
     kept = [x for x in map(json.loads, before) if about.items() <= x.items()]
     kept = [x for x in kept if x["seed"] < arguments.seeds]
+    # Seeds that were trained again, as --seeds grew, have several lines.
+    kept = list({(x["seed"], x["step"]): x for x in kept}.values())
     if len(kept) == arguments.seeds * (arguments.steps // arguments.every):
       print(f"layers={layers} {name}: done before", file=sys.stderr)
       return kept
@@ -272,7 +275,6 @@ def _claim(lines: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) ->
   from jmoe.use import to_jsonable
 
   runs = {key: to_jsonable(run) for key, run in _runs(arguments).items()}
-  same = f"--steps {arguments.steps} --dtype {arguments.dtype}"
   for (layers, arm), own in ends(lines).items():
     of = f"problems of composition answered rightly with layers={layers}"
     for name, values in own.items():
@@ -286,12 +288,21 @@ def _claim(lines: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) ->
           arm=arm,
           seed=seed,
           value=value,
-          command=f"python -m experiments.composition --arms {arguments.arms} {same} "
-          "--out runs/composition",
+          command=_command(arguments, layers, arm),
           config=dict(runs[layers, arm], task=dataclasses.asdict(_task(arguments))),
           versions=versions(),
           hardware=hardware(),
         )
+
+
+def _command(arguments: argparse.Namespace, layers: int, arm: str) -> str:
+  """The command that measures an arm, and what it is compared with, for any seed."""
+  arms = ",".join(dict.fromkeys([arm, arguments.against]))
+  words = ["--arms", arms, "--against", arguments.against, "--layers", str(layers)]
+  for name in "functions values width steps every rows learning_rate dtype".split():
+    words += ["--" + name.replace("_", "-"), str(getattr(arguments, name))]
+  words += ["--out", "runs/composition"]
+  return shlex.join(["python", "-m", "experiments.composition", *words])
 
 
 if __name__ == "__main__":

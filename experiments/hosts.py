@@ -23,7 +23,7 @@ from experiments.signals import Stop
 
 _T = TypeVar("_T")
 PATIENCE = 300  # seconds that a process waits for the others
-_BUILDING = 4 * 3600  # and where one may build a data set
+BUILDING = 4 * 3600  # and where one may build a data set, or fetch a checkpoint
 _LOOK = 2.0  # seconds between two looks whether another has failed
 _FAILED, _STOP = "jmoe/failed", "jmoe/stop"
 SIGHT = 30  # seconds that it waits for a file of theirs
@@ -135,7 +135,7 @@ def meet(what: str, turn: int, error: Exception | None = None) -> None:
 
   Args:
     what: they have done, for the message.
-    turn: how often they have met so before; the same on all.
+    turn: how often they have met before, for this or else; the same on all.
     error: why this one has not; raised, and told to the others, who raise it too.
   """
   if count() > 1:
@@ -145,7 +145,7 @@ def meet(what: str, turn: int, error: Exception | None = None) -> None:
     if turn > 1:  # all that met the last time have heard the one before
       _store().key_value_delete(f"jmoe/{what} {turn - 2}/{index()}")
     for other in range(count()) if error is None else ():
-      if message := _said(key, other, what, _BUILDING):
+      if message := _said(key, other, what, BUILDING):
         raise PeerFailed(f"process {other}: {message}")
   if error is not None:
     raise error
@@ -220,7 +220,7 @@ def first(what: str, make: Callable[[], _T]) -> _T:
   """
   made: Any = None
   for turn in (True, False):
-    with together(what, seconds=_BUILDING):
+    with together(what, seconds=BUILDING):
       if is_first() == turn:
         made = make()
   return made

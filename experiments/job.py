@@ -26,7 +26,7 @@ from experiments import (
 from experiments.config import Run
 from experiments.digests import of_json
 from experiments.errors import BadCheckpoint, BadConfig, Unreachable
-from experiments.remote import place
+from experiments.remote import place_of_job
 from experiments.signals import Stop
 from experiments.sitting import Options, Sitting, Trained
 
@@ -121,7 +121,7 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   with Stop() if hosts.count() == 1 else hosts.SharedStop() as stop:
     finished = []
     for run, folder in runs:
-      with place(folder) as where:
+      with place_of_job(folder) as where:
         sitting = Sitting(
           run,
           where,

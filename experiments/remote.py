@@ -13,6 +13,7 @@ checkpoint is whole when all have sent theirs.
 
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ _FETCHED = ("metrics.jsonl", "routing.jsonl", "summary.json", "config.json")
 _CHECKPOINTS = "checkpoints"
 _BROKEN = "broken"
 _WHOLE = ".whole"
+_turns = itertools.count()  # of all places: what was said of one is not said again
 
 _Mark = dict[str, tuple[int, int]]  # relative name -> bytes, nanoseconds of change
 
@@ -47,7 +49,6 @@ class Place:
     self._steps: dict[str, _Mark] = {}
     self._sender = concurrent.futures.ThreadPoolExecutor(1)  # no thread before a task
     self._sending: concurrent.futures.Future[None] | None = None
-    self._turn = 0
     if store is not None:
       with reaching(store):
         self._fetch(store)
@@ -69,7 +70,7 @@ class Place:
     """
     self.wait()
     if self._store is not None:
-      turn, self._turn = self._turn, self._turn + 1
+      turn = next(_turns)
       self._sending = self._sender.submit(self._send, self._store, ready, turn)
 
   def wait(self) -> None:
@@ -155,6 +156,20 @@ def place(folder: epath.Path) -> Iterator[Place]:
       yield found
     finally:
       found.close()
+
+
+@contextlib.contextmanager
+def place_of_job(folder: epath.Path) -> Iterator[Place]:
+  """The same, once every process of a job has its own.
+
+  Raises:
+    Unreachable: the store cannot be read, or a process did not come here in time.
+    PeerFailed: another process cannot read it.
+  """
+  with contextlib.ExitStack() as kept:
+    with hosts.together("its copy of the folder", seconds=hosts.BUILDING):
+      found = kept.enter_context(place(folder))
+    yield found
 
 
 @contextlib.contextmanager

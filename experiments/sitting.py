@@ -98,8 +98,8 @@ class Sitting:
       BadCheckpoint, BadConfig, Diverged, Stopped, Unreachable: see there.
     """
     begun = hosts.share("the folder", (self.folder / "config.json").exists())
-    with hosts.together("the first state"):
-      state = None if begun else self._started()  # it may be refused
+    with hosts.together("the first state", seconds=hosts.BUILDING):
+      state = None if begun else self._started()  # may be fetched, or be refused
     with contextlib.ExitStack() as kept:
       with hosts.together("the folder"):
         if hosts.is_first():

@@ -15,7 +15,7 @@ from experiments.benchmarks.mesh import layer, variants
 from experiments.benchmarks.peers import ours
 from experiments.benchmarks.shapes import Shape
 from jmoe import MoEConfig, dispatch, use
-from jmoe.dispatch import exchange
+from jmoe.dispatch import everywhere, exchange
 from jmoe.kernels import devices
 from jmoe.parallel import mesh as meshes
 from tests.parallel import cases
@@ -100,6 +100,21 @@ def test_other_ways_to_a_gather_and_a_scattered_sum_give_the_same():
     variants.scatter_in_chunks,
   ):
     np.testing.assert_allclose(over(function), summed, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_gather_by_exchanges_are_sums_in_float32():
+  n, mesh, at = 8, meshes.make("expert=8"), PartitionSpec("expert")
+  # Of each row the first device has 1 and the others 1/256, which bfloat16 cannot add.
+  dy_nN = jnp.where(jnp.arange(n)[:, None] == 0, 1, jnp.full((n, n), 2.0**-8))
+
+  def pulled(x, dy):
+    return jax.vjp(lambda x: everywhere.gathered(x, ("expert",)), x)[1](dy)[0]
+
+  made = jax.shard_map(pulled, mesh=mesh, in_specs=(at, at), out_specs=at)
+  x, dy = jnp.ones(n, jnp.bfloat16), dy_nN.reshape(-1).astype(jnp.bfloat16)
+  found = jax.jit(made)(x, dy)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found, jnp.full(n, 1 + 7 / 256, jnp.bfloat16))
 
 
 def test_all_gather_by_exchanges_is_the_layer_of_one_device():

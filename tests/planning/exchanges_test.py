@@ -65,10 +65,15 @@ def test_one_host_has_no_hierarchy():
 
 
 def measured(name):
-  """(strategy, layer with the loads that it had, share of one GPU's rate), by row."""
+  """(routing, strategy, layer with the loads that it had, share of one GPU's rate)."""
   found = json.loads((MEASURED / f"mesh_2_{name}.json").read_text())
   shape = Shape(*(found["shape"][f.name] for f in dataclasses.fields(Shape)))
-  (group,) = found["groups"]
+  for group in found["groups"]:
+    for strategy, one, share in rows_of(shape, group):
+      yield group["routing"], strategy, one, share
+
+
+def rows_of(shape, group):
   balanced = group["routing"] == "balanced"
   whole = dataclasses.replace(shape, tokens=2 * shape.tokens)
   expert_TK, _ = (shapes.balanced if balanced else shapes.routing)(whole)
@@ -91,24 +96,32 @@ def measured(name):
     yield strategy, one, row["share_of_one"]
 
 
-# Each was timed once.  Of the balanced Mixtral's one GPU alone is 2% faster than with
-# the tokens of both, and deduplicated slower than with skewed routing.
+# Of the balanced Mixtral's one GPU alone is 2% faster than with the tokens of both, and
+# deduplicated slower than with skewed routing.  `all_gather` takes longer than planned
+# with OLMoE's balanced loads and on DeepSeek-V3; copies that bring these near take
+# Qwen3 and OLMoE's skewed loads away.
 OUTLIERS = {
-  ("qwen3", "gather experts"): 0.05,
-  ("mixtral_balanced", "ragged_all_to_all"): 0.04,
-  ("mixtral_balanced", "deduplicated"): 0.09,
+  ("qwen3", "skewed", "gather experts"): 0.05,
+  ("mixtral_balanced", "balanced", "ragged_all_to_all"): 0.04,
+  ("mixtral_balanced", "balanced", "deduplicated"): 0.09,
+  ("olmoe", "skewed", "deduplicated"): 0.05,
+  ("olmoe", "balanced", "all_gather"): 0.04,
+  ("dsv3", "skewed", "all_gather"): 0.04,
+  ("dsv3", "balanced", "all_gather"): 0.06,
 }
+# Not `mixtral_balanced_again`: other programs were in compilation on the same GPUs.
+NAMES = ["qwen3", "mixtral", "mixtral_balanced", "olmoe", "dsv3"]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mixtral", "mixtral_balanced"])
+@pytest.mark.parametrize("name", NAMES)
 def test_shares_of_one_gpu_are_those_that_were_measured(name):
   gaps = {
-    strategy: alone.share_of_one(one, strategy, TWO) - share
-    for strategy, one, share in measured(name)
+    (name, routing, strategy): alone.share_of_one(one, strategy, TWO) - share
+    for routing, strategy, one, share in measured(name)
   }
   assert len(gaps) >= 4
-  for strategy, gap in gaps.items():
-    assert abs(gap) < OUTLIERS.get((name, strategy), 0.03), gaps
+  for row, gap in gaps.items():
+    assert abs(gap) < OUTLIERS.get(row, 0.03), gaps
 
 
 @pytest.mark.parametrize(

@@ -78,12 +78,36 @@ def test_a_probe_is_not_made_twice(tmp_path, capsys, monkeypatch):
   drawn = {(x["seed"], x["step"]) for x in map(json.loads, lines)}
   assert drawn == {(seed, step) for seed in (0, 1) for step in (1, 2)}
   (claim,) = (tmp_path / "claims").glob("*held_out.json")
-  assert set(json.loads(claim.read_text())["arms"]["sparse"]["values"]) == {"0", "1"}
+  arm = json.loads(claim.read_text())["arms"]["sparse"]
+  assert set(arm["values"]) == {"0", "1"}
+  assert arm["command"] == (
+    "python -m experiments.composition --arms sparse --against sparse --layers 1 "
+    "--functions 2 --values 3 --width 8 --steps 2 --every 1 --rows 1 "
+    "--learning-rate 0.002 --dtype float32 --out runs/composition"
+  )
   shown = capsys.readouterr().out
   assert composition.main(given) == 0
   again = capsys.readouterr()
   assert again.out == shown and again.err.count("done before") == 1
   assert (tmp_path / composition.FILE).read_text().splitlines() == lines
+
+
+def test_more_seeds_than_before_are_trained_once(tmp_path, monkeypatch):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+  made = []
+
+  def trained(run, task, arguments, label):
+    made.append(arguments.seeds)
+    right = dict.fromkeys(problems.KINDS, 0.5)
+    some = range(arguments.seeds)
+    return [dict(right, seed=n, step=s, parameters=7) for s in (1, 2) for n in some]
+
+  monkeypatch.setattr(composition, "_trained", trained)
+  given = ["--out", str(tmp_path), "--layers", "1", "--arms", "sparse"]
+  for seeds in "1223":
+    more = ["--seeds", seeds, "--steps", "2", "--every", "1"]
+    assert composition.main([*given, *more]) == 0
+  assert made == [1, 2, 3]
 
 
 def test_speed_is_the_mean_over_evaluations_and_gaps_are_paired():

@@ -3,6 +3,7 @@
 
 import os
 import shutil
+from unittest import mock
 
 import jax
 import pytest
@@ -155,6 +156,43 @@ def test_of_several_processes_each_sends_its_part_of_a_checkpoint(store, monkeyp
   assert names() == {"metrics.jsonl"} | parts
   with remote.place(store) as place:  # a host that goes on has all of it
     assert (place.folder / "checkpoints" / "3" / "d" / "b").read_text() == "b"
+
+
+def test_places_one_after_the_other_say_nothing_twice(store, monkeypatch):
+  said = set()
+
+  class Words:  # of a job of two, of whom the other is always here
+    def key_value_set(self, key, value):
+      assert key not in said, "ALREADY_EXISTS"
+      said.add(key)
+
+    def key_value_delete(self, key):
+      said.discard(key)
+
+    def blocking_key_value_get(self, key, milliseconds):
+      return ""
+
+  monkeypatch.setattr(hosts, "_self", [0, 2])
+  monkeypatch.setattr(hosts, "_store", Words)
+  for folder in (store, store.parent / "two"):
+    with remote.place(folder) as place:
+      for _ in range(3):
+        sent(place)
+  assert len(said) == 2 * 2  # of two parts of the last two sends
+
+
+def test_processes_wait_long_for_a_copy_that_another_fetches(store, monkeypatch):
+  patience = []
+
+  def heard(turn, other, what, seconds):
+    patience.append(seconds)
+    return ""
+
+  monkeypatch.setattr(hosts, "_self", [0, 2])
+  monkeypatch.setattr(hosts, "_store", mock.MagicMock)
+  monkeypatch.setattr(hosts, "_said", heard)
+  with remote.place_of_job(store) as place:
+    assert place.is_copy and patience == 2 * [hosts.BUILDING]
 
 
 def test_sending_waits_until_the_save_is_whole(store):

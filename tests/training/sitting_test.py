@@ -4,6 +4,7 @@
 import dataclasses
 import os
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -30,7 +31,9 @@ def begin(job, texts, encoded, cache, monkeypatch):
   def made(run, **kwargs):
     if run.model != job.run.model:
       return program.program(run, **kwargs)
-    return program.Program(job.blueprint, job.optimizer, job.init, print, print)
+    key = np.zeros(2, np.uint32)
+    parts = job.blueprint, job.optimizer, key, lambda key: job.init(), print, print
+    return program.Program(*parts)
 
   monkeypatch.setattr(loop, "train", train)
   monkeypatch.setattr(sitting, "program", made)
