@@ -79,15 +79,15 @@ def done(path: Path, plan: Plan) -> set[Job]:
   """Jobs of which all models are there; records of other settings are not counted."""
   if not path.exists():
     return set()
-  counts: dict[Job, int] = {}
+  models: dict[Job, set[tuple[float, int]]] = {}  # a killed job's may be there twice
   for record in records(path):
     job = Job(*(record[name] for name in Job._fields))
     if record["plan"] == json.loads(json.dumps(told(plan, job))):
-      counts[job] = counts.get(job, 0) + 1
+      models.setdefault(job, set()).add((record["rate"], record["seed"]))
   return {
     job
-    for job, count in counts.items()
-    if count >= len(plan.seeds) * len(plan.rates[job.tuning])
+    for job, own in models.items()
+    if len(own) >= len(plan.seeds) * len(plan.rates[job.tuning])
   }
 
 

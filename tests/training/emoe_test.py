@@ -237,6 +237,9 @@ def test_jobs_are_kept_and_not_done_again(packed, tmp_path, capsys):
   records = jobs.records(tmp_path / "out" / jobs.FILE)
   assert [r["seed"] for r in records] == [0, 1]
   assert {"choose", *table.DOMAINS} == set(records[0]["accuracy_as_groups"])
+  # Half a job twice is no whole one.
+  (tmp_path / jobs.FILE).write_text((json.dumps(records[0]) + "\n") * 2)
+  assert command.main([*given, "--out", str(tmp_path), "--seconds", "0"]) == 3
   claims = tmp_path / "claims"
   shown = ["table", str(tmp_path / "out"), "--results", str(claims)]
   assert command.main(shown) == 0
