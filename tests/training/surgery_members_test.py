@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -124,6 +125,18 @@ def test_what_a_run_froze_by_number_stays_frozen_in_the_new_run(source):
   with pytest.raises(ValueError, match="'experts:0,3'.*--set optim.freeze="):
     new(both)
   assert new(both, "optim.freeze=('norm',)") == ("norm",)
+
+
+def test_small_domains_give_the_documents_they_have():
+  train = types.SimpleNamespace(domain=np.array([0, 0, 0, 1]))  # none of the third
+  some = types.SimpleNamespace(
+    encoded=types.SimpleNamespace(train=train),
+    texts=types.SimpleNamespace(domains=("large", "small", "none")),
+  )
+  others = operations.load("grow")._others
+  for domain, expected in (("small", {"large": 2}), ("large", {"small": 1})):
+    given = types.SimpleNamespace(domain=domain, documents=2)
+    assert others(some, given) == expected
 
 
 @pytest.mark.parametrize(
