@@ -15,7 +15,8 @@ Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816):
   joined=all   that, all of it trained
 
 Branches of all seeds are one program.  Each run is a folder OUT/STAGE/seed-n, and what
-was measured a line of OUT/bits.jsonl: the same command goes on where it was stopped.
+was measured a line of OUT/bits.jsonl: the same command goes on where it was stopped,
+one that would make other runs there is refused.
 
 The table has bits per byte of held-out text by domain, means over seeds; `own` is the
 branch that was trained on the domain.
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--config", required=True, choices=configs.names(), metavar="NAME")
   add("--groups", required=True, metavar="A,B:C,D", help="domains of each branch")
   add("--steps", type=staged.count, metavar="N", help="of a branch; half the parent's")
-  add("--joined-steps", type=staged.count, metavar="N", help="a third of the parent's")
+  add("--joined-steps", type=staged.count, metavar="N", help="two thirds of a branch's")
   add("--k", type=staged.count, default=2, help="experts of a token; 2 if not given")
   add("--joined", default=",".join(_JOINED), help="what is trained at last")
   staged.arguments(add, name="branch")
@@ -88,7 +89,7 @@ def _run(arguments: argparse.Namespace, command: Sequence[str]) -> None:
       stages.train(_joined(name, stages, mixed, arguments))
     print("\n".join(table(stages, groups, joined)))
     if arguments.results is not None:
-      _claim(stages, joined, arguments, command)
+      _claim(stages, joined, arguments)
 
 
 def _groups(text: str, domains: Sequence[str]) -> list[Group]:
@@ -179,12 +180,13 @@ def table(stages: Any, groups: Sequence[Group], joined: Sequence[str]) -> list[s
   return lines
 
 
-def _claim(
-  stages: Any, joined: Sequence[str], arguments: Any, command: Sequence[str]
-) -> None:
+def _claim(stages: Any, joined: Sequence[str], arguments: Any) -> None:
   """Appends to FOLDER/NAME-all.json."""
   for stage in ("parent", "longer", *joined):
     folder = stages.out / stage.replace("=", "-")
+    # Parents are there whatever is joined.
+    own = {"joined": stage if stage in joined else None}
+    command = staged.command("branch", arguments, own)
     for n, bits in stages.bits(stage).items():
       staged.claim(
         arguments.results / f"{arguments.name}-all.json",

@@ -38,19 +38,33 @@ def part(some: Tokens, numbers: np.ndarray) -> Tokens:
   )
 
 
-def documents(some: Tokens, domain: int, count: int, *, seed: int) -> Tokens:
-  """Documents of a domain, in an order drawn from the seed; fewer are part of more.
+def available(encoded: Encoded, domain: int) -> int:
+  """How many training documents a domain has."""
+  return int(np.count_nonzero(np.asarray(encoded.train.domain) == domain))
+
+
+def check(encoded: Encoded, domain: int, count: int) -> None:
+  """Whether a domain has as many training documents.
+
+  Raises:
+    BadData: it has fewer.
+  """
+  if (found := available(encoded, domain)) < count:
+    remedy = "give as many or fewer" if found else "name another domain"
+    raise BadData(
+      f"--documents {count}: domain {encoded.domains[domain]!r} has {found} in "
+      f"training; {remedy}."
+    )
+
+
+def documents(encoded: Encoded, domain: int, count: int, *, seed: int) -> Tokens:
+  """Training documents of a domain, drawn from the seed; fewer are part of more.
 
   Raises:
     BadData: the domain has not as many.
   """
-  own = drawn(some, domain, seed=seed)
-  if len(own) < count:
-    raise BadData(
-      f"--documents {count}: the domain has {len(own)} in training; give as many or "
-      "fewer."
-    )
-  return part(some, own[:count])
+  check(encoded, domain, count)
+  return part(encoded.train, drawn(encoded.train, domain, seed=seed)[:count])
 
 
 def samples(
@@ -65,7 +79,10 @@ def samples(
     seed: which ones.
     batch: rows.
     seq: tokens of a row.
+
+  Raises:
+    BadData: the domain has not as many.
   """
-  windows = data.Windows(documents(encoded.train, domain, count, seed=seed), seq=seq)
+  windows = data.Windows(documents(encoded, domain, count, seed=seed), seq=seq)
   packed = data.one_pass(windows, batch=batch, seq=seq)
   return [Sample(b["inputs"], b["segment"], b["position"]) for b in packed]

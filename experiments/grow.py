@@ -11,7 +11,8 @@ makes of it, with --new experts a layer beside the old ones.  Then, by --arms:
   tuned     the base as it was, all of it trained, on the new domain alone
 
 The seeds of a stage are one program.  Each run is a folder OUT/STAGE/seed-n, and what
-was measured a line of OUT/bits.jsonl: the same command goes on where it was stopped.
+was measured a line of OUT/bits.jsonl: the same command goes on where it was stopped,
+one that would make other runs there is refused.
 
 The table has bits per byte of held-out text by domain, means over seeds; `begun` is the
 grown model before its first step.  Under it, of each arm: what became of the new
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     "--steps", type=staged.count, metavar="N", help="of an arm; a third of the base's"
   )
   add("--documents", type=staged.count, default=16, metavar="N",
-      help="of the new domain, for gate columns; 16")  # fmt: skip
+      help="of each domain, for gate columns; old ones may have fewer; 16")  # fmt: skip
   add("--arms", default=_ARMS, help=f"separated by commas; {_ARMS}")
   staged.arguments(add, name="grow")
   arguments = parser.parse_args(argv)
@@ -86,6 +87,8 @@ def _run(arguments: argparse.Namespace, command: Sequence[str]) -> None:
   seeds = staged.seeds(arguments.seeds)
   with staged.opened(base, arguments, command) as stages:
     calibration.number(stages.domains, new)  # or it is refused
+    encoded = stages.reading.encoded
+    calibration.check(encoded, encoded.domains.index(new), arguments.documents)
     first = {n: (run, stages.out / "base" / f"seed-{n}")
              for n, run in staged.seeded(base, seeds).items()}  # fmt: skip
     stages.train({("base", n): one for n, one in first.items()})
@@ -95,7 +98,7 @@ def _run(arguments: argparse.Namespace, command: Sequence[str]) -> None:
     lines = table(stages, new, arms)
     print("\n".join(lines))
     if arguments.results is not None:
-      _claim(stages, new, arms, arguments, command)
+      _claim(stages, new, arms, arguments)
 
 
 def _begun(seed: int, stages: Any, run: Any, folder: Any, arguments: Any) -> Any:
@@ -163,13 +166,14 @@ def changes(stages: Any, stage: str, new: str) -> dict[str, float]:
   return {d: stages.mean(stage, d) / stages.mean("base", d) - 1 for d in old}
 
 
-def _claim(
-  stages: Any, new: str, arms: Sequence[str], arguments: Any, command: Sequence[str]
-) -> None:
+def _claim(stages: Any, new: str, arms: Sequence[str], arguments: Any) -> None:
   """Appends to FOLDER/NAME-DOMAIN-{new,old}.json."""
   old = [d for d in stages.domains if d not in (new, "all")]
   for stage in ("base", *arms):
     folder = stages.out / stage.replace("=", "-")
+    # The base is there whatever the arms.
+    own = {"arms": None if stage == "base" else stage}
+    command = staged.command("grow", arguments, own)
     for n, bits in stages.bits(stage).items():
       for what, claim, value in (
         ("new", f"held-out text of a new domain, {new}", bits[new]),

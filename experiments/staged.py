@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,26 @@ def ended(work: Callable[[], None]) -> int:
   return 0
 
 
+def command(
+  name: str, arguments: argparse.Namespace, instead: Mapping[str, str | None]
+) -> str:
+  """The command that measures an arm, whatever the seeds and wherever folders are.
+
+  Args:
+    name: of the experiment's module.
+    arguments: that were given.
+    instead: in place of theirs, by name; None is left out.
+  """
+  words = ["python", "-m", f"experiments.{name}"]
+  given = vars(arguments) | {"out": f"runs/{arguments.name}"} | dict(instead)
+  for argument, value in given.items():
+    if argument in ("seeds", "cache", "results") or value is None:
+      continue
+    for each in value if isinstance(value, list) else [value]:
+      words += [f"--{argument.replace('_', '-')}", str(each)]
+  return shlex.join(words)
+
+
 def claim(
   path: Path,
   folder: Any,
@@ -106,7 +126,7 @@ def claim(
   seed: int,
   value: float,
   against: str,
-  command: Sequence[str],
+  command: str,
 ) -> None:
   """Appends bits per byte of a run to a claim, as `experiments.results` keeps them."""
   from experiments import results
@@ -123,7 +143,7 @@ def claim(
     arm=arm,
     seed=seed,
     value=value,
-    command=shlex.join(command),
+    command=command,
     config=config,
     versions=summary["versions"],
     hardware=summary["hardware"],

@@ -2,7 +2,7 @@
 
 What a stage leaves is its runs' folders, and a line of bits.jsonl for each run that was
 evaluated.  What is there is not done again, so that the same command goes on where it
-was stopped.
+was stopped; what another command left there is refused.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -24,6 +24,7 @@ from experiments import (
   metrics,
   opening,
   recorded,
+  sitting,
   surgery,
   together,
   workdir,
@@ -64,7 +65,9 @@ class Stages:
     held_out = list(opening.held_out_batches(first, encoded))
     self.reading = together.Reading(texts, encoded, held_out)
     out.mkdir(parents=True, exist_ok=True)
-    self._records = metrics.kept(out / FILE, sys.maxsize)
+    found = metrics.kept(out / FILE, sys.maxsize)
+    self._records = {(r["stage"], r["seed"]): r for r in found}
+    self._bits: dict[str, dict[int, Bits]] = {}
     self._steps: dict[Any, Any] = {}
 
   @property
@@ -86,7 +89,10 @@ class Stages:
 
     Raises:
       BadCheckpoint, BadConfig, Diverged, Stopped: see `experiments.together`.
+      ValueError: a folder is of another run.
     """
+    for run, folder in found.values():
+      workdir.check(run, folder, "--out")
     missing = [key for key in found if not _finished(found[key][1])]
     done = len(found) - len(missing)
     names = ", ".join(dict.fromkeys(stage for stage, _ in found))
@@ -94,13 +100,9 @@ class Stages:
     if missing:
       runs, folders = zip(*(found[key] for key in missing), strict=True)
       job.check(list(zip(runs, folders, strict=True)))
-      for run, folder in zip(runs, folders, strict=True):
-        workdir.check(run, folder)
       together.finish(runs, folders, self.reading, command=self.command, stop=self.stop)
     for (stage, seed), (run, folder) in found.items():
-      if seed not in self.bits(stage):
-        body = json.loads((folder / "evaluation.json").read_text())
-        self._note(stage, seed, run.steps, body["bits_per_byte"])
+      self._note(stage, seed, run.steps, _evaluation(folder))
 
   def operate(self, name: str, folder: epath.Path, *own: Any) -> Run:
     """Makes a run by an operation of `experiments.surgery`, if it is not there.
@@ -115,35 +117,50 @@ class Stages:
 
     Raises:
       Stopped: a signal came before.
+      ValueError: it was made with other arguments.
       ValueError, OSError: as the operation.
     """
+    words = [*map(str, own), "--out", str(folder), "--cache", str(self.cache)]
     if not folder.exists():
       self.stop.check(0)
-      words = [*map(str, own), "--out", str(folder), "--cache", str(self.cache)]
       surgery.operate(name, words)
+      return recorded.config(folder)
+    receipt = folder / "receipt.json"
+    made = json.loads(receipt.read_text()) if receipt.exists() else {}
+    settings = made.get("settings", {})
+    settings.pop("step", None)  # of what was read; no argument
+    old = {"operation": made.get("operation"), **settings}
+    new = json.loads(json.dumps({"operation": name, **surgery.settings(name, words)}))
+    if found := workdir.differences(old, new):
+      raise ValueError(
+        f"--out {folder} was made by another command: {workdir.listed(found)}; give "
+        "another --out, or the same arguments."
+      )
     return recorded.config(folder)
 
   def evaluate(self, stage: str, seed: int, run: Run, folder: epath.Path) -> None:
     """Notes the bits of a run's newest checkpoint, as one that is not trained yet."""
-    if seed in self.bits(stage):
-      return
-    saved = checkpoint.read(folder / "checkpoints")
-    like = dataclasses.replace(
-      run, name="evaluated", seed=0, data=dataclasses.replace(run.data, seed=0)
-    )
-    arrays = dict(jax.device_put(saved.params)), dict(jax.device_put(saved.balance))
-    step = self._eval_step(like)
-    found = evaluate.evaluation(
-      lambda batch: step(*arrays, batch),
-      self.stop.between(self.reading.held_out, saved.step),
-      evaluate.domain_sizes(self.reading.texts.held_out, self._names),
-      self._names,
-    )
-    self._note(stage, seed, saved.step, found.bits)
+    saved: Any = checkpoint.read(folder / "checkpoints")
+    if not (folder / "evaluation.json").exists():
+      like = dataclasses.replace(
+        run, name="evaluated", seed=0, data=dataclasses.replace(run.data, seed=0)
+      )
+      sitting.evaluated(
+        run,
+        folder,
+        saved._replace(
+          params=dict(jax.device_put(saved.params)),
+          balance=dict(jax.device_put(saved.balance)),
+        ),
+        self._eval_step(like),
+        self.reading.texts,
+        self.stop.between(self.reading.held_out, saved.step),
+      )
+    self._note(stage, seed, saved.step, _evaluation(folder))
 
   def bits(self, stage: str) -> dict[int, Bits]:
-    """By seed, what was noted of a stage."""
-    return {r["seed"]: r["bits"] for r in self._records if r["stage"] == stage}
+    """By seed, what this command noted of a stage; not what others left."""
+    return self._bits.get(stage, {})
 
   def mean(self, stage: str, domain: str) -> float:
     """Bits of a domain, over the seeds of a stage."""
@@ -159,10 +176,15 @@ class Stages:
     return self._steps.setdefault(made.blueprint, jax.jit(made.eval_step))
 
   def _note(self, stage: str, seed: int, step: int, bits: Bits) -> None:
+    self._bits.setdefault(stage, {})[seed] = bits
     record = {"step": step, "stage": stage, "seed": seed, "bits": dict(bits)}
-    self._records.append(record)
-    lines = metrics.Lines(self.out / FILE, self._records)
+    self._records[stage, seed] = record
+    lines = metrics.Lines(self.out / FILE, list(self._records.values()))
     lines.close()
+
+
+def _evaluation(folder: epath.Path) -> Bits:
+  return json.loads((folder / "evaluation.json").read_text())["bits_per_byte"]
 
 
 def _finished(folder: epath.Path) -> bool:

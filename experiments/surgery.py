@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,6 +87,21 @@ def operate(name: str, argv: list[str]) -> None:
   _operate(name, operation, _parser(name, operation).parse_args(argv))
 
 
+def settings(name: str, argv: list[str]) -> dict[str, Any]:
+  """What `receipt.json` says that an operation was asked for, but for its step.
+
+  Args:
+    name: of the operation.
+    argv: as for `operate`.
+  """
+  return _settings(_parser(name, operations.load(name)).parse_args(argv))
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+  common = "out step seed set cache moments".split()
+  return {k: v for k, v in vars(arguments).items() if k not in common}
+
+
 def _parser(name: str, operation: Any) -> argparse.ArgumentParser:
   made = Parser(
     prog=f"python -m experiments.surgery {name}",
@@ -131,21 +147,18 @@ def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
   from experiments.whole import whole
   from jmoe import surgery
 
-  settings = [*outcome.settings, *arguments.set]
-  made = _run(name, source.run, outcome.model.config, settings)
+  made = _run(name, source.run, outcome, arguments.set)
   folder = epath.Path(arguments.out)
   job.check([(made, folder)])
-  common = "workdir out step seed set cache moments".split()
   state, carried = _state(source, outcome, made, arguments.moments)
   batches = opening.training_batches(made, source.encoded)
   if int(state.step) and made.data == source.run.data:
     batches.set_state(source.saved.positions)
-  own = {k: v for k, v in vars(arguments).items() if k not in common}
   receipt = surgery.receipt(
     name,
     source.model,
     outcome.model,
-    settings={"workdir": arguments.workdir, "step": source.step} | own,
+    settings={"step": source.step} | _settings(arguments),
     kept=outcome.kept,
     sample=source.sample(),
     notes={**outcome.notes, "moments": carried},
@@ -218,18 +231,29 @@ def _state(
   return dataclasses.replace(state, optimizer=moments, **rest), said
 
 
-def _run(name: str, old: Any, model: Any, settings: list[str]) -> Any:
-  """The run of the new model, after the command line's changes."""
+def _run(name: str, old: Any, outcome: Any, given: Sequence[str]) -> Any:
+  """The run of the new model, after the operation's and the command line's changes.
+
+  Raises:
+    ValueError: experts are frozen by numbers that they have no longer.
+  """
   from experiments.config import sparse_layers
+  from experiments.optim.freeze import renumbered
   from experiments.settings import with_settings
   from jmoe.losses import loss_name
 
+  model, changes = outcome.model.config, [*outcome.settings, *given]
   told = {loss_name(loss) for ff in sparse_layers(model) for loss in ff.losses}
   weights = tuple(pair for pair in old.loss_weights if pair[0] in told)
   made = dataclasses.replace(
     old, name=f"{old.name}-{name}", model=model, loss_weights=weights, start_from=""
   )
-  return with_settings(made, settings)
+  if all(change.partition("=")[0] != "optim.freeze" for change in changes):
+    freeze = renumbered(old.optim.freeze, outcome.origins)
+    made = dataclasses.replace(
+      made, optim=dataclasses.replace(old.optim, freeze=freeze)
+    )
+  return with_settings(made, changes)
 
 
 def _refused(error: Any) -> int:

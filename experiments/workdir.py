@@ -199,44 +199,50 @@ def listed(found: Sequence[str]) -> str:
   return "; ".join(found[:_SHOWN]) + more
 
 
-def check(run: Run, folder: epath.Path) -> None:
-  """Raises if a folder is not this run's, nor empty, nor missing."""
+def check(run: Run, folder: epath.Path, argument: str = "--workdir") -> None:
+  """Raises if a folder is not this run's, nor empty, nor missing.
+
+  Args:
+    run: whose it should be.
+    folder: of a run.
+    argument: that gave it, for messages.
+  """
   written = folder / "config.json"
   with reaching(folder):
     exists, is_folder = folder.exists(), folder.is_dir()
     text = written.read_text() if is_folder and written.exists() else None
     names = [p.name for p in folder.iterdir()] if is_folder and text is None else []
   if not exists:
-    _check_place(folder)
+    _check_place(folder, argument)
     return
   if not is_folder:
-    raise ValueError(f"--workdir {folder} is a file; give a folder.")
+    raise ValueError(f"{argument} {folder} is a file; give a folder.")
   if text is None:
     if names := [name for name in names if not name.endswith(".unfinished")]:
       raise ValueError(
-        f"--workdir {folder} holds {min(names)!r} but no run; give an empty or a new "
+        f"{argument} {folder} holds {min(names)!r} but no run; give an empty or a new "
         "folder."
       )
     return
   try:
     old = json.loads(text)
   except ValueError:
-    raise ValueError(f"{written} is not JSON; give another --workdir.") from None
+    raise ValueError(f"{written} is not JSON; give another {argument}.") from None
   if found := differences(old, to_jsonable(run)):
     raise ValueError(
-      f"--workdir {folder} is of another config: {listed(found)}; give another "
-      "--workdir, or the same config."
+      f"{argument} {folder} is of another config: {listed(found)}; give another "
+      f"{argument}, or the same config."
     )
 
 
-def _check_place(folder: epath.Path) -> None:
+def _check_place(folder: epath.Path, argument: str) -> None:
   """Raises if a local folder cannot be made."""
   if not is_local(folder):
     return
   above = next(p for p in epath.Path(os.path.abspath(folder)).parents if p.exists())
   if not above.is_dir() or not os.access(above, os.W_OK):
     what = "is not writable" if above.is_dir() else "is a file"
-    raise ValueError(f"--workdir {folder}: {above} {what}; give another folder.")
+    raise ValueError(f"{argument} {folder}: {above} {what}; give another folder.")
 
 
 def _short(value: Any) -> str:

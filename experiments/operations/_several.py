@@ -31,15 +31,21 @@ def others(source: Any, arguments: argparse.Namespace) -> list[Any]:
   return found
 
 
-def calibration_rows(source: Any, arguments: argparse.Namespace, domain: str) -> Any:
-  """Training documents of a domain, packed as the run packs."""
+def calibration_rows(
+  source: Any, arguments: argparse.Namespace, domain: str, count: int | None = None
+) -> Any:
+  """Training documents of a domain, packed as the run packs; --documents if no count.
+
+  Raises:
+    BadData: no such domain, or one that has not as many.
+  """
   from experiments import calibration
 
   of = source.run.data
   return calibration.samples(
     source.encoded,
     calibration.number(source.texts.domains, domain),
-    arguments.documents,
+    arguments.documents if count is None else count,
     seed=arguments.seed,
     batch=of.batch,
     seq=of.seq,

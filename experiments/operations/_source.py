@@ -26,6 +26,8 @@ class Outcome(NamedTuple):
   moments: Callable[[surgery.Model], surgery.Model] | str = (
     "the new weights are no copies of trained ones"
   )
+  # Of each sparse layer, the old number of each new expert; None: they have none.
+  origins: Sequence[Sequence[int]] | None = None
 
 
 class Source:

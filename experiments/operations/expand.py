@@ -37,4 +37,5 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     for layer in layers(made)
   ]
   copied = functools.partial(upcycle.expand, times=arguments.times, k=arguments.k)
-  return Outcome(made, kept, moments="--noise moved it" if arguments.noise else copied)
+  moments = "--noise moved it" if arguments.noise else copied
+  return Outcome(made, kept, moments=moments, origins=kept)

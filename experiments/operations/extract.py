@@ -67,6 +67,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     found.kept,
     {"scores": scores, "whole": whole},
     moments=functools.partial(surgery.cut_model, kept=found.kept),
+    origins=found.kept,
   )
 
 

@@ -41,7 +41,9 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     made = flex.without(source.model, left)
     kept = [[e for e in range(layer.config.num_experts) if e != left]
             for layer in layers(source.model)]  # fmt: skip
-    return Outcome(made, kept, moments=lambda model: flex.without(model, left))
+    return Outcome(
+      made, kept, moments=lambda model: flex.without(model, left), origins=kept
+    )
   ours = calibration_rows(source, arguments, domain)
   public = [
     rows

@@ -49,4 +49,11 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   else:
     kept = [runs if how != "flex" else ["public", *runs] for _ in layers(made)]
   settings = () if source.run.loss_weights or how != "mix" else (LOSS_WEIGHTS,)
-  return Outcome(made, kept, settings=settings, moments="it is made of several runs")
+  same = [range(layer.config.num_experts) for layer in layers(made)]
+  return Outcome(
+    made,
+    kept,
+    settings=settings,
+    moments="it is made of several runs",
+    origins=same if how == "average" else None,
+  )

@@ -53,6 +53,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
     kept,
     {"scores": [score_E.tolist() for score_E in scores]},
     moments=functools.partial(cut_model, kept=kept),
+    origins=kept,
   )
 
 

@@ -96,6 +96,41 @@ def frozen(freeze: Sequence[str], params: Mapping[str, Any]) -> Frozen:
   return Frozen(frozenset(names), members)
 
 
+def renumbered(
+  freeze: Sequence[str], origins: Sequence[Sequence[int]] | None
+) -> tuple[str, ...]:
+  """The same freeze for a model whose experts have got other numbers.
+
+  Args:
+    freeze: as for `frozen`.
+    origins: of each sparse layer in order of depth, the old number of each new expert;
+      None: new experts are no copies of single old ones.
+
+  Raises:
+    ValueError: experts by number that have no longer one number in all layers.
+  """
+  found = []
+  for entry in freeze:
+    if not entry.startswith((_EXPERTS, _COLUMNS)):
+      found.append(entry)
+      continue
+    old = _numbers(entry)
+    layers = {
+      tuple(new for new, origin in enumerate(layer) if origin in old)
+      for layer in origins or ()
+    }
+    if len(layers) != 1:
+      raise ValueError(
+        f"optim.freeze={entry!r} numbers experts that are not there any more, or not "
+        "under one number in all layers; say what the new run freezes, as by "
+        "--set optim.freeze='()'."
+      )
+    (numbers,) = layers
+    if numbers:
+      found.append(f"{entry.partition(':')[0]}:{','.join(map(str, numbers))}")
+  return tuple(found)
+
+
 def _numbers(entry: str) -> set[int]:
   kind, _, listed = entry.partition(":")
   parts = listed.split(",")

@@ -149,11 +149,16 @@ def add_domain(layer: Layer, like: int) -> Layer:
     part: tree if part in WHOLE else taken(tree, index, E, part)
     for part, tree in layer.params.items()
   }
-  bias = layer.state.bias
+  bias, counted, batches = (
+    getattr(layer.state, name) for name in ("bias", "counted", "batches")
+  )
   state = dataclasses.replace(
     layer.state,
     bias=None if bias is None else bias[index],
     gate=taken(layer.state.gate, index, E, "state.gate"),
+    # What is counted over the batches of an update is counted anew, as in `cut`.
+    counted=None if counted is None else 0 * counted[index],
+    batches=None if batches is None else 0 * batches,
   )
   return Layer(config, params, state)
 

@@ -1,6 +1,8 @@
 """Upcycling, pruning, back to dense: what each keeps to the bit, and their formulas."""
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,16 @@ import numpy as np
 import pytest
 
 import jmoe
-from jmoe import aggregate, combine, experts, renormalise, routers, surgery
+from jmoe import (
+  aggregate,
+  combine,
+  experts,
+  losses,
+  renormalise,
+  restrict,
+  routers,
+  surgery,
+)
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.surgery import grow as growing, prune as pruning, upcycle as upcycling
 from jmoe.surgery.to_dense import to_dense
@@ -103,6 +114,27 @@ def test_pruning_nothing_is_the_identity():
   assert made.config == MODEL.config
   chex.assert_trees_all_equal(dict(made.params), dict(MODEL.params))
   chex.assert_trees_all_equal(dict(made.state), dict(MODEL.state))
+
+
+def test_a_new_domain_begins_what_is_counted_anew():
+  config = cases.layer(
+    shared=None,
+    restrict=(use(restrict.domain, num_domains=3),),
+    losses=(use(losses.load_balance, accumulate=4),),
+  )
+  layer = surgery.layers(cases.model(cases.config(config)))[0]
+  state = dataclasses.replace(
+    layer.state, counted=np.arange(6, dtype=np.int32), batches=np.int32(2)
+  )
+  made = growing.add_domain(layer._replace(state=state), 1)
+  np.testing.assert_array_equal(made.state.counted, [0] * 8)
+  assert made.state.batches == 0
+  x = jnp.zeros((5, cases.D))
+  context = jmoe.Context(domain_id=jnp.full(5, 3))
+  jax.eval_shape(  # it takes the state
+    lambda state: jmoe.moe(made.params, x, made.config, state=state, context=context),
+    made.state,
+  )
 
 
 def test_scores_are_their_formulas():

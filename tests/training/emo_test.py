@@ -229,6 +229,6 @@ def test_domains_that_use_other_experts_are_not_alike(tmp_path):
 def test_a_domain_with_too_few_documents_is_refused(trained, cache, capsys):
   given = [str(trained), "--cache", str(cache), "--keep", "0.5", "--documents", "9999"]
   assert emo.main([*given, "--domains", "code"]) == 2
-  assert "the domain has" in capsys.readouterr().err
+  assert "domain 'code' has" in capsys.readouterr().err
   assert emo.main([*given, "--domains", "cde"]) == 2
   assert "did you mean 'code'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import optim
+from experiments.optim.freeze import renumbered
 from tests.training.optimizers import (
   EXPERT,
   KINDS,
@@ -74,6 +75,19 @@ def test_experts_beside_free_ones_are_numbered_through():
   assert still[EXPERT + "constant_CD"].tolist() == [[False, True]]
   with pytest.raises(ValueError, match="has 5 with parameters; give numbers of 0 to 4"):
     optim.optimizer(plain(freeze=("experts:5",)), steps=9, params=params)
+
+
+def test_renumbered_experts_stay_frozen_and_no_others():
+  for freeze, origins, expected in (
+    (("norm", "experts:0,1,2,3"), [[0, 1, 2, 4, 5]] * 2, ("norm", "experts:0,1,2")),
+    (("columns:0", "experts:1"), [[0, 0, 1, 1]], ("columns:0,1", "experts:2,3")),
+    (("norm", "experts:3"), [[0, 1]], ("norm",)),  # it is gone
+    (("norm",), None, ("norm",)),
+  ):
+    assert renumbered(freeze, origins) == expected
+  for origins in (None, [[0, 1], [1, 2]]):
+    with pytest.raises(ValueError, match="'experts:1'.*--set optim.freeze="):
+      renumbered(("experts:1",), origins)
 
 
 def test_frozen_columns_of_gates_keep_every_bit():

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -93,7 +94,8 @@ def moved(runs, folders, reading, *, command, stop):
     reading.encoded.vocabulary.save(Path(folder / "vocabulary"))
     bits = dict.fromkeys((*reading.texts.domains, "all"), n + 9.0)
     workdir.write_json(folder / "evaluation.json", {"bits_per_byte": bits})
-    workdir.write_json(folder / "summary.json", {"finished": True})
+    facts = {"data": {"digest": reading.texts.digest}, "versions": {}, "hardware": {}}
+    workdir.write_json(folder / "summary.json", {"finished": True, **facts})
 
 
 def test_a_model_grows_for_a_new_domain_and_its_old_experts_stay(
@@ -132,6 +134,22 @@ def test_a_model_grows_for_a_new_domain_and_its_old_experts_stay(
       assert same[..., :4].all() and not same[..., 4:].all(), name
     else:
       assert same.all(), name
+  # What another command left is not taken for this one's.
+  for own, said in (
+    (["--new", "2"], "begun/seed-1 was made by another command: new: 1 there, 2 here"),
+    (["--margin", "5"], "margin: 4.0 there, 5.0 here"),
+    (["--steps", "1"], "held-0.5/seed-1 is of another config: steps: 2 there"),
+    (["--set", "optim.clip=2.0"], "base/seed-1 is of another config: optim.clip"),
+  ):
+    assert grow.main([*given, *own]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert said in error and "give another --out" in error
+  shutil.rmtree(out / "held-0.5")
+  monkeypatch.setattr(together, "finish", moved)
+  assert grow.main(given) == 0
+  assert capsys.readouterr().out.splitlines()[1].split()[3] == "9.0000"
+  again_records = [json.loads(line) for line in (out / "bits.jsonl").open()]
+  assert again_records[:2] == records[:2] and len(again_records) == 3
 
 
 def test_experts_trained_apart_are_joined_under_a_gate(
@@ -142,6 +160,7 @@ def test_experts_trained_apart_are_joined_under_a_gate(
   given = ["--config", "micro", "--groups", "code,docstrings:prose", "--seeds", "0"]
   given += ["--joined", "joined=gate", "--steps", "2", "--joined-steps", "2"]
   given += ["--set", "steps=3", "--out", str(out), "--cache", str(cache)]
+  given += ["--results", str(tmp_path / "results")]
   monkeypatch.setattr(together, "finish", moved)
   bits = dict.fromkeys(("code", "docstrings", "notices", "prose", "all"), 5.0)
   monkeypatch.setattr(
@@ -171,6 +190,22 @@ def test_experts_trained_apart_are_joined_under_a_gate(
     np.testing.assert_array_equal(ups[e], part["segments.0.0.ff.up.kernel"][0])
   last = recorded.config(epath.Path(out / "joined-gate" / "seed-0"))
   assert last.data.shares is None and "expert" in last.optim.freeze
+  # Claims take other seeds, from other folders: their commands name neither.
+  monkeypatch.setattr(together, "finish", moved)
+  other = ["--seeds", "1", "--out", str(tmp_path / "other")]
+  assert branch.main([*given, *other]) == 0
+  arms = json.loads((tmp_path / "results" / "branch-all.json").read_text())["arms"]
+  assert {name: list(arm["values"]) for name, arm in arms.items()} == dict.fromkeys(
+    ("parent", "longer", "joined=gate"), ["0", "1"]
+  )
+  common = "python -m experiments.branch --config micro --groups code,docstrings:prose"
+  assert arms["joined=gate"]["command"] == (
+    f"{common} --steps 2 --joined-steps 2 --k 2 --joined joined=gate --out runs/branch "
+    "--set steps=3 --name branch"
+  )
+  assert arms["parent"]["command"] == arms["joined=gate"]["command"].replace(
+    " --joined joined=gate", ""
+  )
 
 
 @pytest.mark.parametrize(
@@ -179,6 +214,7 @@ def test_experts_trained_apart_are_joined_under_a_gate(
     (grow, ["--domain", "cod"], "did you mean 'code'"),
     (grow, ["--domain", "code", "--arms", "grown=2"], "--arms grown=2: give"),
     (grow, ["--domain", "code", "--seeds", "0,0"], "give different whole"),
+    (grow, ["--domain", "code", "--documents", "9999"], "domain 'code' has"),
     (branch, ["--groups", "code"], "give two or more"),
     (branch, ["--groups", "code:code"], "with each domain in one"),
     (branch, ["--groups", "code:prose", "--joined", "none"], "--joined none"),

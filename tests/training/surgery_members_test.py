@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -107,6 +108,40 @@ def test_merged_with_another_run(source):
   less.__dict__.update(source.__dict__, model=both.model)
   made = operated("flex", less, "--without", "7")
   assert made.kept == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+def test_what_a_run_froze_by_number_stays_frozen_in_the_new_run(source):
+  freeze = ("norm", "experts:0,3")
+  optim = dataclasses.replace(source.run.optim, freeze=freeze)
+  old = dataclasses.replace(source.run, optim=optim)
+
+  def new(outcome, *given):
+    return surgery._run("made", old, outcome, given).optim.freeze
+
+  pruned = operated("prune", source, "--keep", "3", "--score", "random")
+  left = {str(n) for n, e in enumerate(pruned.kept[0]) if e in (0, 3)}
+  assert set(new(pruned)[1].removeprefix("experts:").split(",")) == left
+  wide = operated("expand", source, "--times", "2")
+  assert new(wide) == ("norm", "experts:0,1,6,7")
+  assert new(operated("grow", source, "--new", "1"))[-1] == "experts:0,1,2,3"
+  merged = ["--with", str(source.folder), "--how"]
+  assert new(operated("merge", source, *merged, "average")) == freeze
+  both = operated("merge", source, *merged, "concatenate")
+  with pytest.raises(ValueError, match="'experts:0,3'.*--set optim.freeze="):
+    new(both)
+  assert new(both, "optim.freeze=('norm',)") == ("norm",)
+
+
+def test_small_domains_give_the_documents_they_have():
+  train = types.SimpleNamespace(domain=np.array([0, 0, 0, 1]))  # none of the third
+  some = types.SimpleNamespace(
+    encoded=types.SimpleNamespace(train=train),
+    texts=types.SimpleNamespace(domains=("large", "small", "none")),
+  )
+  others = operations.load("grow")._others
+  for domain, expected in (("small", {"large": 2}), ("large", {"small": 1})):
+    given = types.SimpleNamespace(domain=domain, documents=2)
+    assert others(some, given) == expected
 
 
 @pytest.mark.parametrize(

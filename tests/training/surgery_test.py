@@ -98,7 +98,7 @@ def test_all_experts_move_no_output_and_a_failure_leaves_nothing(
   [
     (["--domain", "cod", "--keep", "2"], "did you mean 'code'"),
     (["--domain", "code", "--keep", "2,2", "--documents", "3"], "holds 2 numbers"),
-    (["--domain", "code", "--keep", "2", "--documents", "99999"], "has"),
+    (["--domain", "code", "--keep", "2", "--documents", "99999"], "'code' has"),
     (
       ["--domain", "code", "--keep", "2", "--score", "random", "--set", "stps=3"],
       "'steps'",
