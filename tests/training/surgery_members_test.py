@@ -88,7 +88,7 @@ def test_dense_again_upcycled_and_expanded(source):
   dense.run = dataclasses.replace(source.run, loss_weights=())
   own = ["--experts", "4", "--k", "2", "--blocks", "0", "--gate", "linear"]
   learned = operated("cluster", dense, *own)
-  run = surgery._run("", dense.run, learned.model.config, [*learned.settings])
+  run = surgery._run("", dense.run, learned, [])
   assert run.loss_weights == (("load_balance", 0.01),)
   begun = operated("flex", dense, "--domain", "code", "--public-domain", "prose",
                    "--documents", "2")  # fmt: skip
