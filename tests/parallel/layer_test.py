@@ -17,7 +17,7 @@ from jmoe import Context, MoEConfig, aggregate, combine, dispatch, experts, gate
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.experts import layout
 from jmoe.layer import apply, init_state, moe_init
-from jmoe.parallel import EXPERT_TENSOR, Rules, mesh, param_specs, shard_params
+from jmoe.parallel import EXPERT_TENSOR, FSDP, Rules, mesh, param_specs, shard_params
 from tests._cases import quickly
 from tests.parallel.cases import MATMUL, RULES
 from tests.tolerance import assert_close
@@ -73,6 +73,16 @@ def test_copies_of_experts_change_nothing(used, slots):
   compare(
     config, "expert=4,tensor=2", alone=dataclasses.replace(config, dispatch=local)
   )
+
+
+@pytest.mark.parametrize("table", [FSDP, EXPERT_TENSOR], ids=["fsdp", "expert_tensor"])
+def test_masked_experts_are_those_of_one_device(table):
+  """Their matrices come to the tokens; hidden units may stay split."""
+  plain = use(experts.glu, d_ff=F, bias=True)
+  config = dataclasses.replace(
+    BASE, experts=plain, dispatch=use(dispatch.mask), sharding=table
+  )
+  compare(config, "data=2,fsdp=2,tensor=2" if table is FSDP else "expert=4,tensor=2")
 
 
 def test_placements_hold_every_expert_and_fill_every_device():
