@@ -16,7 +16,7 @@ An arm is a name, or `name=value`:
   balance=bias  by DeepSeek-V3's bias instead of the loss
   balance=sequence  by the loss within each row instead of over all of them
   pool=none     without EMO's pools of documents, and all else as it was
-  pool=N        pools of N experts for every document
+  pool=N        pools of N experts for every document; pool=N+  of N or more
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -205,8 +205,11 @@ def _by_sequence(ff: MoEConfig) -> MoEConfig:
 
 
 def _pool(run: Run, value: str | None) -> Run:
-  if value != "none" and not (value or "").isdecimal():
-    raise ValueError(f"--arms pool={value}: give none, or a number of experts.")
+  if value != "none" and not (value or "").removesuffix("+").isdecimal():
+    raise ValueError(
+      f"--arms pool={value}: give none, a number of experts, or a number and + for "
+      "pools of that many or more."
+    )
 
   def change(ff: MoEConfig) -> MoEConfig:
     own = [rule for rule in ff.restrict if rule.function is restrict.document_pool]
@@ -217,9 +220,11 @@ def _pool(run: Run, value: str | None) -> Run:
     others = tuple(rule for rule in ff.restrict if rule not in own)
     if value == "none":
       return dataclasses.replace(ff, restrict=others)
-    size = int(value or 0)
-    fixed = own[0].replace(least=size, most=size)
-    return dataclasses.replace(ff, restrict=(*others, fixed))
+    size = int((value or "").removesuffix("+"))
+    most = None if (value or "").endswith("+") else size
+    return dataclasses.replace(
+      ff, restrict=(*others, own[0].replace(least=size, most=most))
+    )
 
   return dataclasses.replace(run, model=_layers(run.model, change))
 

@@ -90,14 +90,17 @@ def test_the_arms_change_the_pool_or_the_scope_of_balance_alone():
   (pool,) = fixed.restrict
   assert (pool.get("least"), pool.get("most")) == (8, 8) and same == weights
   assert pool.get("max_documents") == 64
+  (pool,) = parts("pool=8+")[0].restrict
+  assert (pool.get("least"), pool.get("most")) == (8, None)
   rows, changed = parts("balance=sequence")
   assert rows.restrict == ff.restrict
   assert changed == {"load_balance_sequence": 0.1, "router_z": 0.001}
   assert parts("balance=none")[1] == {"router_z": 0.001}
   with pytest.raises(ValueError, match="no document_pool"):
     arms.arm(configs.load("micro"), "pool=none")
-  with pytest.raises(ValueError, match="pool=few"):
-    arms.arm(RUN, "pool=few")
+  for wrong in ("pool=few", "pool=+", "pool"):
+    with pytest.raises(ValueError, match="a number of experts"):
+      arms.arm(RUN, wrong)
   loss = RUN.model.segments[0][0][0].ff.losses[0]
   assert loss.get("accumulate") == 1
   path = "model.segments.0.0.0.ff.losses.0.accumulate"
