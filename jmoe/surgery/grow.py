@@ -227,10 +227,12 @@ def _statistics(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _products(seen: Seen) -> Array:
   """f32[D+1,D+1] sums over tokens of products of what the layer is given, and one."""
-  one_T1 = seen.valid_T[:, None].astype(jnp.float32)
   x_TD = jnp.where(seen.valid_T[:, None], seen.x_TD.astype(jnp.float32), 0)
-  with_one = jnp.concatenate([x_TD, one_T1], axis=1)
-  return jnp.matmul(with_one.T, with_one, precision=jax.lax.Precision.HIGHEST)
+  square_DD = jnp.matmul(x_TD.T, x_TD, precision=jax.lax.Precision.HIGHEST)
+  # Not one product of x_TD beside a column of ones: XLA 0.11 for CUDA fails to compile
+  # it where a row of tokens comes from rows of a batch ("Reshape input and output").
+  total_D1, count = x_TD.sum(0)[:, None], seen.valid_T.sum(dtype=jnp.float32)
+  return jnp.block([[square_DD, total_D1], [total_D1.T, count[None, None]]])
 
 
 def _input(seen: Seen) -> Array:
