@@ -37,14 +37,14 @@ _NAME = "experiments.benchmarks.mesh"
 _STRATEGIES = "all_gather,all_to_all,ragged_all_to_all,hierarchical,deduplicated,gather"
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line; returns its exit code."""
-  parser = Parser(
+def parser() -> Parser:
+  """Of the command line."""
+  made = Parser(
     prog=f"python -m {_NAME}",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add = parser.add_argument
+  add = made.add_argument
   add("--gpus", type=int, default=2, help="of the host, a power of two")
   add("--only-all", action="store_true", help="all GPUs, not 1, 2, 4 of them as well")
   add("--shape", default="tiny", metavar="NAME")
@@ -66,7 +66,12 @@ def main(argv: list[str] | None = None) -> int:
   add("--liger-site", type=Path, metavar="DIR", help="an unpacked liger-cute-kernels")
   add("--dry", action="store_true", help="host devices and a tiny layer, no GPU")
   add("--out", type=Path, help="JSON file for the figures")
-  arguments = parser.parse_args(argv)
+  return made
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  arguments = parser().parse_args(argv)
   words = sys.argv[1:] if argv is None else argv
   arguments.command = command(_NAME, words, without=("--turn", "--out"))
   if arguments.dry:
@@ -80,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     session = Session(arguments)
   except ValueError as error:
-    parser.error(str(error))
+    parser().error(str(error))
   return session.run()
 
 
@@ -90,7 +95,8 @@ def pretend(gpus: int) -> None:
   import jax
 
   try:
-    jax.config.update("jax_num_cpu_devices", max(8, gpus))
+    # There is a thread for each: calls that wait for one another need more.
+    jax.config.update("jax_num_cpu_devices", max(8, 2 * gpus))
   except RuntimeError:  # there is one, as in a test: it must have enough
     pass
 

@@ -36,14 +36,14 @@ from experiments.parser import Parser, run
 _NAME = "experiments.benchmarks.mesh_train"
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line; returns its exit code."""
-  parser = Parser(
+def parser() -> Parser:
+  """Of the command line."""
+  made = Parser(
     prog=f"python -m {_NAME}",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add = parser.add_argument
+  add = made.add_argument
   add("--gpus", type=int, default=2)
   add("--model", default="olmoe-1b-7b", metavar="NAME")
   add("--mesh", metavar="AXES", help="as in training; expert alone if left out")
@@ -62,7 +62,12 @@ def main(argv: list[str] | None = None) -> int:
   add("--turn", type=Path, metavar="FILE", help=HELP)
   add("--dry", action="store_true", help="host devices and a tiny model, no GPU")
   add("--out", type=Path, help="JSON file for the figures, written as they come")
-  arguments = parser.parse_args(argv)
+  return made
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  arguments = parser().parse_args(argv)
   words = sys.argv[1:] if argv is None else argv
   without = ("--turn", "--out", "--folder")
   arguments.command = command(_NAME, words, without=without)
@@ -75,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     asked = _asked(arguments)
   except ValueError as error:
-    parser.error(str(error))
+    parser().error(str(error))
   return _run(arguments, *asked)
 
 
