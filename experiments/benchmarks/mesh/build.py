@@ -121,6 +121,27 @@ def _too_large(program: Any) -> str | None:
   return f"needs {beside / 1e9:.0f} GB beside its arguments of {free / 1e9:.0f}"
 
 
+def ways(
+  n: int, strategies: Sequence[str], overlaps: Sequence[int], *,
+  factor: float, room: float | None, routings: Sequence[str], copies: bool = False,
+) -> Iterator[tuple[Way, tuple[str, ...]]]:  # fmt: skip
+  """Each way over n devices, with its routings; arguments are those of `jobs`."""
+  for strategy in strategies:
+    equal = copies and strategy in ("all_to_all", layer.BY_EXCHANGE)
+    for by_copies in (False, True) if equal else (False,):
+      if strategy not in layer.BUCKETS:
+        # More than all rows of all devices never come.
+        bound = None if strategy == "gather" or room is None or room >= n else room
+        yield Way(strategy, room=bound, copies=by_copies), tuple(routings)
+        continue
+      for overlap in overlaps if strategy == "all_to_all" else (1,):
+        for routing in routings:
+          fill = 1.0 if routing == "balanced" else factor
+          way = Way(strategy, overlap, fill, copies=by_copies)
+          if not way.unfit(n):
+            yield way, (routing,)
+
+
 def singles(shape: Shape) -> Callable[[int], layer.Operands]:
   """`tokens -> operands` of the first device, all with the same matrices."""
   base = layer.operands(shape, shape.tokens, None)
@@ -160,21 +181,10 @@ def jobs(
     return made
   mesh = layer.mesh_of(n)
   given = layer.operands(shape, n * shape.tokens, mesh)
-  for strategy in strategies:
-    equal = copies and strategy in ("all_to_all", layer.BY_EXCHANGE)
-    for by_copies in (False, True) if equal else (False,):
-      if strategy not in layer.BUCKETS:
-        # More than all rows of all devices never come.
-        bound = None if strategy == "gather" or room is None or room >= n else room
-        way = Way(strategy, room=bound, copies=by_copies)
-        made.append(Job(str(way), shape, way, given, mesh, tuple(routings)))
-        continue
-      for overlap in overlaps if strategy == "all_to_all" else (1,):
-        for routing in routings:
-          fill = 1.0 if routing == "balanced" else factor
-          way = Way(strategy, overlap, fill, copies=by_copies)
-          if not way.unfit(n):
-            made.append(Job(str(way), shape, way, given, mesh, (routing,)))
+  for way, timed in ways(
+    n, strategies, overlaps, factor=factor, room=room, routings=routings, copies=copies
+  ):
+    made.append(Job(str(way), shape, way, given, mesh, timed))
   if not everything:
     return made
   whole = dataclasses.replace(shape, tokens=n * shape.tokens)

@@ -10,8 +10,8 @@ OLMoE-1B-7B and Qwen3-30B-A3B; a checkpoint from all GPUs to half of them and to
 quarter; liger-cute-kernels' layer, from `--liger-site`.  All compile at once, and are
 measured one after another, the most wanted first.  Each writes DIR/PART.json and
 DIR/PART.log; how it ended is appended to DIR/ended.jsonl.  What is not done by
-`--limit` is stopped, and the same command goes on with it.  At the end figures stand
-beside the planner's (`mesh_all.compare`).
+`--limit` is stopped, and the same command goes on with it.  `mesh_all.planned` writes
+what the planner expects, `mesh_all.compare` prints it beside the figures.
 
 Exit codes: 0 done, 2 bad arguments, 3 a result was wrong, 4 not all is done.
 """
