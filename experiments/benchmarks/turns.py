@@ -21,5 +21,28 @@ def turn(file: Path | None) -> Iterator[float]:
     return
   begin = time.monotonic()
   with file.open("a") as lock:
+    lock.write("asked\n")  # `Gate` sees it
+    lock.flush()
     fcntl.flock(lock, fcntl.LOCK_EX)
     yield time.monotonic() - begin
+
+
+class Gate:
+  """A turn that is given by who started the process that asks for it.
+
+  Args:
+    file: of `turn`; made anew, and held until `give`.
+  """
+
+  def __init__(self, file: Path):
+    file.unlink(missing_ok=True)
+    self.file, self._lock = file, file.open("a")
+    fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+  @property
+  def asked(self) -> bool:
+    """Whether a process waits."""
+    return self.file.stat().st_size > 0
+
+  def give(self) -> None:
+    self._lock.close()

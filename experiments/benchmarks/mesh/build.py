@@ -3,9 +3,10 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,11 +69,10 @@ def _compile(job: Job, until: float) -> Any:
     function = layer.alone(job.shape)
   else:
     function = layer.sharded(job.shape, job.way, job.mesh)
-  arguments = job.given.arguments(*job.given.routed(job.routings[0]))
   options = None
   if job.way and jax.default_backend() == "gpu":
     options = HIDING | (variants.COPIES if job.way.copies else {})
-  program = jax.jit(layer.step(function)).lower(*arguments)
+  program = jax.jit(layer.step(function)).lower(*job.given.like)
   program = program.compile(compiler_options=options)
   memory: Any = program.memory_analysis()
   needed = (
@@ -80,12 +80,6 @@ def _compile(job: Job, until: float) -> Any:
     + memory.output_size_in_bytes
     + memory.temp_size_in_bytes
   )
-  stats = jax.devices()[0].memory_stats() or {}
-  free = stats.get("bytes_limit", float("inf")) - stats.get("bytes_in_use", 0)
-  beside = needed - memory.argument_size_in_bytes  # arguments are there
-  if beside > free:
-    why = f"needs {beside / 1e9:.0f} GB beside its arguments of {free / 1e9:.0f}"
-    return rows.Missing(job.name, why)
   figures = {"gb": needed / 1e9, "compile_s": time.perf_counter() - begin}
   return program, figures
 
@@ -101,6 +95,8 @@ def row(job: Job, made: Any, routing: str) -> Any:
   program, figures = made
   try:
     arguments = job.given.arguments(*job.given.routed(routing))
+    if (why := _too_large(program)) is not None:
+      return rows.Missing(job.name, why)
     results = program(*arguments)
     figures = figures | errors.errors(job.given, arguments, results)
     del results
@@ -114,9 +110,55 @@ def row(job: Job, made: Any, routing: str) -> Any:
   return rows.Row(job.name, timed, figures)
 
 
+def _too_large(program: Any) -> str | None:
+  """Why a program whose arguments are there cannot run, if it cannot."""
+  stats = jax.devices()[0].memory_stats() or {}
+  free = stats.get("bytes_limit", float("inf")) - stats.get("bytes_in_use", 0)
+  memory: Any = program.memory_analysis()
+  beside = memory.output_size_in_bytes + memory.temp_size_in_bytes
+  if beside <= free:
+    return None
+  return f"needs {beside / 1e9:.0f} GB beside its arguments of {free / 1e9:.0f}"
+
+
+def ways(
+  n: int, strategies: Sequence[str], overlaps: Sequence[int], *,
+  factor: float, room: float | None, routings: Sequence[str], copies: bool = False,
+) -> Iterator[tuple[Way, tuple[str, ...]]]:  # fmt: skip
+  """Each way over n devices, with its routings; arguments are those of `jobs`."""
+  for strategy in strategies:
+    equal = copies and strategy in ("all_to_all", layer.BY_EXCHANGE)
+    for by_copies in (False, True) if equal else (False,):
+      if strategy not in layer.BUCKETS:
+        # More than all rows of all devices never come.
+        bound = None if strategy == "gather" or room is None or room >= n else room
+        yield Way(strategy, room=bound, copies=by_copies), tuple(routings)
+        continue
+      for overlap in overlaps if strategy == "all_to_all" else (1,):
+        for routing in routings:
+          fill = 1.0 if routing == "balanced" else factor
+          way = Way(strategy, overlap, fill, copies=by_copies)
+          if not way.unfit(n):
+            yield way, (routing,)
+
+
+def singles(shape: Shape) -> Callable[[int], layer.Operands]:
+  """`tokens -> operands` of the first device, all with the same matrices."""
+  base = layer.operands(shape, shape.tokens, None)
+
+  @functools.cache
+  def single(tokens: int) -> layer.Operands:
+    if tokens == shape.tokens:
+      return base
+    return layer.operands(shape, tokens, None, others=base)
+
+  return single
+
+
 def jobs(
   shape: Shape, n: int, strategies: Sequence[str], overlaps: Sequence[int], *,
-  factor: float, room: float | None, routings: Sequence[str], copies: bool = False,
+  single: Callable[[int], layer.Operands], factor: float, room: float | None,
+  routings: Sequence[str], copies: bool = False, everything: bool = True,
 ) -> list[Job]:  # fmt: skip
   """What is timed over n devices, of which the first is also timed alone.
 
@@ -125,36 +167,28 @@ def jobs(
     n: devices; 1: the layer alone.
     strategies: in the order in which they are compiled.
     overlaps: chunks of `all_to_all`.
+    single: of `singles`.
     factor: of capacity where routing is skewed; balanced loads fill slots exactly.
     room: of dropless buffers; None: for all rows that could come.
     routings: some of `layer.ROUTINGS`.
     copies: exchanges of equal parts by the GPUs' copy engines, too.
+    everything: one device with the tokens of all, too.
   """
   made = []
-  here = layer.operands(shape, shape.tokens, None)
+  here = single(shape.tokens)
   made.append(Job(ALONE, shape, None, here, None, tuple(routings)))
   if n == 1:
     return made
   mesh = layer.mesh_of(n)
   given = layer.operands(shape, n * shape.tokens, mesh)
-  for strategy in strategies:
-    equal = copies and strategy in ("all_to_all", layer.BY_EXCHANGE)
-    for by_copies in (False, True) if equal else (False,):
-      if strategy not in layer.BUCKETS:
-        # More than all rows of all devices never come.
-        bound = None if strategy == "gather" or room is None or room >= n else room
-        way = Way(strategy, room=bound, copies=by_copies)
-        made.append(Job(str(way), shape, way, given, mesh, tuple(routings)))
-        continue
-      for overlap in overlaps if strategy == "all_to_all" else (1,):
-        for routing in routings:
-          fill = 1.0 if routing == "balanced" else factor
-          way = Way(strategy, overlap, fill, copies=by_copies)
-          if not way.unfit(n):
-            made.append(Job(str(way), shape, way, given, mesh, (routing,)))
+  for way, timed in ways(
+    n, strategies, overlaps, factor=factor, room=room, routings=routings, copies=copies
+  ):
+    made.append(Job(str(way), shape, way, given, mesh, timed))
+  if not everything:
+    return made
   whole = dataclasses.replace(shape, tokens=n * shape.tokens)
-  all_here = layer.operands(whole, whole.tokens, None, params=here.params)
-  made.append(Job(ALL, whole, None, all_here, None, tuple(routings)))
+  made.append(Job(ALL, whole, None, single(whole.tokens), None, tuple(routings)))
   return made
 
 

@@ -5,6 +5,7 @@ As in `peers.ours` the gate's product and the selection are not part of it.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -152,49 +153,80 @@ def step(layer: Callable[..., tuple[Array, Array]]) -> Callable[..., Any]:
   return call
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Operands:
-  """Of a layer over n devices: random arrays in their places."""
+  """Of a layer over n devices: random arrays in their places, drawn when asked for.
 
-  shape: Shape  # with the tokens of all devices
-  params: Any
-  x_TD: Array
-  dy_TD: Array
-  where: Any  # the sharding of all of them
+  Args:
+    shape: of the layer, with the tokens of all devices.
+    where: the sharding of all of them.
+    others: operands whose matrices these share.
+  """
+
+  shape: Shape
+  where: Any
+  others: "Operands | None" = None
+
+  @functools.cached_property
+  def params(self) -> Any:
+    if self.others is not None:
+      return self.others.params
+    return jax.jit(lambda: ours.operands(self.shape)[0], out_shardings=self.where)()
+
+  @functools.cached_property
+  def _tokens(self) -> tuple[Array, Array]:
+    return jax.jit(self._drawn, out_shardings=self.where)()
+
+  def _drawn(self) -> tuple[Array, Array]:
+    x_TD = ours.operands(self.shape)[1]
+    return x_TD, jax.random.normal(jax.random.key(9), x_TD.shape, x_TD.dtype)
 
   def routed(self, kind: str) -> tuple[Any, Any]:
-    """(f32[T,K] weights, i32[T,K] experts), on the host."""
-    made = shapes.balanced if kind == "balanced" else shapes.routing
-    expert_TK, weight_TK = made(self.shape)
-    return weight_TK, expert_TK
+    """(f32[T,K] weights, i32[T,K] experts), on the host; drawn once."""
+    return _routed(self.shape, kind)
 
   def arguments(self, weight_TK: Any, expert_TK: Any) -> tuple[Any, ...]:
     """Of a function from `step`."""
     weight, expert = jax.device_put((weight_TK, expert_TK), self.where)
-    return self.params, self.x_TD, weight, self.dy_TD, expert
+    x_TD, dy_TD = self._tokens
+    return self.params, x_TD, weight, dy_TD, expert
+
+  @property
+  def like(self) -> tuple[Any, ...]:
+    """Shapes of `arguments`, with shardings: what a compiler needs."""
+    params, x_TD = jax.eval_shape(lambda: ours.operands(self.shape)[:2])
+    choices = (self.shape.tokens, self.shape.k)
+    weight, expert = (jax.ShapeDtypeStruct(choices, t) for t in ("float32", "int32"))
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.where),
+      (params, x_TD, weight, x_TD, expert),
+    )
+
+  def forget(self) -> None:
+    """Lets the arrays go."""
+    for name in ("params", "_tokens"):
+      self.__dict__.pop(name, None)
+
+
+@functools.lru_cache(maxsize=32)
+def _routed(shape: Shape, kind: str) -> tuple[Any, Any]:
+  made = shapes.balanced if kind == "balanced" else shapes.routing
+  expert_TK, weight_TK = made(shape)
+  return weight_TK, expert_TK
 
 
 def operands(
-  shape: Shape, tokens: int, mesh: Mesh | None, *, params: Any = None
+  shape: Shape, tokens: int, mesh: Mesh | None, *, others: Operands | None = None
 ) -> Operands:
-  """Random arrays.
+  """Operands.
 
   Args:
     shape: of the layer.
     tokens: of all devices.
     mesh: of the devices; None: the first one.
-    params: what there is already.
+    others: whose matrices are shared.
   """
-  whole = dataclasses.replace(shape, tokens=tokens)
   where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   if mesh is not None:
     where = NamedSharding(mesh, SPLIT)
-
-  def draw():
-    x_TD = ours.operands(whole)[1]
-    return x_TD, jax.random.normal(jax.random.key(9), x_TD.shape, x_TD.dtype)
-
-  if params is None:
-    params = jax.jit(lambda: ours.operands(whole)[0], out_shardings=where)()
-  x_TD, dy_TD = jax.jit(draw, out_shardings=where)()
-  return Operands(whole, params, x_TD, dy_TD, where)
+  return Operands(dataclasses.replace(shape, tokens=tokens), where, others)

@@ -9,6 +9,7 @@ send to a neighbour, is the limit.  Beside them stand other ways to the same res
 import dataclasses
 import statistics
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from jmoe.parallel import mesh as meshes
 
 AXIS = ("expert",)
 _WIDTH = 2048  # of a row, in bfloat16
+_TURN = 0.05  # seconds; a call takes 0.3 to 5 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,13 @@ def calls(size: float, n: int) -> list[Call]:
 
 
 def measured(
-  shape: Shape, n: int, *, rounds: int, until: float, tiny: bool = False
+  shape: Shape,
+  n: int,
+  *,
+  rounds: int,
+  until: float,
+  threads: int = 1,
+  tiny: bool = False,
 ) -> list[dict[str, Any]]:
   """A dictionary for each collective and size: GB/s, and the share of `ppermute`'s.
 
@@ -118,6 +126,7 @@ def measured(
     n: devices.
     rounds: of all collectives in turn.
     until: of `time.monotonic`; no round begins later.
+    threads: programs compiled at a time.
     tiny: few bytes and one size, to try it without GPUs.
   """
   mesh = meshes.make({"expert": n}, devices=jax.devices()[:n])
@@ -126,14 +135,20 @@ def measured(
   for what, size in sizes(shape, n).items():
     if tiny and found:
       break
-    made = []
-    for call in calls(min(size, 2**20) if tiny else size, n):
-      made.append((call, _row(call, mesh, split, n)))
+    asked = calls(min(size, 2**20) if tiny else size, n)
+    with ThreadPoolExecutor(threads) as pool:
+      programs = [pool.submit(_compiled, call, split) for call in asked]
+    # What runs over all devices runs in one thread: two would wait for each other.
+    made = [
+      (call, _row(call, program, split))
+      for call, program in zip(asked, programs, strict=True)
+    ]
     ready = [row for _, row in made if isinstance(row, rows.Row)]
-    rows.in_turn(ready, lambda: 0.0, rounds, kinds=("call",), until=until)
+    rows.in_turn(ready, lambda: 0.0, rounds, _TURN, kinds=("call",), until=until)
     limit = 0.0
     for call, row in made:
-      entry = {"collective": call.name, "size": what, "gb": call.leaves / 1e9}
+      entry = {"gpus": n, "collective": call.name, "size": what}
+      entry["gb"] = call.leaves / 1e9
       times = getattr(row, "ms", {}).get("call")
       if not times:
         found.append(entry | {"why": row.why or "no time was left"})
@@ -144,20 +159,33 @@ def measured(
   return found
 
 
-def _row(call: Call, mesh: Any, split: Any, n: int) -> rows.Row | rows.Missing:
-  shape = (call.per_device * n, _WIDTH)
+def _like(call: Call, split: NamedSharding) -> jax.ShapeDtypeStruct:
+  shape = (call.per_device * split.mesh.size, _WIDTH)
+  return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split)
+
+
+def _compiled(call: Call, split: NamedSharding) -> list[Any]:
+  """The program, and one without its options if it has any."""
+  function = jax.shard_map(
+    call.function, mesh=split.mesh, in_specs=P(AXIS), out_specs=P(AXIS)
+  )
+  lowered = jax.jit(function).lower(_like(call, split))
+  first = lowered.compile(compiler_options=call.options or None)
+  return [first, lowered.compile()] if call.options else [first]
+
+
+def _row(
+  call: Call, program: Future[list[Any]], split: NamedSharding
+) -> rows.Row | rows.Missing:
+  like = _like(call, split)
   try:
     x = jax.jit(
-      lambda: jax.random.normal(jax.random.key(0), shape, jnp.bfloat16),
+      lambda: jax.random.normal(jax.random.key(0), like.shape, like.dtype),
       out_shardings=split,
     )()
-    function = jax.shard_map(
-      call.function, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS)
-    )
-    lowered = jax.jit(function).lower(x)
-    compiled = lowered.compile(compiler_options=call.options or None)
-    if call.options:
-      same = jax.jit(lambda a, b: (a == b).all())(compiled(x), lowered.compile()(x))
+    compiled, *plain = program.result()
+    if plain:
+      same = jax.jit(lambda a, b: (a == b).all())(compiled(x), plain[0](x))
       if not same:
         return rows.Missing(call.name, "its result is not that without these options")
   except Exception as error:  # of a backend that lacks it
@@ -172,7 +200,8 @@ def _row(call: Call, mesh: Any, split: Any, n: int) -> rows.Row | rows.Missing:
 
 def shown(found: dict[str, Any]) -> str:
   """One collective in one line."""
-  said = f"  {found['collective']:<42}{found['size']:<9}{found['gb']:8.3f} GB"
+  said = f"  {found['gpus']} GPUs, {found['collective']:<38}{found['size']:<9}"
+  said += f"{found['gb']:8.3f} GB"
   if "why" in found:
     return f"{said} missing: {found['why']}"
   return f"{said}{found['gb_s']:8.1f} GB/s{found['share']:7.2f} of ppermute"

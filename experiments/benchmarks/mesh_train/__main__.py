@@ -13,8 +13,8 @@ logarithm of the vocabulary and fall on the one batch.  Memory of a GPU stands b
 the planner's (`experiments.plan`).
 
 Then a model of `--checkpoint-layers` layers is saved from all GPUs as a job saves it,
-and restored on half of them, over another mesh: its arrays must be the same bits and
-its next loss as close as sums in another order are.
+and restored on half of them and on a quarter, over other meshes: its arrays must be the
+same bits and its next loss as close as sums in another order are.
 
 Exit codes: 0 done, 2 bad arguments, 3 a result was wrong.
 """
@@ -36,14 +36,14 @@ from experiments.parser import Parser, run
 _NAME = "experiments.benchmarks.mesh_train"
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line; returns its exit code."""
-  parser = Parser(
+def parser() -> Parser:
+  """Of the command line."""
+  made = Parser(
     prog=f"python -m {_NAME}",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add = parser.add_argument
+  add = made.add_argument
   add("--gpus", type=int, default=2)
   add("--model", default="olmoe-1b-7b", metavar="NAME")
   add("--mesh", metavar="AXES", help="as in training; expert alone if left out")
@@ -62,7 +62,12 @@ def main(argv: list[str] | None = None) -> int:
   add("--turn", type=Path, metavar="FILE", help=HELP)
   add("--dry", action="store_true", help="host devices and a tiny model, no GPU")
   add("--out", type=Path, help="JSON file for the figures, written as they come")
-  arguments = parser.parse_args(argv)
+  return made
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  arguments = parser().parse_args(argv)
   words = sys.argv[1:] if argv is None else argv
   without = ("--turn", "--out", "--folder")
   arguments.command = command(_NAME, words, without=without)
@@ -75,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     asked = _asked(arguments)
   except ValueError as error:
-    parser.error(str(error))
+    parser().error(str(error))
   return _run(arguments, *asked)
 
 
@@ -125,24 +130,23 @@ def _run(arguments: argparse.Namespace, sizes: dict[str, int]) -> int:
   # What could fail last goes first: a step takes long, a checkpoint does not.
   right = True
   until = begin + arguments.limit
-  with ThreadPoolExecutor(3) as pool:
+  with ThreadPoolExecutor(8) as pool:
     made = measure.programs(arguments, sizes, pool)
-    state = made.step.job.state()  # while the step is compiled
-    for program in filter(None, made):
+    for program in filter(None, (made.step, made.saved, *made.restored)):
       # A compiler that tries kernels would slow what is timed.
       program.compiled.result()
     with turn(arguments.turn) as waited:
       begin += waited
-      step = measure.step(arguments, sizes, made, state, until=until + waited)
-    save(step=step)
-    right &= step["right"]
-    if made.saved is not None:
-      if time.monotonic() > begin + 0.8 * arguments.limit:
-        save(checkpoint={"why": "no time was left"})
-      else:
-        checkpoint = measure.checkpoint(arguments, sizes, made)
-        save(checkpoint=checkpoint)
-        right &= checkpoint["right"]
+      step = measure.step(arguments, sizes, made, until=until + waited)
+      save(step=step)
+      right &= step["right"]
+      if made.saved is not None:
+        if time.monotonic() > begin + 0.8 * arguments.limit:
+          save(checkpoint={"why": "no time was left"})
+        else:
+          checkpoint = measure.checkpoint(arguments, sizes, made)
+          save(checkpoint=checkpoint)
+          right &= checkpoint["right"]
   print(f"took {time.monotonic() - begin:.0f} s", flush=True)
   return 0 if right else 3
 

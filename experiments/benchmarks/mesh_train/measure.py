@@ -1,4 +1,4 @@
-"""A step timed and weighed, and a checkpoint from all GPUs to half of them."""
+"""A step timed and weighed, and a checkpoint from all GPUs to a half and a quarter."""
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
@@ -37,10 +37,16 @@ def run_of(
 
 
 class Made(NamedTuple):
-  """A job, and its step (with the seconds that it took to compile) when it is there."""
+  """A job, its step and what makes its state; with each seconds of compilation."""
 
   job: models.Job
   compiled: Future[tuple[Any, float]]
+  begun: Future[tuple[Any, float]] | None  # of one that is not restored
+
+  def state(self) -> Any:
+    """Before the first step."""
+    assert self.begun is not None
+    return self.begun.result()[0]()
 
 
 class Programs(NamedTuple):
@@ -48,7 +54,7 @@ class Programs(NamedTuple):
 
   step: Made
   saved: Made | None  # the smaller model on all GPUs
-  restored: Made | None  # on half of them
+  restored: list[Made]  # on half of them, and on a quarter
 
 
 def programs(
@@ -56,17 +62,19 @@ def programs(
 ) -> Programs:
   """All steps of a command, in compilation at once."""
 
-  def made(layers: int | None, over: Mapping[str, int]) -> Made:
+  def made(layers: int | None, over: Mapping[str, int], begins: bool = True) -> Made:
     job = models.job(run_of(arguments, sizes, layers), over, arguments.strategy)
-    return Made(job, pool.submit(_compiled, job.lowered()))
+    step = pool.submit(_compiled, job.lowered())
+    return Made(job, step, pool.submit(_compiled, job.begun()) if begins else None)
 
   gpus, layers = arguments.gpus, arguments.checkpoint_layers
   whole = made(arguments.layers, sizes)
   if not layers or gpus == 1:
-    return Programs(whole, None, None)
-  half = {"fsdp": gpus // 2} if gpus > 2 else {"expert": 1}
+    return Programs(whole, None, [])
   saved = whole if layers == arguments.layers else made(layers, sizes)
-  return Programs(whole, saved, made(layers, half))
+  fewer = [n for n in (gpus // 2, gpus // 4) if n]
+  over = [{"fsdp": n} if n > 1 else {"expert": 1} for n in fewer]
+  return Programs(whole, saved, [made(layers, mesh, begins=False) for mesh in over])
 
 
 def _compiled(lowered: Any) -> tuple[Any, float]:
@@ -78,7 +86,6 @@ def step(
   arguments: argparse.Namespace,
   sizes: dict[str, int],
   made: Programs,
-  state: Any,
   *,
   until: float,
 ) -> dict[str, Any]:
@@ -88,7 +95,6 @@ def step(
     arguments: of the command.
     sizes: of the mesh.
     made: of `programs`, compiled.
-    state: of the job; donated.
     until: of `time.monotonic`; no round begins later, but the first.
   """
   gpus, job = arguments.gpus, made.step.job
@@ -106,7 +112,7 @@ def step(
   compiled, compiling = made.step.compiled.result()
   print(f"  compiled in {compiling:.0f} s", flush=True)
   memory: Any = compiled.memory_analysis()
-  said = []
+  said, state = [], made.step.state()
 
   def run(times: int) -> None:
     nonlocal state
@@ -198,51 +204,62 @@ class _Position:
 def checkpoint(
   arguments: argparse.Namespace, sizes: dict[str, int], made: Programs
 ) -> dict[str, Any]:
-  """Saved on all GPUs, restored on half of them over other axes; compared."""
-  assert made.saved is not None and made.restored is not None
-  job, fewer = made.saved.job, made.restored.job
-  first, second = (m.compiled.result()[0] for m in made[1:] if m is not None)
-  state, _, _ = first(job.state(), job.put())
+  """Saved on all GPUs, restored on fewer of them over other axes; compared."""
+  assert made.saved is not None
+  job, first = made.saved.job, made.saved.compiled.result()[0]
+  state, _, _ = first(made.saved.state(), job.put())
   with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
     path = epath.Path(folder) / "checkpoints"
     begin = time.perf_counter()
     saver = checkpoints.Checkpoints(path, {"model": arguments.model})
     saver.save(state, cast(Any, _Position(17)))
     saver.close()
-    saving = time.perf_counter() - begin
-    begin = time.perf_counter()
-    reader = checkpoints.Checkpoints(path, {"model": arguments.model})
-    at = _Position(0)
-    restored = jax.block_until_ready(reader.restore(fewer.like, cast(Any, at)))
-    reader.close()
-    restoring = time.perf_counter() - begin
+    found: dict[str, Any] = {
+      "layers": arguments.checkpoint_layers,
+      "gb": sum(x.nbytes for x in jax.tree.leaves(state)) / 1e9,
+      "from": dict(sizes),
+      "save_s": time.perf_counter() - begin,
+      "restored": [],
+    }
+    print(
+      f"checkpoint of {found['gb']:.2f} GB from {found['from']}: saved in "
+      f"{found['save_s']:.1f} s",
+      flush=True,
+    )
+    kept = jax.device_get(state)
+    loss = float(first(state, job.put())[1]["loss"])
+    for fewer in made.restored:
+      found["restored"].append(_restored(arguments, path, fewer, kept, loss))
+  found["right"] = all(one["right"] for one in found["restored"])
+  return found
+
+
+def _restored(
+  arguments: argparse.Namespace, path: Any, made: Made, kept: Any, loss: float
+) -> dict[str, Any]:
+  """Of one mesh: whether the arrays are those that were saved, and the next loss."""
+  begin = time.perf_counter()
+  reader = checkpoints.Checkpoints(path, {"model": arguments.model})
+  at = _Position(0)
+  state = jax.block_until_ready(reader.restore(made.job.like, cast(Any, at)))
+  reader.close()
+  seconds = time.perf_counter() - begin
   same = at.at == 17 and all(
     np.array_equal(_bits(one), _bits(other))
-    for one, other in zip(
-      jax.tree.leaves(state), jax.tree.leaves(restored), strict=True
-    )
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(state), strict=True)
   )
-  gigabytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e9
-  losses = [
-    float(first(state, job.put())[1]["loss"]),
-    float(second(restored, fewer.put())[1]["loss"]),
-  ]
-  close = abs(losses[0] - losses[1]) < 2e-3 * losses[0]
+  step = made.compiled.result()[0]
+  again = float(step(state, made.job.put())[1]["loss"])
   found = {
-    "layers": arguments.checkpoint_layers,
-    "gb": gigabytes,
-    "from": dict(sizes),
-    "to": dict(fewer.spread.sizes),
-    "save_s": saving,
-    "restore_s": restoring,
+    "to": dict(made.job.spread.sizes),
+    "restore_s": seconds,
     "same_bits": same,
-    "next_losses": losses,
-    "right": bool(same and close),
+    "next_losses": [loss, again],
+    "right": bool(same and abs(loss - again) < 2e-3 * loss),
   }
   print(
-    f"checkpoint of {gigabytes:.2f} GB from {found['from']} to {found['to']}: saved in "
-    f"{saving:.1f} s, restored in {restoring:.1f} s; the same bits: {same}; next "
-    f"losses {losses[0]:.5f} and {losses[1]:.5f}",
+    f"  restored to {found['to']} in {seconds:.1f} s; the same bits: {same}; next "
+    f"losses {loss:.5f} and {again:.5f}",
     flush=True,
   )
   return found

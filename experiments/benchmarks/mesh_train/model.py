@@ -138,9 +138,11 @@ class Job:
     """Shapes of the state with their shardings."""
     return self.spread.shapes(jax.eval_shape(self.program.init))
 
-  def state(self) -> TrainState:
-    """Before the first step, each device's share made where it lies."""
-    return self.spread.init(self.program)
+  def begun(self) -> Any:
+    """`() -> state` before the first step, lowered as `Spread.init` makes it."""
+    at = self.spread.state(jax.eval_shape(self.program.init))
+    with jax.set_mesh(self.spread.mesh):
+      return jax.jit(self.program.init, out_shardings=at).lower()
 
   def lowered(self) -> Any:
     """`(state, batch of `put`) -> (state, metrics, routing)`; takes the state away."""

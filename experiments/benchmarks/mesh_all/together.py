@@ -1,0 +1,122 @@
+"""Commands that compile at once and are measured one after another, in a given order.
+
+Nobody measures while others compile: compilers try kernels on the GPUs, and figures
+that were taken meanwhile were wrong.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments.benchmarks.command import command
+from experiments.benchmarks.turns import Gate
+
+_LATE = 124  # the exit code of a part that is ended, as of `timeout`
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A command that asks for its turn with `--turn FILE` (`turns.turn`).
+
+  Args:
+    name: of its files.
+    words: module and arguments.
+    seconds: that its figures should take; of twice as many it is ended.
+  """
+
+  name: str
+  words: tuple[str, ...]
+  seconds: float
+
+  @property
+  def command(self) -> str:
+    """What is run, without names of a machine's files and its cores."""
+    files = ("--turn", "--out", "--threads", "--liger-site")
+    return command(self.words[0], self.words[1:], without=files)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+  """How a part ended."""
+
+  part: Part
+  code: int
+  seconds: float  # since it was given its turn; of one that never asked, all
+
+
+class _Process:
+  def __init__(self, part: Part, folder: Path):
+    self.part, self.given = part, False
+    self.gate = Gate(folder / f"{part.name}.turn")
+    self.begin = time.monotonic()
+    with (folder / f"{part.name}.log").open("w") as log:
+      self.process = subprocess.Popen(
+        [sys.executable, "-m", *part.words],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        start_new_session=True,  # with all its children, to end them together
+      )
+
+  @property
+  def compiles(self) -> bool:
+    return not self.given and not self.gate.asked
+
+  def give(self) -> None:
+    self.given, self.begin = True, time.monotonic()
+    self.gate.give()
+
+  def ended(self) -> Ended | None:
+    seconds = time.monotonic() - self.begin
+    if self.process.poll() is not None:
+      return Ended(self.part, self.process.returncode, seconds)
+    if self.given and seconds > 2 * self.part.seconds:
+      self.stop()
+      return Ended(self.part, _LATE, seconds)
+    return None
+
+  def stop(self) -> None:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self.process.pid, signal.SIGKILL)
+    self.process.wait()
+
+
+def together(
+  parts: Sequence[Part], folder: Path, *, at_once: int, patience: float, until: float
+) -> Iterator[Ended]:
+  """How each part ended, as they end; what has not by then is stopped, and left out.
+
+  Args:
+    parts: the first are measured first.
+    folder: for logs and locks.
+    at_once: processes.
+    patience: seconds of compilation after which those that are ready measure.
+    until: of `time.monotonic`.
+  """
+  waiting, active = list(parts), []
+  begin = time.monotonic()
+  try:
+    while (waiting or active) and time.monotonic() < until:
+      while waiting and len(active) < at_once:
+        active.append(_Process(waiting.pop(0), folder))
+      for one in list(active):
+        if ended := one.ended():
+          active.remove(one)
+          yield ended
+      compiling = any(one.compiles for one in active)
+      late = time.monotonic() > begin + patience
+      ready = [one for one in active if one.gate.asked and not one.given]
+      if ready and not any(one.given for one in active) and (late or not compiling):
+        ready[0].give()
+      time.sleep(0.05)
+  finally:
+    for one in active:
+      one.stop()
