@@ -14,8 +14,10 @@ Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
   add("--share", type=float, default=0.25, help="of the groups, for a token")
   add("--rows", type=int, default=8, help="of held-out text; 8 if not given")
   add("--plot", type=Path, metavar="FILE", help="share by step: .svg, .png or .pdf")
+  add("--results", type=Path, help="folder of claims; none are written if not given")
+  add("--name", default="modularity", help="of the claim; modularity if not given")
   add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
   try:
@@ -59,6 +63,10 @@ def main(argv: list[str] | None = None) -> int:
       print("\n".join([f"{name}:", *lines(records)]))
     if arguments.plot is not None:
       _draw(found, arguments.plot)
+    if arguments.results is not None:
+      words = sys.argv[1:] if argv is None else argv
+      for name, records in found.items():
+        claim(Path(name), records, arguments, words)
   except (ValueError, OSError, extras.MissingExtra) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -181,6 +189,43 @@ def by_step(records: Sequence[Mapping[str, Any]]) -> dict[tuple, dict[int, float
     at: {step: sum(shares) / len(shares) for step, shares in by_step.items()}
     for at, by_step in found.items()
   }
+
+
+def claim(
+  folder: Path,
+  records: Sequence[Mapping[str, Any]],
+  arguments: argparse.Namespace,
+  words: Sequence[str],
+) -> None:
+  """Appends to RESULTS/NAME-share.json: each step's shares, by seed of the partition.
+
+  Raises:
+    BadData: the file holds something else.
+  """
+  from experiments import results, summary
+
+  config = json.loads((folder / "config.json").read_text())
+  settings = {n: getattr(arguments, n) for n in ("groups", "share", "rows")}
+  cells: dict[tuple[int, str, int], list[float]] = {}
+  for r in records:
+    cells.setdefault((r["step"], r["partition"], r["seed"]), []).append(r["share"])
+  for (step, partition, seed), shares in cells.items():
+    if None in shares:  # an output of zeros has no shares
+      continue
+    results.append(
+      arguments.results / f"{arguments.name}-share.json",
+      claim=f"share of a feed-forward's output that {100 * arguments.share:g} % of "
+      f"{arguments.groups} groups hold, chosen by mean keys, mean over layers; seeds "
+      "of partitions",
+      unit="share",
+      arm=f"{config['name']}, step {step}, {partition}",
+      seed=seed,
+      value=sum(shares) / len(shares),
+      command=shlex.join(["python", "-m", "experiments.modularity", *words]),
+      config={"run": config, **settings},
+      versions=summary.versions(),
+      hardware=summary.hardware(),
+    )
 
 
 def _draw(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

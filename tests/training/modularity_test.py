@@ -49,6 +49,12 @@ def test_steps_are_measured_once_and_feed_forwards_see_what_they_did(
   assert modularity.main(given) == 0
   assert capsys.readouterr().out == said.out
   assert (folder / modularity.FILE).read_text() == alone + whole
+  assert modularity.main([*given, "--results", str(tmp_path / "claims")]) == 0
+  (made,) = (tmp_path / "claims").iterdir()
+  arms = json.loads(made.read_text())["arms"]
+  keys = [r["share"] for r in records if r["partition"] == "keys"]
+  (arm,) = (name for name in arms if name.endswith("step 0, keys"))
+  assert list(arms[arm]["values"].values()) == keys and len(arms) == 2
   assert modularity.main([*given, "--groups", "5"]) == 2
   assert "--groups 5 does not divide d_ff=32" in capsys.readouterr().err
 
