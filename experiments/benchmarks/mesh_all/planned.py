@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     "chips": chips.name,
     "parts": {},
   }
-  for part in parts(arguments.gpus, Path("DIR")):
+  folder = Path("DIR")
+  for part in parts(arguments.gpus, folder, liger_site=folder):
     found = of_part(part.words, chips)
     if found:
       lines["parts"][part.name] = found
@@ -82,6 +83,8 @@ def of_part(words: tuple[str, ...], chips: Topology) -> dict[str, Any]:
   if module == LAYER:
     asked = mesh.parser().parse_args(given)
     shape = layers.SHAPES[asked.shape]
+    if asked.tokens:
+      shape = dataclasses.replace(shape, tokens=asked.tokens)
     if asked.parts == "links":
       return {"links": list(_links(shape, asked.gpus, chips))}
     return {"layers": list(_layers(asked, shape, chips))}
