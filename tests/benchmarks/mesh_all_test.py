@@ -82,7 +82,7 @@ def test_every_command_of_the_list_is_understood(gpus, tmp_path):
     assert {f"each-{shape}", f"all-{shape}", f"liger-{shape}"} <= set(names)
   assert ("qwen3-fsdp" in names) == (gpus == 8) and "checkpoint" in names
   without = [part for part in found if not part.name.startswith("liger")]
-  assert sum(part.seconds for part in without) < 450  # beside compilation
+  assert sum(part.seconds for part in without) < 460  # beside compilation
   for part in found:
     if part.words[0] == LAYER:
       asked = mesh.parser().parse_args(part.words[1:])
