@@ -5,11 +5,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments import benchmarks
-from experiments.benchmarks import shapes
+from experiments.benchmarks.mesh import planned
 from experiments.benchmarks.shapes import Shape
 from experiments.planning import alone, dense, exchanges, models, topology
 from experiments.planning.mesh import Mesh
@@ -64,6 +63,14 @@ def test_one_host_has_no_hierarchy():
   assert "one host" in exchanges.hierarchical(layer())
 
 
+def test_a_host_taken_for_two_nodes_exchanges_over_its_own_links():
+  one = dataclasses.replace(layer(devices=8), inside=4)
+  host = topology.parse("gpu:8xH200")
+  _, took = alone.seconds(one, "hierarchical", host)
+  _, between = alone.seconds(one, "hierarchical", topology.parse("gpu:2x4xH200"))
+  assert alone.seconds(one, "all_to_all", host)[1] < took < between
+
+
 def measured(name):
   """(routing, strategy, layer with the loads that it had, share of one GPU's rate)."""
   found = json.loads((MEASURED / f"mesh_2_{name}.json").read_text())
@@ -75,24 +82,12 @@ def measured(name):
 
 def rows_of(shape, group):
   balanced = group["routing"] == "balanced"
-  whole = dataclasses.replace(shape, tokens=2 * shape.tokens)
-  expert_TK, _ = (shapes.balanced if balanced else shapes.routing)(whole)
-  load_E = np.bincount(np.asarray(expert_TK).reshape(-1), minlength=shape.num_experts)
-  config = mixtral.layer(
-    d_model=shape.d_model, d_ff=shape.d_ff, num_experts=shape.num_experts, k=shape.k
-  )
   for row in group["rows"]:
-    strategy, _, factor = row["name"].partition(", capacity ")
-    if strategy == "gather":
-      strategy = "gather experts"
+    strategy = planned.strategy_of(row["name"])
+    factor = row["name"].partition(", capacity ")[2]
     if strategy not in exchanges.STRATEGIES or "overlap" in row["name"]:
       continue
-    one = exchanges.Layer(
-      config, 1, shape.tokens, 2, 2, False, 2, 2, 1, float(factor or 1.0), 0.0,
-      every_slot=False,
-      popularity=load_E / load_E.sum() * shape.k,
-      tile=1 if balanced else 128,
-    )  # fmt: skip
+    one = planned.layer_of(shape, 2, balanced=balanced, factor=float(factor or 1.0))
     yield strategy, one, row["share_of_one"]
 
 

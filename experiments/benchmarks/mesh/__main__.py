@@ -61,7 +61,12 @@ def parser() -> Parser:
   add("--rounds", type=int, default=10)
   add("--threads", type=int, default=6, help="programs compiled at a time")
   add("--limit", type=float, default=280, help="seconds that all of it may take")
-  add("--measuring", type=float, metavar="S", help="seconds of it for figures")
+  add(
+    "--measuring",
+    type=float,
+    metavar="S",
+    help="seconds of it for figures; no round begins later",
+  )
   add("--turn", type=Path, metavar="FILE", help=HELP)
   add("--liger-site", type=Path, metavar="DIR", help="an unpacked liger-cute-kernels")
   add("--dry", action="store_true", help="host devices and a tiny layer, no GPU")

@@ -168,18 +168,28 @@ class Operands:
   others: "Operands | None" = None
 
   @functools.cached_property
+  def drawing(self) -> tuple[Any, Any]:
+    """Compiled: what draws the matrices, None if they are shared; and the tokens."""
+
+    def matrices():
+      return ours.operands(self.shape)[0]
+
+    def tokens():
+      x_TD = ours.operands(self.shape)[1]
+      return x_TD, jax.random.normal(jax.random.key(9), x_TD.shape, x_TD.dtype)
+
+    def compiled(function: Any) -> Any:
+      return jax.jit(function, out_shardings=self.where).lower().compile()
+
+    return None if self.others else compiled(matrices), compiled(tokens)
+
+  @functools.cached_property
   def params(self) -> Any:
-    if self.others is not None:
-      return self.others.params
-    return jax.jit(lambda: ours.operands(self.shape)[0], out_shardings=self.where)()
+    return self.drawing[0]() if self.others is None else self.others.params
 
   @functools.cached_property
   def _tokens(self) -> tuple[Array, Array]:
-    return jax.jit(self._drawn, out_shardings=self.where)()
-
-  def _drawn(self) -> tuple[Array, Array]:
-    x_TD = ours.operands(self.shape)[1]
-    return x_TD, jax.random.normal(jax.random.key(9), x_TD.shape, x_TD.dtype)
+    return self.drawing[1]()
 
   def routed(self, kind: str) -> tuple[Any, Any]:
     """(f32[T,K] weights, i32[T,K] experts), on the host; drawn once."""
@@ -201,6 +211,12 @@ class Operands:
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.where),
       (params, x_TD, weight, x_TD, expert),
     )
+
+  def prepare(self, kinds: tuple[str, ...]) -> None:
+    """Whatever takes long and no memory of devices."""
+    _ = self.drawing
+    for kind in kinds:
+      self.routed(kind)
 
   def forget(self) -> None:
     """Lets the arrays go."""

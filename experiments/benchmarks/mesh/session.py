@@ -98,10 +98,10 @@ class Session:
       if "links" in self.parts:
         self._links()
       for i, size in enumerate(sizes):
-        left = self.end - time.monotonic()
-        if left < 0.05 * limit and i:
+        if i and time.monotonic() > self.begin + 0.95 * limit:
           print(f"EP {size.n}: no time was left", flush=True)
           continue
+        left = max(0.0, self.end - time.monotonic())
         weight = sum(other.n + 1 for other in sizes[i:])
         until = time.monotonic() + left * (size.n + 1) / weight
         right &= self._layers(size, programs, until)
@@ -139,9 +139,9 @@ class Session:
     programs = {}
     made = build.compiled(list(wanted), threads=self.arguments.threads, until=until)
     with ThreadPoolExecutor(1) as pool:
-      for job in wanted:  # choices of many tokens are drawn meanwhile
-        for routing in job.routings:
-          pool.submit(job.given.routed, routing)
+      pool.submit(self._ceiling)
+      for given in dict.fromkeys(job.given for job in wanted):
+        pool.submit(given.prepare, self.routings)
       for job, program in made:
         failed = getattr(program, "why", None)
         said = failed or f"compiled in {program[1]['compile_s']:.0f} s"
@@ -149,6 +149,10 @@ class Session:
         print(f"  {devices} GPUs, {job.name:<38}{said}", flush=True)
         programs[job] = program
     return programs
+
+  def _ceiling(self) -> float:
+    """FLOP/s of square products; the first call compiles them."""
+    return shapes.ceiling(128 if self.arguments.dry else None, repeats=1)
 
   def _links(self) -> None:
     sizes = [n for n in self.sizes if n > 1]
@@ -180,7 +184,8 @@ class Session:
       stop = time.monotonic() + left / (len(self.routings) - i)
       right &= self._group(size, routing, programs, stop)
     for job in size.jobs:
-      job.given.forget()
+      if job.mesh is not None:  # what is on one device serves the next size too
+        job.given.forget()
     if size.peer is not None:
       size.peer.close()
     return right
@@ -205,7 +210,7 @@ class Session:
     ceilings: list[float] = []
 
     def ceiling() -> float:
-      ceilings.append(shapes.ceiling(128 if self.arguments.dry else None, repeats=1))
+      ceilings.append(self._ceiling())
       return ceilings[-1]
 
     def sum_up() -> None:

@@ -58,7 +58,7 @@ def parts(
   for shape in SHAPES:
     words = ("--routings", "skewed", "--overlaps", "1", "--strategies", _EXCHANGES)
     layers(
-      f"all-{shape}", 18, "--shape", shape, "--total", "--parts", "layer", *words,
+      f"all-{shape}", 20, "--shape", shape, "--total", "--parts", "layer", *words,
       *tokens,
     )  # fmt: skip
   one = ("--layers", "1", "--checkpoint-layers", "1")

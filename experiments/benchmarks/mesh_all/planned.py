@@ -12,29 +12,29 @@ GPU.  `planning.rates` holds what it knows, all of it from one and two H200s.
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from experiments.benchmarks import shapes
 from experiments.benchmarks.command import command
-from experiments.benchmarks.mesh import __main__ as mesh, build, layer as layers, links
+from experiments.benchmarks.mesh import (
+  __main__ as mesh,
+  build,
+  layer as layers,
+  links,
+  planned,
+)
 from experiments.benchmarks.mesh_all.parts import LAYER, parts
 from experiments.benchmarks.mesh_train import __main__ as train, measure, model
 from experiments.benchmarks.shapes import Shape
 from experiments.parser import Parser, run
-from experiments.planning import alone, ask, exchanges, rates, topology as topologies
+from experiments.planning import alone, ask, rates, topology as topologies
 from experiments.planning.topology import Topology
 from jmoe.parallel import mesh as meshes
-from jmoe.presets import mixtral
 
 _NAME = "experiments.benchmarks.mesh_all.planned"
-_TILE = 128  # rows of a kernel's tile, which balanced loads fill
 # The benchmark's names of collectives -> the planner's.
 _COLLECTIVES = {
   "all_to_all": "all_to_all",
@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     "chips": chips.name,
     "parts": {},
   }
-  for part in parts(arguments.gpus, Path("DIR")):
+  folder = Path("DIR")
+  for part in parts(arguments.gpus, folder, liger_site=folder):
     found = of_part(part.words, chips)
     if found:
       lines["parts"][part.name] = found
@@ -82,47 +83,13 @@ def of_part(words: tuple[str, ...], chips: Topology) -> dict[str, Any]:
   if module == LAYER:
     asked = mesh.parser().parse_args(given)
     shape = layers.SHAPES[asked.shape]
+    if asked.tokens:
+      shape = dataclasses.replace(shape, tokens=asked.tokens)
     if asked.parts == "links":
       return {"links": list(_links(shape, asked.gpus, chips))}
     return {"layers": list(_layers(asked, shape, chips))}
   asked = train.parser().parse_args(given)
   return {} if asked.layers else {"training": [_training(asked, chips)]}
-
-
-def layer_of(
-  shape: Shape, n: int, *, balanced: bool, factor: float = 1.0
-) -> exchanges.Layer:
-  """A layer of the benchmark as the planner takes it, with the loads that it has.
-
-  Args:
-    shape: with the tokens of one device.
-    n: devices.
-    balanced: the routing; else skewed.
-    factor: of capacity, where there is one.
-  """
-  config = mixtral.layer(
-    d_model=shape.d_model, d_ff=shape.d_ff, num_experts=shape.num_experts, k=shape.k
-  )
-  load_E = _loads(dataclasses.replace(shape, tokens=n * shape.tokens), balanced)
-  return exchanges.Layer(
-    config, repeat=1, tokens=shape.tokens, itemsize=2, stored=2, again=False,
-    devices=n, inside=n // 2 if n >= 4 else n, tensor=1, factor=factor, skew=0.0,
-    every_slot=False,
-    popularity=load_E / load_E.sum() * shape.k,
-    tile=1 if balanced else _TILE,
-  )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=64)
-def _loads(shape: Shape, balanced: bool) -> np.ndarray:
-  expert_TK, _ = (shapes.balanced if balanced else shapes.routing)(shape)
-  return np.bincount(np.asarray(expert_TK).reshape(-1), minlength=shape.num_experts)
-
-
-def strategy_of(name: str) -> str:
-  """The planner's name of a row's strategy."""
-  found = name.partition(",")[0]
-  return "gather experts" if found == "gather" else found
 
 
 def _layers(asked: Any, shape: Shape, chips: Topology) -> Iterator[dict[str, Any]]:
@@ -137,8 +104,8 @@ def _layers(asked: Any, shape: Shape, chips: Topology) -> Iterator[dict[str, Any
     ):  # fmt: skip
       for routing in timed:
         balanced = routing == "balanced"
-        one = layer_of(own, n, balanced=balanced, factor=way.factor or 1.0)
-        before, after = alone.seconds(one, strategy_of(str(way)), chips)
+        one = planned.layer_of(own, n, balanced=balanced, factor=way.factor or 1.0)
+        before, after = alone.seconds(one, planned.strategy_of(str(way)), chips)
         yield {
           "gpus": n,
           "routing": routing,
