@@ -8,9 +8,9 @@ The step of a training job (`experiments.spread`): rows of 4096 random tokens, b
 parameters with float32 copies and moments of AdamW, the state donated; experts, and
 with `--mesh fsdp=2,expert=4` matrices too, split over the GPUs.  It takes turns with
 8192^3 products on one GPU, the ceiling.  FLOPs are 6 for each token and active
-parameter, without the embedding, and causal attention.  Tokens' cross-entropy must begin near
-the logarithm of the vocabulary and fall on the one batch.  Memory of a GPU stands
-beside the planner's (`experiments.plan`).
+parameter, without the embedding, and causal attention.  Tokens' cross-entropy must
+begin near the logarithm of the vocabulary and fall on the one batch.  Memory of a GPU
+stands beside the planner's (`experiments.plan`).
 
 Then a model of `--checkpoint-layers` layers is saved from all GPUs as a job saves it,
 and restored on half of them and on a quarter, over other meshes: its arrays must be the
@@ -54,6 +54,12 @@ def parser() -> Parser:
   add("--rows", type=int, help="of a GPU; the model's own if left out")
   add("--seq", type=int, default=4096)
   add("--keep", help="nothing, attention, hidden, most, all")
+  add(
+    "--loop",
+    action=argparse.BooleanOptionalAction,
+    default=None,
+    help="over layers, whose arrays are then copied out of stacks and into them",
+  )
   add("--layers", type=int, help="of the model; its own if left out")
   add("--rounds", type=int, default=5, help="of ceiling and steps")
   add("--checkpoint-layers", type=int, default=1, help="0: no checkpoint")
