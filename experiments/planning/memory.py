@@ -120,6 +120,10 @@ class Local(NamedTuple):
     """Of the batch."""
     return self.tokens * self.mesh.context / self.run.data.seq
 
+  def alone(self) -> "Local":
+    """The same tokens where all experts are here."""
+    return self._replace(outcome=None)
+
 
 def state_of(run: Run) -> Any:
   """Shapes of a run's state; nothing is computed."""
@@ -164,7 +168,13 @@ def kept_by(local: Local, block: BlockConfig) -> float:
   one = local.tokens * model.d_model * local.itemsize
   if remat is True:
     return one
-  return _asked_for(model, block, local) / local.mesh.tensor
+  asked = _asked_for(model, block, local)
+  if isinstance(block.ff, MoEConfig) and (remat is False or "hidden" in remat):
+    # One device's own rows were traced; a strategy's buffer has room for more.
+    more = buffer_rows(local, block.ff)[0] - buffer_rows(local.alone(), block.ff)[0]
+    hidden = _num_up(block.ff) * work.expert_width(block.ff)
+    asked += more * hidden * local.itemsize
+  return asked / local.mesh.tensor
 
 
 def _asked_for(model: ModelConfig, block: BlockConfig, local: Local) -> float:

@@ -46,6 +46,7 @@ class Times(NamedTuple):
   attention: float
   again: float
   between: float  # norms, positions and sums between products, by HBM's bandwidth
+  loops: float  # copies out of the stacks of loops over layers, and their zeros
   update: float  # of parameters and moments, by HBM's bandwidth
   parameters: float  # gathers and gradients, which run behind products
   rows: float  # exchanges that products wait for, and copies of rows for them
@@ -53,7 +54,7 @@ class Times(NamedTuple):
   @property
   def compute(self) -> float:
     products = self.products + self.experts + self.attention + self.again
-    return products + self.between
+    return products + self.between + self.loops
 
   @property
   def step(self) -> float:
@@ -208,11 +209,24 @@ def _times(
     attention=flops.attention / device / reached.attention,
     again=flops.again / device / mixed,
     between=run.model.num_layers * rates.PASSES * array / hbm,
+    loops=_copied(question, used) / hbm,
     # Read and written once, and gradients read.
     update=(2 * (used.parameters + used.optimizer) + used.gradients) / hbm,
     parameters=sum(seconds(question, e) for e in parameters),
     rows=sum(seconds(question, e) for e in rows) + copied / hbm,
   )
+
+
+def _copied(question: Question, used: memory.Memory) -> float:
+  """Bytes that memory moves because layers are in loops, by the compiler for H200s.
+
+  What blocks keep and their gradients begin as stacks of zeros.  The backward pass
+  copies what a layer kept, and its parameters, out of theirs; kernels write straight
+  into them, and other copies are made beside products.
+  """
+  if question.topology.chip.kind != "gpu":
+    return 0.0
+  return work.looped(question.run.model) * 3 * (used.kept + used.parameters)
 
 
 def drop_probability(question: Question) -> tuple[float, int, int] | None:

@@ -47,6 +47,12 @@ def blocks(model: ModelConfig) -> Iterator[tuple[BlockConfig, int]]:
       yield block, repeat
 
 
+def looped(model: ModelConfig) -> float:
+  """The part of the layers that are in loops, whose arrays lie in stacks."""
+  inside = sum(len(some) * repeat for some, repeat in model.segments if repeat > 1)
+  return inside / max(1, model.num_layers)
+
+
 def sparse_blocks(model: ModelConfig) -> list[tuple[MoEConfig, int]]:
   """(a sparse layer, how often it is there)."""
   return [(b.ff, n) for b, n in blocks(model) if isinstance(b.ff, MoEConfig)]

@@ -13,6 +13,7 @@ from jmoe.dispatch.layout import ragged
 from jmoe.dispatch.ragged_all_to_all import buffer_rows
 from jmoe.dispatch.replicas import physical
 from jmoe.dispatch.requeue import requeue
+from jmoe.keeping import named
 from jmoe.kernels.devices import row_alignment
 from jmoe.types import Home, Plan, Rows
 from jmoe.use import marked
@@ -73,7 +74,9 @@ def all_gather(
   if axis:
     me = lax.axis_index(axis)
     x_TD = _WAYS[by][0](x_TD, axis)
-    expert_N, weights = lax.all_gather((expert_N, weights), axis, tiled=True)
+    # Kept with the rest of the routing, a backward pass need not gather them again.
+    gathered = lax.all_gather((expert_N, weights), axis, tiled=True)
+    expert_N, weights = named(gathered, "routing")
     expert_N = expert_N - me * local  # those before mine are negative
     if routing.k is None:
       token_N = lax.all_gather(token_N + me * T, axis, tiled=True)

@@ -54,6 +54,12 @@ def parser() -> Parser:
   add("--rows", type=int, help="of a GPU; the model's own if left out")
   add("--seq", type=int, default=4096)
   add("--keep", help="nothing, attention, hidden, most, all")
+  add(
+    "--loop",
+    action=argparse.BooleanOptionalAction,
+    default=None,
+    help="over layers, whose arrays are then copied out of stacks and into them",
+  )
   add("--layers", type=int, help="of the model; its own if left out")
   add("--rounds", type=int, default=5, help="of ceiling and steps")
   add("--checkpoint-layers", type=int, default=1, help="0: no checkpoint")

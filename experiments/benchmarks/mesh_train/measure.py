@@ -28,11 +28,12 @@ def run_of(
 ) -> Run:
   """The run that a command asks for."""
   gpus = arguments.gpus
-  model, weights, rows, keep = models.MODELS[arguments.model]
+  model, weights, rows, keep, loop = models.MODELS[arguments.model]
   keep = arguments.keep or keep
+  loop = loop if arguments.loop is None else arguments.loop
   experts = sizes.get("expert", 1)
   room = arguments.room / experts if arguments.room < experts else None
-  model = models.configured(model, keep=keep, layers=layers, room=room)
+  model = models.configured(model, keep=keep, loop=loop, layers=layers, room=room)
   return models.run_of(model, gpus * (arguments.rows or rows), arguments.seq, weights)
 
 

@@ -8,7 +8,7 @@ parameters with float32 copies and moments, AdamW, clipping, routing metrics.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from experiments.program import Program, program
 from experiments.spread import Spread
 from experiments.state import TrainState
 from jmoe.config import Attention, BlockConfig, ModelConfig
+from jmoe.models import unrolled
 from jmoe.parallel import mesh as meshes
 from jmoe.presets import olmoe, qwen3_moe
 
@@ -47,19 +48,31 @@ def _qwen3(layers: int, d_model: int, d_ff: int, experts: int, vocab: int):
   )
 
 
-# Name -> the model, weights of its losses, rows of a GPU, what blocks keep.
+class Model(NamedTuple):
+  """A model and how it is timed unless a command says otherwise."""
+
+  config: ModelConfig
+  loss_weights: tuple[tuple[str, float], ...]
+  rows: int  # of a GPU
+  keep: str  # of `training.KEEPS`: what blocks keep for the backward pass
+  loop: bool  # over layers: copies in each, but a program that does not grow with them
+
+
 _OLMOE, _QWEN3 = (tuple(preset.LOSS_WEIGHTS.items()) for preset in (olmoe, qwen3_moe))
-MODELS: dict[str, tuple[ModelConfig, tuple[tuple[str, float], ...], int, str]] = {
-  "olmoe-1b-7b": (_olmoe(size.Size()), _OLMOE, 4, "most"),
-  "qwen3-30b-a3b": (_qwen3(48, 2048, 768, 128, 151936), _QWEN3, 2, "attention"),
-  "tiny": (_olmoe(size.TINY), _OLMOE, 2, "nothing"),
-}  # fmt: skip
+MODELS = {
+  "olmoe-1b-7b": Model(_olmoe(size.Size()), _OLMOE, 4, "most", loop=False),
+  "qwen3-30b-a3b": Model(
+    _qwen3(48, 2048, 768, 128, 151936), _QWEN3, 2, "attention", loop=True
+  ),
+  "tiny": Model(_olmoe(size.TINY), _OLMOE, 2, "nothing", loop=False),
+}
 
 
 def configured(
   model: ModelConfig,
   *,
   keep: str,
+  loop: bool = True,
   layers: int | None = None,
   room: float | None = None,
 ) -> ModelConfig:
@@ -68,17 +81,19 @@ def configured(
   Args:
     model: of one segment of equal blocks.
     keep: of `training.KEEPS`: what blocks keep for the backward pass.
+    loop: over layers, or each by itself (`jmoe.models.unrolled`).
     layers: instead of its own number.
     room: rows that a device's buffer holds as a share of all devices' rows.
   """
   (((block,), repeat),) = model.segments
   block = dataclasses.replace(block, ff=dataclasses.replace(block.ff, max_rows=room))
-  return dataclasses.replace(
+  made = dataclasses.replace(
     model,
     segments=(((block,), layers or repeat),),
     remat=training.KEEPS[keep],
     future_drops=room is not None,
   )
+  return made if loop else unrolled(made)
 
 
 def run_of(
@@ -111,8 +126,8 @@ class Counts:
 
 
 def counts(model: ModelConfig, rows: int, seq: int) -> Counts:
-  """Counted from shapes."""
-  (((block,), layers),) = model.segments
+  """Counted from shapes, of equal blocks."""
+  block, layers = model.segments[0][0][0], model.num_layers
   _, like = training.shapes(model)
   params = sum(math.prod(x.shape) for x in like.values())
   sparse: Any = block.ff
