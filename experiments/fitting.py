@@ -1,7 +1,6 @@
 """The mesh of a command line, and whether a run fits it; nothing is compiled."""
 # SPDX-License-Identifier: Apache-2.0
 
-import dataclasses
 import functools
 import math
 
@@ -39,8 +38,7 @@ def make(run: Run, text: str, *, strategy: str | None = None) -> Spread:
     raise BadConfig(f"--strategy {strategy}: unknown; {nearest(strategy, STRATEGIES)}")
   try:
     table = _table(run)
-    named = [a for f in dataclasses.fields(Rules)[:-1] for a in getattr(table, f.name)]
-    axes = dict.fromkeys((*meshes.AXES, *named))
+    axes = dict.fromkeys((*meshes.AXES, *table.named))
     made = Spread(meshes.make(text, axes=tuple(axes)), table, strategy)
     if table == EXPERT_TENSOR:
       planned.check(run, planned.Mesh(**made.sizes))

@@ -187,9 +187,9 @@ def _joined(arguments: argparse.Namespace) -> None:
       "--distributed needs --mesh, which says how devices are used, as in --mesh "
       "data=16."
     )
-  from experiments import hosts
+  from experiments import hosts, joining
 
-  hosts.start(hosts.Job(*address))
+  joining.start(joining.Job(*address))
   if not hosts.is_first():  # one speaks for all; errors are said by each
     sys.stdout = open(os.devnull, "w")
 

@@ -23,6 +23,23 @@ from experiments.workdir import differences, listed
 _DATA = "readers.json"
 
 
+def check_readable(folder: epath.Path) -> None:
+  """Raises unless this process can list the checkpoints, if there are any.
+
+  Before Orbax, in which one process would wait for the others.
+
+  Raises:
+    BadCheckpoint: on one line.
+  """
+  try:
+    if folder.exists():
+      list(folder.iterdir())
+  except OSError as error:
+    raise BadCheckpoint(
+      f"{folder} cannot be read ({error.strerror}); mend it, or give another --workdir."
+    ) from error
+
+
 def manager_of(
   folder: epath.Path,
   *,

@@ -19,6 +19,7 @@ from experiments import (
   hosts,
   loop,
   opening,
+  restoring,
   routing,
   state as states,
   tokens,
@@ -109,6 +110,7 @@ class Sitting:
         if hosts.count() > 1:
           self._send()
         hosts.check_visible(self.where.seen / "config.json", "--workdir")
+        restoring.check_readable(self.folder / "checkpoints")
       return self._finished(state)
 
   def _finished(self, state: states.TrainState | None) -> Trained:

@@ -20,8 +20,8 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
   if rules is None or mesh is None:
     return
   sizes = mesh.shape
-  named = {a for n in _FIELDS for a in getattr(rules, n)}
-  if not named & set(sizes):
+  named = rules.named
+  if not set(named) & set(sizes):
     raise ValueError(
       f"sharding={shown(rules)} names no axis of the mesh {tuple(sizes)}; rename the "
       "table's axes, or use sharding=None."
@@ -37,15 +37,17 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
       f"axes={axes!r} with sharding={shown(rules)}: the table says which axes split "
       "the tokens; use axes=None."
     )
+  fits(config, x, context, train, sizes)
+
+
+def fits(config: Any, x: Any, context: Any, train: bool, sizes: Any) -> None:
+  """Raises if a mesh of such sizes cannot split a layer as its table says."""
   _experts(config, sizes)
   _matrices(config, sizes)
   _tokens(config, x, context, sizes)
   check = fact(config.dispatch, "fits_mesh")
   if check is not None:
     check(config, x.shape, context, train, sizes)
-
-
-_FIELDS = ("tokens", "sequence", "expert", "d_model", "d_ff", "heads", "vocab")
 
 
 def _axes(config: Any, name: str, sizes: Any) -> tuple[str, ...]:
@@ -69,10 +71,10 @@ def _experts(config: Any, sizes: Any) -> None:
     _placement(config, axes, n)
     return
   if E % n:
-    fits = [str(d) for d in range(2, E + 1) if E % d == 0]
+    divisors = [str(d) for d in range(1, E + 1) if E % d == 0]
     raise ValueError(
       f"num_experts={E} is not divisible by the expert axes ({_said(axes, sizes)}); "
-      f"use {near(E, n)} experts, axes of {' or '.join(fits)}, or "
+      f"use {near(E, n)} experts, axes of {' or '.join(divisors[E > 1 :])}, or "
       "experts.layout.replicate."
     )
   whole = "tokens", "sequence"

@@ -12,17 +12,18 @@ from jmoe.parallel import mesh as meshes
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices along each axis of `jmoe.parallel.mesh.AXES`, the slowest first."""
+  """Devices along each axis of `jmoe.parallel.mesh.AXES`."""
 
   data: int = 1
   fsdp: int = 1
   expert: int = 1
   tensor: int = 1
   context: int = 1
+  order: tuple[str, ...] = meshes.AXES  # the slowest first
 
   @property
   def sizes(self) -> dict[str, int]:
-    return {axis: getattr(self, axis) for axis in meshes.AXES}
+    return {axis: getattr(self, axis) for axis in self.order}
 
   @property
   def devices(self) -> int:
@@ -47,7 +48,11 @@ def parse(text: str, topology: Topology) -> Mesh:
   """
   sizes = meshes.parse(text)
   meshes.check_product(sizes, topology.devices)
-  return Mesh(**sizes)
+  order = list(sizes)
+  for before, axis in zip((None, *meshes.AXES), meshes.AXES, strict=False):
+    if axis not in order:  # where it has a size in other meshes
+      order.insert(0 if before is None else order.index(before) + 1, axis)
+  return Mesh(**sizes, order=tuple(order))
 
 
 def check(run: Run, mesh: Mesh) -> None:

@@ -49,7 +49,7 @@ def parse(text: str) -> Topology:
   Raises:
     ValueError: on one line, what is wrong with it and what would do.
   """
-  name, colon, rest = text.partition(":")
+  name, _, rest = text.strip().lower().partition(":")
   tpus = [known for known, chip in CHIPS.items() if chip.kind == "tpu"]
   gpus = [known for known, chip in CHIPS.items() if chip.kind == "gpu"]
   if name == "gpu" and (found := re.fullmatch(r"(?:(\d+)x)?(\d+)x([A-Za-z]\w*)", rest)):
@@ -116,7 +116,8 @@ def extents(topology: Topology, sizes: Mapping[str, int]) -> dict[str, Extent]:
 def _in_hosts(topology: Topology, sizes: Mapping[str, int]) -> dict[str, Extent]:
   found, stride = {}, 1
   for axis, size in reversed(list(sizes.items())):
-    inside = max(1, min(size, topology.node // stride))
+    # A number that divides the axis, so that every host has as many.
+    inside = math.gcd(size, max(1, topology.node // stride))
     found[axis] = Extent(size, (), inside)
     stride *= size
   return {axis: found[axis] for axis in sizes}

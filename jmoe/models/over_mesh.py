@@ -181,7 +181,8 @@ def by_xla(results: Callable[..., Any]) -> Callable[..., Any]:
         args, keywords = jax.tree.unflatten(tree, full)
         return method(nnx.merge(graph, state), *args, **keywords)
 
-      automatic: Any = jax.sharding.auto_axes(body, out_sharding=results(*at))
+      out = results(*(tuple(a for a in axes if meshes.is_explicit(a)) for axes in at))
+      automatic: Any = jax.sharding.auto_axes(body, out_sharding=out)
       return automatic(state, *(jnp.asarray(leaves[n]) for n in arrays))
 
     return call

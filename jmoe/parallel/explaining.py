@@ -2,31 +2,35 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from jmoe.assign import capacity
 from jmoe.parallel import mesh as meshes
 from jmoe.parallel.rules import (
+  Rules,
   activation_spec,
   bytes_per_device,
   param_specs,
   product,
   spec,
 )
+from jmoe.types import Context
 from jmoe.use import fact, shown
 
 
 def explain(
   config: Any,
-  sizes: str | Mapping[str, int],
+  sizes: str | Mapping[str, int] | Mesh | AbstractMesh,
   shape: Sequence[int],
   *,
   dtype: Any = "float32",
-  axes: Sequence[str] = meshes.AXES,
+  axes: Sequence[str] | None = None,
   devices_per_node: int | None = None,
 ) -> str:
   """Each parameter and activation: its shape, its spec, and bytes on one device.
@@ -41,28 +45,37 @@ def explain(
 
   Args:
     config: a layer with a table in `sharding`.
-    sizes: of the mesh, as for `mesh.parse`.
+    sizes: of the mesh, as for `mesh.parse`, or a mesh.
     shape: of the activations, `[T,D]` or `[...,S,D]`.
     dtype: of the activations.
-    axes: names of mesh axes that are known.
-    devices_per_node: warns where groups of experts (`restrict.expert_groups`) would be
-      on several nodes; None: not known.
+    axes: names of mesh axes that are known; None: `mesh.AXES` and those of the table.
+    devices_per_node: warns where groups of experts (`restrict.expert_groups`, those of
+      a `restrict.domain`) would be on several nodes; devices are numbered as the mesh
+      lists them.  None: not known.
 
   Raises:
-    ValueError: a configuration without a table, or a mesh that cannot be parsed.
+    ValueError: a configuration without a table, a mesh that cannot be parsed, or one
+      that does not divide the layer.
   """
+  from jmoe._mesh_checks import fits
   from jmoe.parameters import param_shapes
 
-  sizes, rules = meshes.parse(sizes, axes=axes), config.sharding
+  rules = config.sharding
   if rules is None:
     raise ValueError(
       f"explain: sharding=None in {shown(config)}; give it a table, as "
       "jmoe.parallel.EXPERT_FSDP."
     )
+  if isinstance(sizes, Mesh | AbstractMesh):
+    sizes = dict(sizes.shape)
+  else:
+    sizes = meshes.parse(sizes, axes=axes or (*meshes.AXES, *rules.named))
+  T = math.prod(shape[:-1])
+  context = _context(config, shape)
+  fits(config, jax.ShapeDtypeStruct(tuple(shape), dtype), context, True, sizes)
   at = activation_spec(len(shape), rules, sizes)
   parts = rules.axes("tokens", sizes) + rules.axes("sequence", sizes)
   shards = product(parts, sizes)
-  T = math.prod(shape[:-1])
   over = ", ".join(f"{a}={n}" for a, n in sizes.items())
   lines = [f"{config.dispatch!r} over {over}; {T // shards} tokens on each of {shards} "
            "shards"]  # fmt: skip
@@ -87,11 +100,29 @@ def explain(
                  ("logits", (T, E), "float32", flat)]  # fmt: skip
   if config.k is not None:
     activations.append(("routing weights", (T, config.k), "float32", flat))
-  rows = _rows(config, T, shards, product(rules.axes("expert", sizes), sizes))
+  n = product(rules.axes("expert", sizes), sizes)
+  rows = _rows(config, T // shards, context.group_size, n)
   if rows is not None:
     activations.append(("rows of experts", (rows * shards, shape[-1]), dtype, flat))
+    if (d_ff := config.experts.kwargs.get("d_ff")) is not None:
+      features = tuple(a for a in rules.axes("d_ff", sizes) if a not in parts)
+      hidden = (
+        "hidden of experts",
+        (rows * shards, d_ff),
+        dtype,
+        spec(parts, features),
+      )
+      activations.append(hidden)
   lines += [_line(*given, sizes=sizes)[0] for given in activations]
   return "\n".join(lines + _warnings(config, sizes, devices_per_node))
+
+
+def _context(config: Any, shape: Sequence[int]) -> Context:
+  """What is known of a call by its shape: its rows, and tokens of a group."""
+  size, row = config.group_size, shape[-2] if len(shape) > 2 else None
+  T = math.prod(shape[:-1])
+  num_rows = 1 if row is None else T // row
+  return Context(group_size=T // num_rows if size == "row" else size, num_rows=num_rows)
 
 
 def _line(
@@ -107,32 +138,74 @@ def _shown(where: PartitionSpec) -> str:
   return f"PartitionSpec({', '.join(repr(a) for a in where)})"
 
 
-def _rows(config: Any, T: int, shards: int, n: int) -> int | None:
-  """Rows of a device's expert buffer, at most and before they are aligned."""
-  if config.k is None or config.capacity is not None:
+def _rows(config: Any, tokens: int, group_size: int | None, n: int) -> int | None:
+  """Rows of a device's expert buffer, at most and before they are aligned.
+
+  Args:
+    config: of token choice; else None is returned.
+    tokens: of a device.
+    group_size: tokens that compete for slots; None: all.
+    n: devices of the expert axes.
+  """
+  if config.k is None:
     return None
-  entries = T // shards * config.k
+  entries = tokens * config.k
   if not fact(config.dispatch, "exchanges"):
     n = 1
-  share = 1.0 if config.max_rows is None else config.max_rows
-  return max(1, int(entries * n * share))
+  if config.capacity is None:
+    share = 1.0 if config.max_rows is None else config.max_rows
+    return max(1, int(entries * n * share))
+  size, E = group_size or tokens, config.num_experts
+  each = int(capacity.of_group(config.capacity, size, size, E, config.k, True).max())
+  slots = len(config.sharding.placement or range(E)) * each * max(1, tokens // size)
+  return (
+    slots if fact(config.dispatch, "dropless") is False else min(entries * n, slots)
+  )
 
 
-def _warnings(config: Any, sizes: Any, devices_per_node: int | None) -> list[str]:
+def _groups(config: Any) -> Iterator[tuple[Any, str, int]]:
+  """Restrictions that name groups of experts, the keyword that counts them, and E."""
+  for used in config.restrict:
+    if used.name == "expert_groups":
+      yield used, "num_groups", config.num_experts
+    elif used.name == "domain":
+      yield used, "num_domains", config.num_experts - used.kwargs.get("shared", 0)
+
+
+def _nodes(rules: Rules, sizes: Mapping[str, int], devices_per_node: int) -> np.ndarray:
+  """i64[n,m] the node of each shard of experts, for all m places on other axes."""
+  node = np.arange(math.prod(sizes.values())) // devices_per_node
+  names, axes = list(sizes), rules.axes("expert", sizes)
+  grid = node.reshape(tuple(sizes.values()))
+  grid = np.moveaxis(grid, [names.index(a) for a in axes], range(len(axes)))
+  return grid.reshape(product(axes, sizes), -1)
+
+
+def _warnings(
+  config: Any, sizes: Mapping[str, int], devices_per_node: int | None
+) -> list[str]:
+  """Groups of experts that lie on several nodes, whatever a sender's other axes say."""
   if devices_per_node is None:
     return []
-  E, n = config.num_experts, product(config.sharding.axes("expert", sizes), sizes)
+  node_nM = _nodes(config.sharding, sizes, devices_per_node)
+  expert_S = np.array(config.sharding.placement or range(config.num_experts))
+  node_SM = np.repeat(node_nM, len(expert_S) // len(node_nM), axis=0)
+
+  def cut(owned: int, count: int) -> int:
+    """How many of so many equal groups do."""
+    groups = np.arange(owned).reshape(count, -1)
+    on = [node_SM[np.isin(expert_S, group)] for group in groups]
+    return sum(bool((nodes != nodes[0]).any()) for nodes in on)
+
   lines = []
-  per_node = E // n * min(devices_per_node, n)
-  for used in config.restrict:
-    if used.name != "expert_groups":
-      continue
-    size = E // used.get("num_groups")
-    cut = [g for g in range(E // size) if g * size // per_node
-           != (g * size + size - 1) // per_node]  # fmt: skip
-    if cut:
+  for used, name, owned in _groups(config):
+    count = used.get(name)
+    if found := cut(owned, count):
+      more = [n for n in range(count + 1, owned + 1) if owned % n == 0]
+      fitting = [f"{name}={n}" for n in more if not cut(owned, n)][:1]
+      remedies = [*fitting, "a mesh with the expert axes last"]
       lines.append(
-        f"warning: {used!r}: {len(cut)} groups of {size} experts lie on several nodes "
-        f"of {per_node} experts; use num_groups={E // per_node} or a multiple of it."
+        f"warning: {used!r}: {found} of {count} groups of {owned // count} experts lie "
+        f"on several nodes of {devices_per_node} devices; use {' or '.join(remedies)}."
       )
   return lines

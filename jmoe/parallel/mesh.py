@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jmoe.use import nearest, shown
 
@@ -124,3 +124,23 @@ def manual_axes(mesh: AbstractMesh) -> tuple[str, ...]:
 def has_explicit(mesh: AbstractMesh) -> bool:
   """Whether arrays carry their shardings in their types."""
   return AxisType.Explicit in mesh.axis_types
+
+
+def is_explicit(axis: str) -> bool:
+  """Whether arrays carry in their types what this axis of the current mesh splits."""
+  mesh = current()
+  kinds = (
+    {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  )
+  return kinds.get(axis) == AxisType.Explicit
+
+
+def of_types(at: PartitionSpec) -> PartitionSpec:
+  """What a spec says of such axes: a mesh may have axes of both types."""
+
+  def kept(axes: Any) -> Any:
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    names = tuple(filter(is_explicit, names))
+    return names[0] if len(names) == 1 else names or None
+
+  return PartitionSpec(*map(kept, at))

@@ -76,6 +76,12 @@ class Rules:
         f"Rules: {sorted(both)[0]!r} splits tokens and sequence; leave it in one."
       )
 
+  @property
+  def named(self) -> Axes:
+    """Every mesh axis that the table names."""
+    fields = [field.name for field in dataclasses.fields(self)[:-1]]
+    return tuple(dict.fromkeys(axis for name in fields for axis in getattr(self, name)))
+
   def axes(self, name: str, sizes: Mapping[str, int]) -> Axes:
     """The axes of a mesh that split a logical axis in more than one."""
     return tuple(a for a in getattr(self, name) if sizes.get(a, 1) > 1)

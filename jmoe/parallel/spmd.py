@@ -214,7 +214,8 @@ def constrained(
 
   if not meshes.has_explicit(split.mesh):
     return body(params, x, *rest)
-  automatic: Any = jax.sharding.auto_axes(body, out_sharding=(at, P()))
+  typed = meshes.of_types(at), P()
+  automatic: Any = jax.sharding.auto_axes(body, out_sharding=typed)
   return automatic(params, x, *rest)
 
 
@@ -230,7 +231,7 @@ def _spread_specs(specs: Any, args: Any) -> Any:
 
 
 def _put(at: P, x: Array) -> Array:
-  return jax.sharding.reshard(x, at)
+  return jax.sharding.reshard(x, meshes.of_types(at))
 
 
 def _forced(forced: Any, config: Any, lead: tuple[int, ...], dims: list, split: Over):

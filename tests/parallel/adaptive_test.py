@@ -7,9 +7,9 @@ import jax
 import pytest
 
 import jmoe
-from jmoe import dispatch, restrict, use
+from jmoe import dispatch, use
 from jmoe.layer import moe, moe_init, param_shapes
-from jmoe.parallel import EXPERT_TENSOR, adaptive, explaining, mesh, param_specs
+from jmoe.parallel import EXPERT_TENSOR, adaptive, mesh, param_specs
 from tests._cases import quickly
 from tests.tolerance import assert_close
 
@@ -76,27 +76,3 @@ def test_switching_moves_no_parameter_and_changes_no_number():
       assert_close(jax.device_get(found), jax.device_get(y), way.name)
   assert len(seen) == 3 and len(specs) == 7
   assert all(spec == specs[0] for spec in specs)
-
-
-def test_explain_says_specs_and_bytes_and_warns():
-  config = dataclasses.replace(
-    wide(), restrict=(use(restrict.expert_groups, num_groups=2, keep=1),),
-    dispatch=use(dispatch.ragged_all_to_all),
-  )  # fmt: skip
-  text = explaining.explain(
-    config, "fsdp=2,expert=4,tensor=2", (8, 512, 4096), devices_per_node=2
-  )
-  lines = text.splitlines()
-  (up,) = [line for line in lines if "up_EDF" in line]
-  assert "PartitionSpec('expert', 'fsdp', 'tensor')" in up
-  assert f"{8 * 4096 * 14336 * 4 // 16:,} bytes" in up
-  (x,) = [line for line in lines if line.startswith("x ")]
-  assert "PartitionSpec(('fsdp', 'expert'), None)" in x
-  assert f"{8 * 512 * 4096 * 4 // 8:,} bytes" in x
-  assert "expert_groups" not in text  # two nodes of four experts, two groups of four
-  near = explaining.explain(
-    config, "fsdp=2,expert=4,tensor=2", (8, 512, 4096), devices_per_node=1
-  )
-  assert "warning: expert_groups" in near and "use num_groups=4" in near
-  with pytest.raises(ValueError, match="sharding=None"):
-    explaining.explain(dataclasses.replace(config, sharding=None), "data=8", (8, 8))

@@ -54,6 +54,7 @@ STRATEGIES: Mapping[str, tuple[Any, dict[str, Any]]] = {
   "deduplicated, slots": (use(dispatch.deduplicated), LIMITED),
   "sort": (use(dispatch.sort), DROPLESS),
   "buckets": (use(dispatch.buckets), LIMITED),
+  "einsum": (use(dispatch.einsum), LIMITED),
 }
 ROUTERS = {
   name: _cases.ROUTERS[name](E)

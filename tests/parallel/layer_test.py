@@ -31,7 +31,7 @@ SLOTS = use(jmoe.capacity.by_factor, factor=1.5, multiple_of=2)
 
 
 def compare(config, sizes, *, x=X, alone=None, explicit=False, **given):
-  """Output, gradients and reports over a mesh and on one device."""
+  """Output, gradients and reports over a mesh, or sizes of one, and on one device."""
   params = moe_init(KEY, config)
   params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size, dtype=p.dtype)
     ).reshape(p.shape), params)  # fmt: skip
@@ -47,7 +47,9 @@ def compare(config, sizes, *, x=X, alone=None, explicit=False, **given):
 
   alone = dataclasses.replace(config, sharding=None) if alone is None else alone
   expected = run(dataclasses.replace(alone, sharding=None))
-  with jax.set_mesh(mesh.make(sizes, axes=(*mesh.AXES, "node"), explicit=explicit)):
+  if isinstance(sizes, str):
+    sizes = mesh.make(sizes, axes=(*mesh.AXES, "node"), explicit=explicit)
+  with jax.set_mesh(sizes):
     found = run(config)
   jax.tree.map(assert_close, jax.device_get(found), jax.device_get(expected))
 
@@ -136,6 +138,16 @@ def test_stacks_come_home_vector_by_vector(used):
 def test_masks_split_by_xla(explicit):
   config = dataclasses.replace(BASE, dispatch=use(dispatch.einsum), capacity=SLOTS)
   compare(config, "data=2,expert=4", explicit=explicit)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("used", [dispatch.all_gather, dispatch.einsum])
+def test_a_mesh_may_have_axes_of_both_types(used):
+  slots = SLOTS if used is dispatch.einsum else None
+  config = dataclasses.replace(BASE, dispatch=use(used), capacity=slots)
+  auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+  names, kinds = ("data", "expert", "tensor"), (explicit, auto, auto)
+  compare(config, jax.make_mesh((2, 2, 2), names, axis_types=kinds))
 
 
 def test_recorded_choices_and_rows_of_any_length():

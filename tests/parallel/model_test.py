@@ -95,6 +95,17 @@ def test_a_model_runs_over_explicit_axes_too():
   jax.tree.map(assert_close, found, alone())
 
 
+@pytest.mark.contract
+def test_a_model_is_traced_over_axes_of_both_types():
+  kinds = AxisType.Explicit, AxisType.Auto
+  over = jax.make_mesh((2, 2), ("data", "expert"), kinds, devices=jax.devices()[:4])
+  decoder = model(EXPERT_TENSOR)
+  with jax.set_mesh(over):
+    tokens_BS = jax.ShapeDtypeStruct((B, S), jnp.int32)
+    y_BSV, _ = jax.eval_shape(lambda tokens_BS: decoder(tokens_BS), tokens_BS)
+  assert y_BSV.shape == (B, S, V)
+
+
 def test_heads_may_fold_onto_the_devices_of_experts():
   folded = dataclasses.replace(EXPERT_TENSOR, heads=("expert",))
   over = mesh.make("data=2,expert=2", devices=jax.devices()[:4])

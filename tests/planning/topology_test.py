@@ -19,6 +19,8 @@ V5E = topology.parse("v5e:16x16")
     ("tpu7x:2x2x1", 8, 8),  # a chip is two devices
     ("gpu:8xH200", 8, 8),
     ("gpu:4x8xb200", 32, 8),
+    ("V5E:4X4", 16, 16),
+    ("gpu:2xh200", 2, 2),
   ],
 )
 def test_topologies_have_devices(text, devices, node):
@@ -59,10 +61,14 @@ def test_a_mesh_that_does_not_fit_is_answered_with_one_that_does(text, words):
   assert words in str(error.value)
 
 
-def test_a_mesh_says_its_axes():
-  mesh = meshes.parse("expert=8, fsdp=32", V5E)
+def test_a_mesh_says_its_axes_in_the_order_given():
+  mesh = meshes.parse("fsdp=32, expert=8", V5E)
   assert mesh == Mesh(fsdp=32, expert=8)
   assert str(mesh) == "fsdp=32,expert=8"
+  turned = meshes.parse("expert=8, fsdp=32", V5E)
+  assert turned.order == ("data", "expert", "tensor", "context", "fsdp")
+  assert str(turned) == "expert=8,fsdp=32"
+  assert topology.extents(V5E, turned.sizes)["fsdp"].spans[0] == (16, True)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,11 @@ def test_axes_of_gpus_stay_in_a_host_or_leave_it():
   hosts = topology.parse("gpu:4x8xH200")
   found = topology.extents(hosts, Mesh(data=2, expert=16).sizes)
   assert (found["expert"].inside, found["data"].inside) == (8, 1)
+  turned = topology.extents(hosts, meshes.parse("expert=4,data=8", hosts).sizes)
+  assert (turned["expert"].inside, turned["data"].inside) == (1, 8)
+  three = topology.parse("gpu:3x8xH200")  # two groups of twelve in three hosts
+  found = topology.extents(three, Mesh(data=2, expert=12).sizes)
+  assert found["expert"].inside == 4
 
 
 def test_a_gather_goes_at_the_speed_of_all_links_and_a_host_at_that_of_its_network():

@@ -3,13 +3,15 @@
 
 import itertools
 import json
+import os
 import signal
+import threading
 
 import jax
 import pytest
 from etils import epath
 
-from experiments import hosts
+from experiments import hosts, joining
 from experiments.errors import BadConfig, BadData, PeerFailed, Stopped, Unreachable
 
 
@@ -122,8 +124,27 @@ def test_another_number_of_processes_is_refused_on_all(store, monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   store.said["jmoe/0/0"] = ""
   with pytest.raises(PeerFailed, match="--processes 3, but the job has 2; give every"):
-    hosts.start(hosts.Job("localhost:1", 3, 1))
+    joining.start(joining.Job("localhost:1", 3, 1))
   assert store.said["jmoe/0/1"].startswith("--processes 3")
+
+
+def test_processes_that_do_not_come_are_one_line(monkeypatch, capsys):
+  came, codes = threading.Event(), []
+  monkeypatch.setattr(hosts, "PATIENCE", 0.05)
+  monkeypatch.setattr(jax.config, "update", lambda *given: None)
+  monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), came.set()))
+
+  def initialize(*given, initialization_timeout):
+    assert initialization_timeout > hosts.PATIENCE  # by then the process has ended
+    assert came.wait(60)
+    raise RuntimeError("it has not")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  with pytest.raises(Unreachable):
+    joining.start(joining.Job("localhost:1", 3, 1))
+  said = capsys.readouterr().err
+  assert codes == [2] and said.count("\n") == 1
+  assert "not all of --processes 3 came to --coordinator localhost:1 in" in said
 
 
 def test_a_signal_stops_all_processes_after_one_step(store):

@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -131,6 +132,16 @@ def test_a_second_process_is_kept_out_of_a_folder(job, begin, tmp_path):
       begin(job.run, tmp_path / "run")
   assert {p: p.stat() for p in (tmp_path / "run").rglob("*")} == files
   begin(job.run, tmp_path / "run")
+
+
+def test_checkpoints_that_this_host_cannot_list_are_one_line(begin, job, tmp_path):
+  begin(job.run, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints")
+  (tmp_path / "run" / "checkpoints").write_text("")
+  files = set((tmp_path / "run").iterdir())
+  with pytest.raises(BadCheckpoint, match=r"checkpoints cannot be read \(Not a dir"):
+    begin(job.run, tmp_path / "run")
+  assert set((tmp_path / "run").iterdir()) == files
 
 
 def test_a_summary_that_is_none_is_named(job, begin, tmp_path):

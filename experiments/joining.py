@@ -1,0 +1,106 @@
+"""How a process finds the others of its job, before anything asks jax for devices."""
+# SPDX-License-Identifier: Apache-2.0
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+
+from experiments import hosts
+from experiments.errors import PeerFailed, Unreachable
+
+_REMEDY = (
+  "give --coordinator HOST:PORT --processes N --process I, and start all of them"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """How processes find each other; all None: from SLURM, JobSet or the TPU's metadata.
+
+  Raises:
+    ValueError: parts of an address, or a process that is not among them.
+  """
+
+  coordinator: str | None = None  # HOST:PORT of process 0
+  processes: int | None = None
+  process: int | None = None
+
+  def __post_init__(self):
+    given = [self.coordinator, self.processes, self.process]
+    if None in given:
+      if given != [None] * 3:
+        raise ValueError(
+          "--coordinator, --processes and --process go together; give all three, or "
+          "none where the cluster tells them."
+        )
+      return
+    host, _, port = str(self.coordinator).rpartition(":")
+    if not host or not port.isdecimal():
+      raise ValueError(
+        f"--coordinator {self.coordinator} is not HOST:PORT; write it as in "
+        "10.0.0.1:1234."
+      )
+    assert self.processes is not None and self.process is not None
+    if not 0 <= self.process < self.processes:
+      raise ValueError(
+        f"--process {self.process} is none of --processes {self.processes}; give 0 to "
+        f"{self.processes - 1}."
+      )
+
+
+def start(job: Job) -> None:
+  """Joins the processes of a job.
+
+  Raises:
+    Unreachable: the others did not come, or nothing tells who they are.
+    PeerFailed: they are not as many as was said.
+  """
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  try:
+    with _in_time(job, hosts.PATIENCE):
+      jax.distributed.initialize(
+        job.coordinator,
+        job.processes,
+        job.process,
+        initialization_timeout=2 * hosts.PATIENCE,
+      )
+  except (RuntimeError, ValueError) as error:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    raise Unreachable(
+      f"--distributed: the processes of the job cannot be joined ({reason}); {_REMEDY}."
+    ) from error
+  hosts.joined(jax.process_index(), jax.process_count())
+  with hosts.together("number of processes"):
+    if job.processes not in (None, jax.process_count()):
+      raise PeerFailed(
+        f"--processes {job.processes}, but the job has {jax.process_count()}; give "
+        "every process the same number."
+      )
+
+
+@contextlib.contextmanager
+def _in_time(job: Job, seconds: float) -> Iterator[None]:
+  """Ends this process by one line if the others have not come.
+
+  jax's own time limit aborts it from a thread of C++, with a page of addresses.
+  """
+
+  def ended() -> None:
+    them = "the job" if job.processes is None else f"--processes {job.processes}"
+    at = "" if job.coordinator is None else f" to --coordinator {job.coordinator}"
+    said = f"not all of {them} came{at} in {seconds:.0f} s; {_REMEDY}."
+    print(f"error: --distributed: {said}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+  late = threading.Timer(seconds, ended)
+  late.daemon = True  # a process that is told to end does
+  late.start()
+  try:
+    yield
+  finally:
+    late.cancel()
