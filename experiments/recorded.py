@@ -14,8 +14,12 @@ from experiments.workdir import reaching
 from jmoe.use import from_jsonable
 
 
-def config(folder: epath.Path) -> Run:
+def config(folder: epath.Path, argument: str = "--workdir") -> Run:
   """The run of a folder.
+
+  Args:
+    folder: of a run.
+    argument: that gave it, for messages.
 
   Raises:
     BadData: it is not the folder of a run, or its config cannot be read.
@@ -25,25 +29,27 @@ def config(folder: epath.Path) -> Run:
     there = folder.exists()
     text = _text(folder / "config.json") if there and folder.is_dir() else None
   if not there:
-    raise BadData(f"--workdir {folder}: there is no such folder; give that of a run.")
+    raise BadData(f"{argument} {folder}: there is no such folder; give that of a run.")
   if text is None:
     raise BadData(
-      f"--workdir {folder} holds no run: config.json is missing; give that of a run."
+      f"{argument} {folder} holds no run: config.json is missing; give that of a run."
     )
   return _run(folder, text)
 
 
 def read(
-  folder: epath.Path, step: int | None = None
+  folder: epath.Path, step: int | None = None, argument: str = "--workdir"
 ) -> tuple[Run, vocabulary.Vocabulary, checkpoint.Saved]:
   """(the run, its vocabulary, its newest whole checkpoint or that of a step).
+
+  `argument` gave the folder, for messages.
 
   Raises:
     BadData: it is not the folder of a run, or its config or vocabulary cannot be read.
     BadCheckpoint: there is no whole checkpoint, or it is of another model.
     Unreachable: an object store cannot be read.
   """
-  run = config(folder)
+  run = config(folder, argument)
   # It reads like one, in an object store too.
   place = cast(Path, folder / "vocabulary")
   words = vocabulary.load(place, run.data.tokenizer)

@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
   ) as error:
     return _refused(error)
   except KeyboardInterrupt:
-    print("\nstopped; nothing was written.", file=sys.stderr)
+    there = arguments.out.exists()
+    what = f"{arguments.out} is whole" if there else "nothing was written"
+    print(f"\nstopped; {what}.", file=sys.stderr)
     return 130
   return 0
 
@@ -110,9 +112,9 @@ def _parser(name: str, operation: Any) -> argparse.ArgumentParser:
   )
   add = made.add_argument
   add("--workdir", required=True, metavar="DIR", help="of a run, which is only read")
-  add("--out", required=True, type=Path, metavar="DIR", help="of the new run; local")
+  add("--out", required=True, type=_local, metavar="DIR", help="of the new run; local")
   add("--step", type=int, help="of the checkpoint; the newest whole one if not given")
-  add("--seed", type=int, default=0, help="of whatever is drawn; 0 if not given")
+  add("--seed", type=_seed, default=0, help="of whatever is drawn; 0 if not given")
   add("--set", action="append", default=[], metavar="PATH=VALUE", help="of the new run")
   add("--moments", action=argparse.BooleanOptionalAction,
       help="go on with the optimizer's state; if it can, if not given")  # fmt: skip
@@ -128,9 +130,13 @@ def _operate(name: str, operation: Any, arguments: argparse.Namespace) -> None:
   from experiments.operations._source import Source
 
   out = arguments.out
-  if "://" in str(out) or out.exists():
-    what = "is there already" if out.exists() else "is not local"
-    raise ValueError(f"--out {out} {what}; give a new local folder.")
+  if out.exists():
+    raise ValueError(f"--out {out} is there already; give a new folder.")
+  if Path(arguments.workdir).resolve() in out.resolve().parents:
+    raise ValueError(
+      f"--out {out} is inside of --workdir {arguments.workdir}, which is only read; "
+      "give a folder beside it."
+    )
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
   source = Source(workdir.opened(arguments.workdir), arguments.cache, arguments.step)
@@ -163,7 +169,7 @@ def _write(name: str, source: Any, outcome: Any, arguments: Any) -> None:
     sample=source.sample(),
     notes={**outcome.notes, "moments": carried},
   )
-  with whole(arguments.out) as unfinished:
+  with whole(arguments.out, alone=True) as unfinished:
     place = epath.Path(unfinished)
     workdir.claim(made, place)
     workdir.write_json(place / "manifest.json", source.texts.manifest)
@@ -254,6 +260,18 @@ def _run(name: str, old: Any, outcome: Any, given: Sequence[str]) -> Any:
       made, optim=dataclasses.replace(old.optim, freeze=freeze)
     )
   return with_settings(made, changes)
+
+
+def _local(text: str) -> Path:
+  if "://" in text:  # before a `Path` makes one slash of two
+    raise argparse.ArgumentTypeError(f"{text!r} is not local; give a new local folder")
+  return Path(text)
+
+
+def _seed(text: str) -> int:
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
+  return int(text)
 
 
 def _refused(error: Any) -> int:

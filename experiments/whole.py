@@ -14,10 +14,14 @@ _STALE = 24 * 3600  # seconds
 
 
 @contextlib.contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def whole(folder: Path, *, alone: bool = False) -> Iterator[Path]:
   """An empty folder beside this one, which becomes it in the end.
 
   What a killed process left there, a day ago or longer, is removed.
+
+  Args:
+    folder: not there yet; if another process makes it meanwhile, that one stays.
+    alone: then it is an error, since the other one's is not the same.
 
   Raises:
     OSError: it cannot be written; nothing is left of it.
@@ -33,7 +37,7 @@ def whole(folder: Path) -> Iterator[Path]:
     try:
       os.rename(unfinished, folder)
     except OSError:
-      if not folder.exists():  # else another process was first; ours is the same
+      if alone or not folder.exists():  # else another process made the same
         raise
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)

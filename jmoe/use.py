@@ -74,6 +74,8 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
       what it may leave a token of those that others allow.
     cut: of a restriction: `(use, num_experts, kept) -> Use | None`, what it is where
       only the experts `kept` are left; None: it allows all of them.
+    resized: of a restriction that numbers no experts: `(use, num_experts, k_before, k)
+      -> Use`, what it is of so many experts, of which a token takes k.
     ignores: `(**keywords) -> names` of optional arguments that it takes and reads not.
     gated: of experts' hidden function: True if it is `activation(first) * second`.
     dropless: of a dispatch: True, False, or None where it takes either.

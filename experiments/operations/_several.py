@@ -21,7 +21,8 @@ def others(source: Any, arguments: argparse.Namespace) -> list[Any]:
 
   found = []
   for name in arguments.others:
-    other = Source(workdir.opened(name, "--with"), arguments.cache)
+    folder = workdir.opened(name, "--with")
+    other = Source(folder, arguments.cache, argument="--with")
     if other.words.digest != source.words.digest:
       raise BadData(
         f"--with {name} has another vocabulary than {arguments.workdir}; give runs "

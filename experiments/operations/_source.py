@@ -37,14 +37,21 @@ class Source:
     folder: of the run.
     cache: of data sets.
     step: of the checkpoint; None: the newest.
+    argument: that gave the folder, for messages.
 
   Raises:
     BadCheckpoint, BadData, Unreachable: see `experiments.recorded`.
   """
 
-  def __init__(self, folder: epath.Path, cache: Path, step: int | None = None):
+  def __init__(
+    self,
+    folder: epath.Path,
+    cache: Path,
+    step: int | None = None,
+    argument: str = "--workdir",
+  ):
     self.folder, self._cache = folder, cache
-    self.run, self.words, self.saved = recorded.read(folder, step)
+    self.run, self.words, self.saved = recorded.read(folder, step, argument)
     self.step = self.saved.step
     full = self.saved.optimizer.items()  # float32 copies of what is stored in less
     master = {n.removeprefix(_MASTER): x for n, x in full if n.startswith(_MASTER)}

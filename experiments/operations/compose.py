@@ -28,7 +28,8 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from jmoe.use import from_jsonable
 
   others = [
-    Source(workdir.opened(name, "--other"), arguments.cache) for name in arguments.other
+    Source(workdir.opened(name, "--other"), arguments.cache, argument="--other")
+    for name in arguments.other
   ]
   receipts = [_receipt(each.folder) for each in (source, *others)]
   whole = receipts[0]["notes"]["whole"]

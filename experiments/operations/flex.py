@@ -33,7 +33,8 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from jmoe.surgery import flex, layers
 
   domain, left = arguments.domain, arguments.without
-  if bool(domain and arguments.public_domain) == (left is not None):
+  begins = domain, arguments.public_domain
+  if not (all(begins) if left is None else not any(begins)):
     raise ValueError(
       "flex: give --domain and --public-domain to begin, or --without to take out."
     )

@@ -23,8 +23,8 @@ def arguments(add: Any) -> None:
       help="of another run; may be given more than once")  # fmt: skip
   add("--how", required=True, choices=("average", "concatenate", "mix", "flex"))
   add("--k", type=count, help="experts of a token; as before, or 2, if not given")
-  add("--rest", choices=("average", "first"), default="average",
-      help="of concatenate: what is not of experts")  # fmt: skip
+  add("--rest", choices=("average", "first"),
+      help="of concatenate: what is not of experts; average if not given")  # fmt: skip
 
 
 def operate(source: Any, arguments: argparse.Namespace) -> Any:
@@ -33,11 +33,14 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from jmoe.surgery import flex, layers, merge
 
   how, k = arguments.how, arguments.k
+  for name, unread in (("k", how == "average"), ("rest", how != "concatenate")):
+    if unread and (value := getattr(arguments, name)) is not None:
+      raise ValueError(f"--{name} {value}: --how {how} does not read it; leave it out.")
   models = [source.model, *(each.model for each in others(source, arguments))]
   if how == "average":
     made = merge.average(models)
   elif how == "concatenate":
-    made = merge.concatenate(models, rest=arguments.rest, k=k)
+    made = merge.concatenate(models, rest=arguments.rest or "average", k=k)
   elif how == "mix":
     made = merge.mix(models, k=k or 2, seed=arguments.seed)
   else:

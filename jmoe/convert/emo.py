@@ -35,6 +35,8 @@ _PLAIN = {
   "always_active_experts": None,
   "always_active_experts_per_layer": None,
   "dense_mlp_bias": False,
+  "rms_norm_eps": 1e-6,
+  "ghost_extend_eval": False,
 }
 
 
@@ -110,11 +112,15 @@ def to_released(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     c.ff.num_experts + shared if isinstance(c.ff, MoEConfig) else 0 for c in configs
   ]
   k = max(ff.k or 0 for ff in sparse)
-  if any(ff.k != min(k, ff.num_experts) for ff in sparse):
+  if any(ff.k != k for ff in sparse):
     raise ValueError(
       f"convert.emo: k={[ff.k for ff in sparse]} differs from layer to layer; the "
-      "released code has one for all."
+      "released code has one for all, so keep as many experts in each."
     )
+  rule = _one({ff.renormalise.name for ff in sparse}, "renormalise")
+  if rule == "before_dropping":
+    _renormalises(shared)
+  own_width = {} if attention.head_dim is None else {"head_dim": attention.head_dim}
   return {
     "architectures": ["EmoForCausalLM"],
     "model_type": "emo",
@@ -133,8 +139,8 @@ def to_released(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     "num_shared_experts": int(shared),
     "num_experts_per_tok": k + shared,
     "num_experts_per_layer": each if len(set(each)) > 1 else None,
-    "norm_topk_prob": _one({ff.renormalise.name for ff in sparse}, "renormalise")
-    == "before_dropping",
+    "norm_topk_prob": rule == "before_dropping",
+    **own_width,
   }, tensors
 
 
@@ -183,6 +189,7 @@ def _block(config: Mapping[str, Any], n: int, experts: int, shared: int, left) -
   ff = emo.layer(d_model=d, d_ff=width, num_experts=routed, k=k)
   changed: dict[str, Any] = {} if shared else {"shared": None}
   if config.get("norm_topk_prob", False):
+    _renormalises(bool(shared))
     changed["renormalise"] = use(renormalise.before_dropping)
   gate_ED = _take(left, f"{at}mlp.gate.weight", (experts, d))
   params["moe.gate.kernel_DE"] = gate_ED[:routed].T
@@ -252,6 +259,14 @@ def _check(block: Block) -> None:
         f"convert.emo: {field}={shown(own)}; the released code knows {shown(known)} "
         "alone."
       )
+
+
+def _renormalises(shared: bool) -> None:
+  if shared:
+    raise ValueError(
+      "convert.emo: norm_topk_prob=True beside a shared expert; the released code "
+      "refuses to run it, so leave out one of the two."
+    )
 
 
 def _take(left: dict[str, Any], name: str, shape: Sequence[int] | None = None) -> Any:

@@ -79,12 +79,25 @@ def _cut(use: Use, num_experts: int, kept: tuple[int, ...]) -> Use:
   )
 
 
+def _resized(use: Use, num_experts: int, k_before: int, k: int) -> Use:
+  """Pools as many times as large as a token's choices are."""
+  given = use.kwargs
+  limited = ("least", "most", "evaluation")
+  new = {
+    name: min(num_experts, max(k, given[name] * k // k_before))
+    for name in limited
+    if given.get(name) is not None
+  }
+  return use.replace(**new)
+
+
 @marked(
   check=_check,
   within=True,
   leaves=_leaves,
   needs_in_training=("segment",),
   cut=_cut,
+  resized=_resized,
   random=lambda train, least, most=None, **_: train and least != most,
   same_in_layers=lambda same_in_layers=False, **_: same_in_layers,
   ahead=lambda evaluation=None, **_: evaluation is not None,

@@ -55,12 +55,14 @@ from jmoe.surgery.receipt import Sample as Sample
 from jmoe.surgery.receipt import compared as compared
 from jmoe.surgery.receipt import moved as moved
 from jmoe.surgery.receipt import receipt as receipt
+from jmoe.surgery.shells import alone as alone
 from jmoe.surgery.shells import of_linen as of_linen
 from jmoe.surgery.shells import of_nnx as of_nnx
 from jmoe.surgery.shells import on_linen as on_linen
 from jmoe.surgery.shells import on_nnx as on_nnx
 from jmoe.surgery.shells import to_linen as to_linen
 from jmoe.surgery.shells import to_nnx as to_nnx
+from jmoe.surgery.to_dense import feed_forward as feed_forward
 from jmoe.surgery.to_dense import to_dense as to_dense
 from jmoe.surgery.walk import Seen as Seen
 from jmoe.surgery.walk import fed as fed

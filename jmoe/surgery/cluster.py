@@ -68,7 +68,7 @@ def cluster(
     if not 0 <= n < len(parts) or parts[n].sparse:
       raise ValueError(
         f"cluster: blocks_changed={shown(list(blocks_changed))}; give numbers of dense "
-        f"blocks of the {len(parts)}."
+        f"blocks of the {len(parts)}, each once."
       )
     ff = parts[n].config.ff
     assert isinstance(ff, Dense)

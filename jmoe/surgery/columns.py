@@ -15,7 +15,7 @@ import numpy as np
 from jmoe.config import MoEConfig
 from jmoe.surgery.frame import Layer
 from jmoe.types import State
-from jmoe.use import shown
+from jmoe.use import fact, shown
 
 OF_EXPERTS = ("gate", "experts", "aggregate")  # parts in which E counts experts
 
@@ -61,8 +61,11 @@ def together(layers: Sequence[Layer], *, k: int | None = None) -> Layer:
   first = layers[0].config
   for layer in layers:
     check(layer.config)
-    alike = resized(layer.config, first.num_experts, first.k or 1)
-    if resized(first, first.num_experts, first.k or 1) != alike:
+    own = layer.config
+    alike = resized(first, own.num_experts, own.k or 1)
+    if own.restrict == first.restrict:  # of few experts it may be less
+      own = dataclasses.replace(own, restrict=alike.restrict)
+    if own != alike:
       raise ValueError(
         f"together: {shown(layer.config)} is not like {shown(first)}; only numbers of "
         "experts and k may differ."
@@ -92,12 +95,18 @@ def resized(config: MoEConfig, num_experts: int, k: int) -> MoEConfig:
       "taken under routers.top_k or noisy_top_k."
     )
   router = config.router if config.k == k else config.router.replace(k=k)
-  return dataclasses.replace(config, num_experts=num_experts, router=router)
+  rules = [(use, fact(use, "resized")) for use in config.restrict]
+  restrict = tuple(
+    use if rule is None else rule(use, num_experts, config.k, k) for use, rule in rules
+  )
+  return dataclasses.replace(
+    config, num_experts=num_experts, router=router, restrict=restrict
+  )
 
 
 def check(config: MoEConfig) -> None:
   """Raises unless every expert has its own part of a layer, and no more."""
-  if config.restrict:
+  if any(fact(use, "resized") is None for use in config.restrict):
     raise ValueError(
       f"restrict={shown(config.restrict)} numbers the experts; leave it out of the "
       "configuration before they change."

@@ -20,7 +20,9 @@ def of_block(block: Block) -> dict[str, Any]:
     ValueError: its feed-forward is sparse.
   """
   if not isinstance(block.config.ff, Dense):
-    raise ValueError("its feed-forward is sparse; give a dense block.")
+    raise ValueError(
+      "a feed-forward is sparse; give a dense block, or a model that `to_dense` made."
+    )
   names = [n for n in ("gate", "up", "down") if f"ff.{n}.kernel" in block.params]
   return {name: block.params[f"ff.{name}.kernel"] for name in names}
 

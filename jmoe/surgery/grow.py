@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jmoe._ranges import in_range
 from jmoe.surgery.columns import check, take, together
 from jmoe.surgery.cut import WHOLE, of_domain, taken
 from jmoe.surgery.frame import Layer, Model, layers, on_layers
@@ -43,7 +45,8 @@ def grow(
     columns: f[D] of each sparse layer, to length 1 the gate columns of all its new
       experts, as `inputs` on new text; None: drawn with deviation 0.02.
     bias: of the new experts' logits, beside 0 for the old ones; the lower, the less the
-      old outputs move, and at -1e9 they do not.  None: the gate gets no bias.
+      old outputs move, and at -1e9 those of a dropless layer do not (a capacity is
+      shared with new experts).  None: the gate gets no bias.
     directions: of each sparse layer the gate columns of all its new experts, and their
       bias, as `apart` finds them; columns differ by a draw of deviation 0.02, so that
       no two experts get the same tokens.  In place of `columns` and `bias`.
@@ -53,8 +56,11 @@ def grow(
   Raises:
     ValueError: less than one, a gate of another kind, or both kinds of columns.
   """
-  if number < 1 or noise < 0:
-    raise ValueError(f"grow: number={number}, noise={noise}; give >= 1 and >= 0.")
+  if number < 1:
+    raise ValueError(f"grow: number={number}; give 1 or more.")
+  in_range("grow: noise", noise)
+  if bias is not None:
+    in_range("grow: bias", bias, least=-math.inf)
   if directions is not None and (columns is not None or bias is not None):
     raise ValueError(
       f"grow: directions beside columns or bias={bias}; give one of the two."
@@ -73,7 +79,10 @@ def grow(
     E = layer.config.num_experts
     new = take(layer, [e % E for e in range(number)])
     if new.state.bias is not None:
-      new = new._replace(state=dataclasses.replace(new.state, bias=new.state.bias * 0))
+      # Scores of zero must not be chosen for the sake of a balance bias.
+      level = layer.state.bias.min() if biased else 0  # type: ignore[union-attr]
+      same = new.state.bias * 0 + level
+      new = new._replace(state=dataclasses.replace(new.state, bias=same))
     params = {**new.params, "experts": _experts(new.params["experts"], random)}
     gate: dict[str, Any] = dict(params["gate"])
     kernel_DE = np.asarray(gate["kernel_DE"])
@@ -198,11 +207,9 @@ def apart(
   Raises:
     ValueError: no samples, or a margin that is not over 0.
   """
-  if not margin > 0 or not old:
-    raise ValueError(
-      f"apart: margin={margin} and {len(old)} kinds of old text; give a number over 0, "
-      "and one kind or more."
-    )
+  in_range("apart: margin", margin, above=True)
+  if not old:
+    raise ValueError("apart: old=[] holds no kind of old text; give one or more.")
   found = []
   sums = [walk(model, some, _products)[1] for some in (new, *old)]
   for each in zip(*sums, strict=True):

@@ -9,12 +9,31 @@ import jax
 from flax import nnx
 
 from jmoe import nnx as shell
-from jmoe.config import MoEConfig
-from jmoe.surgery.frame import Layer
+from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, MoEConfig
+from jmoe.surgery.frame import Block, Layer, Model, _flat, _nested, rebuilt
+from jmoe.surgery.layout import laid_out
 from jmoe.types import State
 
 Path = tuple[Any, ...]  # names of modules, from the model down
 _STATE = "moe_state"
+
+
+def alone(layer: Layer) -> Model:
+  """A model of this layer and nothing else, for operations on whole models.
+
+  For those that run none: `surgery.layers(grow.grow(alone(layer), 2))[0]` is the layer
+  with two more experts, and alike for `upcycle.expand`, `merge.concatenate`,
+  `merge.average`, `prune.choose` with `cut_model`.  Scores of one's own model come of
+  `surgery.mean_probability` and the like, given what `with_plan=True` reports.
+
+  Args:
+    layer: any.
+  """
+  attention = Attention(num_heads=1, head_dim=2, causal=False)  # it has no arrays
+  block = Block(BlockConfig(attention, Dense(1)), {}, {}).with_layer(layer)
+  segments = (((block.config,), 1),)
+  whole = ModelConfig(2, layer.config.d_model, segments, remat=False)
+  return rebuilt(Model(whole, {}), [block])
 
 
 def of_linen(config: MoEConfig, variables: Mapping[str, Any]) -> Layer:
@@ -67,7 +86,8 @@ def on_linen(
         f"configs: {path} is no layer of the variables; give the names of modules from "
         "the model down to it."
       )
-    layer = change(path, of_linen(config, {n: x for n, x in own.items() if x}))
+    before = of_linen(config, {n: x for n, x in own.items() if x})
+    layer = _laid_out(change(path, before), before)
     found[path] = layer.config
     for name, tree in to_linen(layer).items():
       if name in made:
@@ -96,8 +116,15 @@ def on_nnx(model: Any, change: Callable[[Path, Layer], Layer]) -> Any:
   made = nnx.clone(model)
   for path, module in list(nnx.iter_graph(made)):
     if isinstance(module, shell.MoE):
-      _filled(module, change(tuple(path), of_nnx(module)))
+      before = of_nnx(module)
+      _filled(module, _laid_out(change(tuple(path), before), before))
   return made
+
+
+def _laid_out(layer: Layer, before: Layer) -> Layer:
+  """Parameters over the mesh of those that they come from."""
+  flat = laid_out(_flat(layer.params), _flat(before.params))
+  return layer._replace(params=_nested(flat))
 
 
 def _filled(module: shell.MoE, layer: Layer) -> shell.MoE:

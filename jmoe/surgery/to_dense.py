@@ -6,7 +6,7 @@ from typing import Any
 from jmoe.config import Dense
 from jmoe.surgery import dense
 from jmoe.surgery.columns import concatenated
-from jmoe.surgery.frame import Block, Model, blocks, rebuilt
+from jmoe.surgery.frame import Block, Layer, Model, blocks, rebuilt
 
 
 def to_dense(model: Model, *, how: str = "average") -> Model:
@@ -23,14 +23,18 @@ def to_dense(model: Model, *, how: str = "average") -> Model:
   Raises:
     ValueError: another `how`, or experts that are no plain feed-forward.
   """
-  if how not in ("average", "concatenate"):
-    raise ValueError(f"to_dense: how={how!r}; give 'average' or 'concatenate'.")
+  _check(how)
   made = [_densified(b, how) if b.sparse else b for b in blocks(model)]
   return rebuilt(model, made)
 
 
-def _densified(block: Block, how: str) -> Block:
-  config, params, _ = block.layer
+def feed_forward(layer: Layer, *, how: str = "average") -> dict[str, Any]:
+  """`up`, `down` and maybe `gate`, as `upcycle.copied` takes them, of a layer.
+
+  Arguments and errors are those of `to_dense`.
+  """
+  _check(how)
+  config, params, _ = layer
   stacked = dense.of_experts(config, params)
   matrices: dict[str, Any] = {}
   for name, x in stacked.items():
@@ -48,7 +52,16 @@ def _densified(block: Block, how: str) -> Block:
     for name, x in dense.of_experts(config, params, "shared").items():
       axis = 0 if name == "down" else 1
       matrices[name] = concatenated([matrices[name], x[0]], axis)
-  width = matrices["up"].shape[1]
-  activation = config.experts.get("activation")
-  gated = "gate" in matrices
-  return dense.as_block(block, matrices, Dense(int(width), gated, activation))
+  return matrices
+
+
+def _densified(block: Block, how: str) -> Block:
+  matrices = feed_forward(block.layer, how=how)
+  activation = block.layer.config.experts.get("activation")
+  ff = Dense(int(matrices["up"].shape[1]), "gate" in matrices, activation)
+  return dense.as_block(block, matrices, ff)
+
+
+def _check(how: str) -> None:
+  if how not in ("average", "concatenate"):
+    raise ValueError(f"to_dense: how={how!r}; give 'average' or 'concatenate'.")

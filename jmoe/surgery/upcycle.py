@@ -2,17 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jmoe import dispatch, experts, gates, routers
+from jmoe._ranges import in_range
 from jmoe.assign import renormalise
 from jmoe.config import Dense, MoEConfig
 from jmoe.surgery import dense
 from jmoe.surgery.columns import resized, take
-from jmoe.surgery.frame import Block, Layer, Model, blocks, on_layers, rebuilt
+from jmoe.surgery.frame import Layer, Model, blocks, on_layers, rebuilt
 from jmoe.use import shown, use
 
 _START = 0.02  # of a new gate, as the paper's
@@ -61,38 +62,70 @@ def upcycle(
   Raises:
     ValueError: a block that is sparse, or numbers that do not divide.
   """
-  g = granularity
-  if num_experts % g or k % g or not 0 < k <= num_experts:
-    raise ValueError(
-      f"upcycle: num_experts={num_experts} and k={k} with granularity={g}; give "
-      "multiples of it, k at most num_experts."
-    )
-  if noise < 0 or not 0 <= reinit <= 1:
-    raise ValueError(
-      f"upcycle: noise={noise} and reinit={reinit}; give a number >= 0, and a share."
-    )
   parts = blocks(model)
   chosen = [n for n, block in enumerate(parts) if not block.sparse]
   if blocks_changed is not None:
     chosen = list(blocks_changed)
   wrong = [n for n in chosen if not 0 <= n < len(parts) or parts[n].sparse]
-  if wrong or not chosen:
+  if wrong or not chosen or len(set(chosen)) < len(chosen):
     raise ValueError(
       f"upcycle: blocks_changed={shown(chosen)}; give numbers of dense blocks of the "
-      f"{len(parts)}."
+      f"{len(parts)}, each once."
     )
   random = np.random.default_rng(seed)
   for n in chosen:
-    parts[n] = _upcycled(
-      parts[n], num_experts, k, random, renormalised, g, noise, reinit, config
+    ff = parts[n].config.ff
+    assert isinstance(ff, Dense)
+    layer = copied(
+      dense.of_block(parts[n]),
+      num_experts=num_experts,
+      k=k,
+      activation=ff.activation,
+      seed=random,
+      renormalised=renormalised,
+      granularity=granularity,
+      noise=noise,
+      reinit=reinit,
+      config=config,
     )
+    parts[n] = parts[n].with_layer(layer)
   return rebuilt(model, parts)
 
 
-def _upcycled(block: Block, E, k, random, renormalised, g, noise, reinit, config):
-  ff = block.config.ff
-  assert isinstance(ff, Dense)
-  matrices = dense.of_block(block)
+def copied(
+  matrices: Mapping[str, Any],
+  *,
+  num_experts: int,
+  k: int,
+  activation: Callable[..., Any],
+  seed: int | np.random.Generator = 0,
+  renormalised: bool = True,
+  granularity: int = 1,
+  noise: float = 0.0,
+  reinit: float = 0.0,
+  config: MoEConfig | None = None,
+) -> Layer:
+  """One dense feed-forward as experts, as of one's own model.
+
+  Args:
+    matrices: `up` f[D,F], `down` f[F,D], maybe `gate` f[D,F]; no biases.
+    activation: of the feed-forward.
+
+  The others, and errors, are those of `upcycle`.
+  """
+  E, g = num_experts, granularity
+  if g < 1 or E % g or k % g or not 0 < k <= E:
+    raise ValueError(
+      f"upcycle: num_experts={E} and k={k} with granularity={g}; give multiples of it, "
+      "k at most num_experts."
+    )
+  in_range("upcycle: noise", noise)
+  in_range("upcycle: reinit", reinit, most=1)
+  if set(matrices) - {"up", "down", "gate"}:
+    raise ValueError(
+      f"upcycle: matrices={sorted(matrices)}; give up, down and maybe gate, no biases."
+    )
+  random = np.random.default_rng(seed)
   d_model, width = matrices["up"].shape
   if width % g:
     raise ValueError(f"upcycle: d_ff={width} is no multiple of granularity={g}.")
@@ -112,20 +145,20 @@ def _upcycled(block: Block, E, k, random, renormalised, g, noise, reinit, config
     "gate": {"kernel_DE": np.repeat(gate_DE, g, axis=1)},
     "experts": dense.as_experts(slices),
   }
-  expert = experts.glu if ff.gated else experts.mlp
+  expert = experts.glu if "gate" in matrices else experts.mlp
   made = dict(
     d_model=d_model,
     num_experts=E,
     gate=use(gates.linear),
     router=use(routers.top_k, k=k, scale=float(g)),
-    experts=use(expert, d_ff=width // g, activation=ff.activation),
+    experts=use(expert, d_ff=width // g, activation=activation),
     renormalise=use(renormalise.before_dropping if renormalised else renormalise.never),
   )
   if config is None:
     sparse = MoEConfig(dispatch=use(dispatch.sort), **made)  # type: ignore[arg-type]
   else:
     sparse = dataclasses.replace(config, **made)
-  return block.with_layer(Layer(sparse, params))
+  return Layer(sparse, params)
 
 
 def _like(x: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -156,7 +189,8 @@ def expand(
   """`times` as many experts, each with its copies, under equal gate columns.
 
   With `k` times as large too a token takes all copies of what it took, each at an equal
-  share of its weight, so that without noise the outputs are the old ones.
+  share of its weight, so that without noise the outputs are the old ones; but where
+  `aggregate.dag` has learned to send messages, copies send them as well.
 
   Args:
     model: with sparse layers; scores are a softmax, or weights are renormalised.
@@ -169,8 +203,9 @@ def expand(
   Raises:
     ValueError: times or k that cannot be, or weights that would grow with the copies.
   """
-  if times < 1 or noise < 0:
-    raise ValueError(f"expand: times={times}, noise={noise}; give >= 1 and >= 0.")
+  if times < 1:
+    raise ValueError(f"expand: times={times}; give 1 or more.")
+  in_range("expand: noise", noise)
   random = np.random.default_rng(seed)
 
   def change(number: int, layer: Layer) -> Layer:

@@ -178,6 +178,8 @@ def test_what_is_not_known_is_refused():
   refuses("config.json says", num_experts_per_layer=[7, 6, 0])
   refuses("num_hidden_layers=2", num_hidden_layers=2)
   refuses("left over", tie_word_embeddings=True)
+  refuses("rms_norm_eps=1e-05", rms_norm_eps=1e-5)
+  refuses("norm_topk_prob=True beside", norm_topk_prob=True)
   without = {k: TENSORS[k] for k in TENSORS if "lm" not in k}
   refuses("'lm_head.weight' is missing", without)
   for field, changed in (
@@ -189,3 +191,6 @@ def test_what_is_not_known_is_refused():
     model = cases.model(cases.config(cases.layer(**changed)))
     with pytest.raises(ValueError, match=field):
       emo.to_released(model)
+  few = surgery.cut_model(emo.from_released(CONFIG, TENSORS), [[0, 1], [2]])
+  with pytest.raises(ValueError, match=r"k=\[2, 1\] differs"):
+    emo.to_released(few)

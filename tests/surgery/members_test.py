@@ -227,6 +227,13 @@ def test_mistakes_are_named():
     (lambda: upcycling.upcycle(PARENT, num_experts=3, granularity=2), "granularity=2"),
     (lambda: upcycling.upcycle(MODEL, num_experts=2, blocks_changed=[1]), "dense"),
     (lambda: upcycling.upcycle(PARENT, num_experts=4, reinit=2), "reinit=2"),
+    (lambda: upcycling.upcycle(PARENT, num_experts=4, noise=np.nan), "noise=nan"),
+    (lambda: upcycling.upcycle(PARENT, num_experts=2, blocks_changed=[0, 0]), "once"),
+    (lambda: upcycling.expand(MODEL, times=2, noise=np.inf), "noise=inf"),
+    (
+      lambda: upcycling.copied({"up_bias": 0}, num_experts=2, k=1, activation=abs),
+      "no biases",
+    ),
     (lambda: surgery.cut_model(MODEL, [[0, 0], [1]]), "must be distinct"),
     (lambda: surgery.cut_model(MODEL, [[0, 6], [1]]), "in 0..5"),
     (lambda: to_dense(MODEL, how="sum"), "how='sum'"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmoe import renormalise, surgery
+from jmoe import renormalise, restrict, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.parallel import mesh as meshes
 from jmoe.surgery import flex, merge, upcycle
@@ -139,6 +139,34 @@ def test_new_experts_that_no_token_takes_change_nothing():
   )  # fmt: skip
 
 
+def test_pools_of_documents_go_with_more_experts():
+  pool = use(restrict.document_pool, least=2)
+  for rule in (pool, use(restrict.document_pool, least=3, most=3)):
+    config = cases.config(cases.layer(restrict=(rule,), rescore=True), repeat=1)
+    one = cases.model(config)
+    wide = surgery.layers(upcycle.expand(one, times=3))[0].config
+    assert wide.restrict == (
+      rule.replace(**{n: 3 * v for n, v in rule.kwargs.items()}),
+    )
+    both = merge.concatenate([one, one], rest="first")
+    assert surgery.layers(both)[0].config.restrict == (rule,)
+    equal(surgery.cut_model(both, [range(cases.E)]), one)
+    grown = surgery.layers(grow(one, 2))[0].config  # fewer than a pool's
+    assert (grown.restrict, grown.num_experts) == ((rule,), cases.E + 2)
+  subset = use(restrict.subset, experts=(0, 1))
+  numbered = cases.model(cases.config(cases.layer(restrict=(subset,)), repeat=1))
+  with pytest.raises(ValueError, match="numbers the experts"):
+    grow(numbered, 1)
+
+
+def test_a_balance_bias_does_not_choose_new_experts():
+  one = cases.model(cases.config(cases.BALANCED, repeat=1))
+  old = surgery.layers(one)[0].state.bias
+  new = surgery.layers(grow(one, 2, bias=-1e9))[0].state.bias
+  np.testing.assert_array_equal(new, [*old, old.min(), old.min()])
+  assert not surgery.layers(grow(one, 2))[0].state.bias[-2:].any()
+
+
 def test_new_experts_start_as_copies_or_with_nothing_to_say():
   columns = inputs(ONE, [SAMPLE])
   made = surgery.layers(grow(ONE, 2, columns=columns, copied=False))[0]
@@ -217,6 +245,8 @@ def test_mistakes_are_named():
     (lambda: merge.mix([ONE, TWO]), "sparse; give a dense block"),
     (lambda: merge.mix([DENSE, DENSE], k=3), "k=3 of 2"),
     (lambda: grow(ONE, 0), "number=0"),
+    (lambda: grow(ONE, 1, noise=np.nan), "noise=nan"),
+    (lambda: grow(ONE, 1, bias=np.nan), "bias=nan"),
     (lambda: grow(ONE, 1, bias=1.0, directions=[]), "one of the two"),
     (lambda: flex.join([ONE]), "that `begin` made"),
     (lambda: flex.without(ONE, 6), "number=6"),

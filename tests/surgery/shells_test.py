@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jmoe.linen
 import jmoe.nnx
 from jmoe import Context, layer as layers, presets, surgery
+from jmoe.parallel import mesh
+from jmoe.surgery import merge, upcycle
 from tests.surgery import cases
 from tests.tolerance import assert_close
 
@@ -158,6 +161,64 @@ def test_an_nnx_model_gives_what_the_linen_one_gives():
   one = surgery.to_nnx(surgery.of_nnx(made.MoE_1))
   chex.assert_trees_all_equal(one.params(), made.MoE_1.params())
   chex.assert_trees_all_equal(one.get_state(), made.MoE_1.get_state())
+
+
+def test_operations_on_models_serve_one_layer_too():
+  config = cases.layer()
+  _, variables = linen(config)
+  layer = surgery.of_linen(
+    config, {c: tree["MoE_0"] for c, tree in variables.items() if "MoE_0" in tree}
+  )
+  one = surgery.alone(layer)
+  (again,) = surgery.layers(one)
+  chex.assert_trees_all_equal(again, layer)
+  both = merge.concatenate([one, one], rest="first")
+  (back,) = surgery.layers(surgery.cut_model(both, [range(cases.E)]))
+  assert back.config == config
+  chex.assert_trees_all_equal(back, layer)
+  x = np.random.default_rng(2).normal(size=(S, cases.D)).astype(np.float32)
+  (wide,) = surgery.layers(upcycle.expand(one, times=2))
+  run = jax.jit(jmoe.moe, static_argnums=2)
+  assert_close(run(wide.params, x, wide.config)[0], run(layer.params, x, config)[0])
+  # A dense feed-forward of one's own becomes experts, and comes back.
+  up, gate, down = (
+    np.random.default_rng(n).normal(size=shape).astype(np.float32)
+    for n, shape in enumerate([(cases.D, 5), (cases.D, 5), (5, cases.D)])
+  )
+  matrices = {"up": up, "gate": gate, "down": down}
+  made = upcycle.copied(matrices, num_experts=3, k=2, activation=jax.nn.silu)
+  expected = (jax.nn.silu(x @ gate) * (x @ up)) @ down
+  assert_close(run(made.params, x, made.config)[0], expected)
+  chex.assert_trees_all_equal(surgery.feed_forward(made), matrices)
+
+
+def test_layers_over_a_mesh_lie_as_they_lay():
+  axes = mesh.make("expert=2,fsdp=2", devices=jax.devices()[:4])
+  _, variables = linen(cases.BALANCED)
+
+  def put(path, x):
+    name = jax.tree_util.keystr(path)
+    of_experts, up = "'experts'" in name, "_EDF" in name
+    spec = ("expert" if of_experts else None, "fsdp" if up else None)
+    return jax.device_put(x, NamedSharding(axes, PartitionSpec(*spec[: x.ndim - 1])))
+
+  params = jax.tree_util.tree_map_with_path(put, variables["params"])
+  spread = {**variables, "params": params}
+  expected, _ = surgery.on_linen(variables, places(cases.BALANCED), cut)
+  found, _ = surgery.on_linen(spread, places(cases.BALANCED), cut)
+  chex.assert_trees_all_equal(found["params"], expected["params"])
+  model = NNX((cases.BALANCED,) * 2, nnx.Rngs(0))
+  for name in PARTS:
+    own = {c: tree[name] for c, tree in spread.items() if name in tree}
+    setattr(model, name, surgery.to_nnx(surgery.of_linen(cases.BALANCED, own)))
+  made = surgery.on_nnx(model, cut)
+  for name in PARTS:
+    for tree in (found["params"][name], getattr(made, name).params()):
+      jax.tree.map(lambda x, old: _lies_as(x, old), tree, params[name])
+
+
+def _lies_as(x, old):
+  assert x.sharding.is_equivalent_to(old.sharding, x.ndim)
 
 
 def test_a_domains_sub_model_gives_its_logits_to_the_bit():

@@ -98,6 +98,10 @@ def test_of_two_builds_of_one_folder_the_first_stays(tmp_path):
       (second / "file").write_text("second")
     (first / "file").write_text("first")
   assert (tmp_path / "made" / "file").read_text() == "second"
+  with pytest.raises(OSError, match="not empty"):
+    with whole(tmp_path / "made", alone=True) as third:
+      (third / "file").write_text("third")
+  assert (tmp_path / "made" / "file").read_text() == "second"
   assert len(list(tmp_path.iterdir())) == 1
 
 

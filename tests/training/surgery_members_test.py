@@ -148,6 +148,13 @@ def test_small_domains_give_the_documents_they_have():
   ("name", "own", "said"),
   [
     ("flex", [], "to begin, or --without"),
+    ("flex", ["--without", "1", "--domain", "code"], "to begin, or --without"),
+    ("merge", ["--with", "no", "--how", "average"], "--with no: there is no such"),
+    (
+      "merge",
+      ["--with", "no", "--how", "mix", "--rest", "first"],
+      "--rest first: --how",
+    ),
     ("upcycle", ["--experts", "4"], "numbers of dense blocks|d_ff"),
     ("prune", ["--keep", "9", "--score", "random"], "keep=9"),
     ("grow", ["--new", "1", "--domain", "cod"], "did you mean 'code'"),

@@ -105,6 +105,8 @@ def test_all_experts_move_no_output_and_a_failure_leaves_nothing(
     ),
     (["--domain", "code", "--keep", "0"], "is not a number of experts"),
     (["--keep", "2"], "--domain"),
+    (["--domain", "code", "--keep", "2", "--seed", "-1"], "whole number >= 0"),
+    (["--domain", "code", "--keep", "2", "--out", "s3://some/run"], "is not local"),
   ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -124,6 +126,9 @@ def test_a_target_that_is_there_and_an_unknown_operation_are_refused(
 ):
   assert command(trained, cache, tmp_path, "--domain", "code", "--keep", "2") == 2
   assert "is there already" in capsys.readouterr().err
+  within = trained / "checkpoints" / "small"
+  assert command(trained, cache, within, "--domain", "code", "--keep", "2") == 2
+  assert "is inside of --workdir" in capsys.readouterr().err and not within.exists()
   assert surgery.main(["extrct"]) == 2
   assert "did you mean 'extract'" in capsys.readouterr().err
   assert surgery.main(["--help"]) == 0
