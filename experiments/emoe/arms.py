@@ -42,7 +42,7 @@ ARMS = {
 class Start(NamedTuple):
   """A model before its fine-tuning."""
 
-  model: EncoderModel | Model
+  model: Any  # as the one that was given
   orders: kinds.Orders  # none of a dense one
   sign: float
   follow: bool

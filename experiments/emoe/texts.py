@@ -59,7 +59,7 @@ def material(pack: Pack) -> Material:
   tokens_MS = tokens.reshape(pack.tokens_MS.shape).astype(np.int32)
   dense = bert.from_released(pack.config, pack.tensors)
   return Material(
-    _of_words(dense, used, tokens_MS.shape[1]),
+    _of_words(dense, used, pack.tokens_MS.shape[1]),
     {task: split(pack, task) for task in TASKS},
     {task: {"tokens": tokens_MS, "label": labels(pack, task)} for task in TASKS},
     np.ones(len(tokens_MS)),

@@ -81,12 +81,12 @@ def _one(params, state, sign, follow, model: Model, rows, settings: Settings):
   if settings.tuning == "lora":
     # A gate that learns does so beside adapters too, whole, as the head does.
     gate = {name: x for name, x in params.items() if ".moe.gate." in name}
-    learned |= {"model": _adapters(key_lora, params), "gate": gate}
+    learned |= {"model": adapters(key_lora, params), "gate": gate}
 
   def whole(learned) -> Arrays:
     if settings.tuning == "full":
       return learned["model"]
-    return _adapted(params, learned["model"]) | learned["gate"]
+    return adapted(params, learned["model"]) | learned["gate"]
 
   adam = optax.scale_by_adam()
   steps = model.order.shape[0]
@@ -158,7 +158,7 @@ def _followed(params: Arrays, state: Arrays, sign: Array, follow: Array) -> Arra
   return found
 
 
-def _adapters(key: Array, params: Arrays) -> dict[str, dict[str, Array]]:
+def adapters(key: Array, params: Arrays) -> dict[str, dict[str, Array]]:
   """LoRA (Hu et al. 2021, arXiv:2106.09685): in drawn, out zero, of attention alone.
 
   Draws go by depth: the same whether layers are one stack or several.
@@ -179,7 +179,7 @@ def _adapters(key: Array, params: Arrays) -> dict[str, dict[str, Array]]:
   return found
 
 
-def _adapted(params: Arrays, adapters: Mapping[str, Arrays]) -> dict[str, Array]:
+def adapted(params: Arrays, adapters: Mapping[str, Arrays]) -> dict[str, Array]:
   scale = ALPHA / RANK
   return dict(params) | {
     name: params[name] + scale * (pair["in"] @ pair["out"])

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from experiments import checkpoint, evaluate, opening, workdir
-from experiments.emoe import __main__ as command, arms, jobs, lm, table
+from experiments.emoe import __main__ as command, arms, jobs, lm, table, train
 from experiments.operations._source import Source
 from experiments.program import program
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
@@ -61,16 +61,20 @@ def tuned(parent, cache, texts, tmp_path_factory):
   out = tmp_path_factory.mktemp("tuned")
   given = ["lm", "--workdir", str(parent), "--out", str(out), "--cache", str(cache)]
   given += ["--domain", texts.domains[0], "--precision", "float32", "--seeds", "0,1"]
-  given += ["--rates", "1e-2", "--lora-rates", "1e-2", "--tunings", "full,lora"]
+  given += ["--rates", "1e-2"]
   given += ["--examples", "16", "--batch", "8", "--epochs", "1", "--few", str(FEW)]
   given += ["--arms", "dense,emoe", "--groups", "4", "--k", "4", "--grid", "4:1"]
   assert command.main(given) == 0
   return given, jobs.records(out / jobs.FILE)
 
 
+def read(parent, cache, texts, few):
+  own = texts.domains[0]
+  return lm.given(parent, cache, corpus=None, domain=own, few=few).material
+
+
 def test_rows_hold_each_byte_once_and_no_text_twice(parent, cache, texts):
-  of = dict(corpus=None, domain=texts.domains[0])
-  found = lm.given(parent, cache, few=9999, **of).material
+  found = read(parent, cache, texts, few=9999)
   (split,), (rows,) = found.splits.values(), found.rows.values()
   sizes = evaluate.domain_sizes(texts.held_out, texts.domains)
   assert list(split.test) == list(texts.domains)
@@ -86,8 +90,7 @@ def test_rows_hold_each_byte_once_and_no_text_twice(parent, cache, texts):
 
 def test_before_its_tuning_a_model_has_the_bits_of_its_run(parent, tuned, cache, texts):
   """Those of `eval_step`, which sums by domain, on the same rows."""
-  of = dict(corpus=None, domain=texts.domains[0], few=FEW)
-  found = lm.given(parent, cache, **of).material
+  found = read(parent, cache, texts, few=FEW)
   (split,), (rows,) = found.splits.values(), found.rows.values()
   own = {"choose": split.choose, **split.test}
   numbers = np.concatenate(list(own.values()))
@@ -98,25 +101,41 @@ def test_before_its_tuning_a_model_has_the_bits_of_its_run(parent, tuned, cache,
   made = made_of(source.run, source.encoded, num_domains=len(own))
   nats, sizes, _ = jax.jit(made.eval_step)(source.model.params, {}, batch)
   (before, *_) = bits(tuned[1], "bits_before", arm="dense")
-  np.testing.assert_allclose(before, np.asarray(nats) / np.log(2) / sizes, rtol=1e-5)
+  expected = np.asarray(nats) / np.log(2) / np.asarray(sizes)
+  np.testing.assert_allclose(before, expected, rtol=1e-5)
 
 
 def test_tuning_all_groups_is_tuning_the_dense_model(tuned):
-  """Whole or by adapters, which begin alike in layers of one stack or of several."""
   records = tuned[1]
-  for tuning in ("full", "lora"):
-    dense = bits(records, arm="dense", tuning=tuning)
-    assert dense.shape == (2, 5)
-    moved = dense - bits(records, "bits_before", arm="dense", tuning=tuning)
-    assert (np.abs(moved) > 1e-2).any()
-    for form in ("bits", "bits_as_dense"):
-      whole = bits(records, form, arm="emoe", tuning=tuning, k=4)
-      np.testing.assert_allclose(whole, dense, rtol=2e-4)
-    again = bits(records, "bits_as_groups", arm="dense", tuning=tuning)
-    np.testing.assert_allclose(again, dense, rtol=1e-5)
+  dense = bits(records, arm="dense")
+  assert dense.shape == (2, 5)
+  assert (np.abs(dense - bits(records, "bits_before", arm="dense")) > 1e-2).any()
+  for form in ("bits", "bits_as_dense"):
+    np.testing.assert_allclose(bits(records, form, k=4), dense, rtol=2e-4)
+  again = bits(records, "bits_as_groups", arm="dense")
+  np.testing.assert_allclose(again, dense, rtol=1e-5)
   few, merged = (bits(records, form, k=1) for form in ("bits", "bits_as_dense"))
-  assert (np.abs(few - bits(records, arm="dense", tuning="full")) > 1e-3).any()
+  assert (np.abs(few - dense) > 1e-3).any()
   assert (np.abs(few - merged) > 1e-3).any()
+
+
+def test_adapters_begin_alike_in_layers_of_one_stack_or_of_several(parent, cache):
+  dense = Source(parent, cache).model
+  begun = arms.start("emoe", dense, groups=4, k=2, layers=(1,))
+  one, two = (
+    train.adapters(jax.random.key(3), model.params) for model in (dense, begun.model)
+  )
+  ones = jax.tree.map(np.ones_like, one)  # as none begins
+  changed = train.adapted(dense.params, ones)
+  for name in ("query", "key", "value", "out"):
+    whole = one[f"segments.0.0.attention.{name}.kernel"]
+    for layer in range(2):
+      own = two[f"segments.{layer}.0.attention.{name}.kernel"]
+      np.testing.assert_array_equal(own["in"][0], whole["in"][layer])
+      assert not own["out"].any()
+    name = f"segments.0.0.attention.{name}.kernel"
+    gap = np.asarray(changed[name]) - dense.params[name]
+    np.testing.assert_allclose(gap, train.ALPHA, rtol=1e-5)
 
 
 def test_what_was_done_is_not_done_again_and_is_shown_and_claimed(
@@ -124,7 +143,7 @@ def test_what_was_done_is_not_done_again_and_is_shown_and_claimed(
 ):
   given, records = tuned
   assert command.main(given) == 0
-  assert "0 of 5 jobs to do" in capsys.readouterr().err
+  assert "0 of 3 jobs to do" in capsys.readouterr().err
   out = given[given.index("--out") + 1]
   assert command.main(["table", out, "--results", str(tmp_path)]) == 0
   first, head, *lines = capsys.readouterr().out.splitlines()
