@@ -1,4 +1,4 @@
-"""A language model of ours, which goes on learning to predict."""
+"""A language model of ours, which goes on learning to predict; see `kinds.Kind`."""
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A pretrained encoder under a new head, which labels texts."""
+"""A pretrained encoder under a new head, which labels texts; see `kinds.Kind`."""
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses

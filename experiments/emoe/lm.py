@@ -69,23 +69,22 @@ def given(
   def asked(some: tokens.Tokens, number: int) -> dict[str, np.ndarray]:
     return _rows(data.Windows(some, seq=seq, context=context).of(number), seq, few)
 
-  found = {
-    "train": _rows(data.Windows(calibration.part(new.train, train), seq=seq), seq),
-    "choose": asked(calibration.part(new.train, choose), number),
-    name: asked(new.held_out, number),
-  }
+  learned = _rows(data.Windows(calibration.part(new.train, train), seq=seq), seq)
+  chosen_by = asked(calibration.part(new.train, choose), number)
+  test = {name: asked(new.held_out, number)}
   old, shares = source.encoded, dict(run.data.shares or ())
   for n, other in enumerate(old.domains):
     if other != name and shares.get(other, 1) > 0 and n in old.held_out.domain:
-      found[other] = asked(old.held_out, n)
-  if len(found) < 4:
+      test[other] = asked(old.held_out, n)
+  if len(test) < 2:
     raise BadData(
       f"--workdir {folder}: its text has no domain but {name}; learn another one."
     )
-  ends = np.cumsum([len(rows["inputs"]) for rows in found.values()])
-  numbers = dict(zip(found, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
-  split = Split({name: numbers.pop("train")}, numbers.pop("choose"), numbers)
-  whole = {n: np.concatenate([rows[n] for rows in found.values()]) for n in _READ}
+  each = [learned, chosen_by, *test.values()]
+  ends = np.cumsum([len(rows["inputs"]) for rows in each])
+  training, choosing, *testing = np.split(np.arange(ends[-1]), ends[:-1])
+  split = Split({name: training}, choosing, dict(zip(test, testing, strict=True)))
+  whole = {n: np.concatenate([rows[n] for rows in each]) for n in _READ}
   # Fifteen models side by side: activations are computed again rather than kept.
   config = dataclasses.replace(run.model, remat=True)
   bits = math.log(2) * _bytes(whole, source.words.byte_lengths)
@@ -102,7 +101,7 @@ def given(
 
 
 def layers(material: Material) -> tuple[int, ...]:
-  """The authors' choice: the last even layer, counted from zero, but for the last."""
+  """The authors' choice: of the even ones, from zero, the last that is not the end."""
   depth = material.dense.config.num_layers  # type: ignore[union-attr]
   return (max(0, (depth - 2) // 2 * 2),)
 
