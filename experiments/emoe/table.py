@@ -7,6 +7,7 @@ heads and orders in all arms.
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +72,9 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
       )
     some = next(iter(next(iter(rates.values())).values()))
     what = next(name for name in MEASURES if name in some)
-    best, means = MEASURES[what].best, {r: _mean(rates[r], what) for r in rates}
-    rate = best(means, key=means.__getitem__)
+    means = {r: _mean(rates[r], what) for r in rates}
+    means = {r: x for r, x in means.items() if math.isfinite(x)} or means
+    rate = MEASURES[what].best(means, key=means.__getitem__)
     seeds = rates[rate]
     about = next(iter(seeds.values()))
     for form, label in _FORMS.items():

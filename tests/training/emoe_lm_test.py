@@ -172,14 +172,15 @@ def test_dense_weights_are_cut_as_those_of_an_arm_were(parent, cache):
     np.testing.assert_array_equal(array, dense.params[name])
 
 
-def test_the_lower_bits_choose_a_rate():
+def test_the_lowest_bits_that_are_numbers_choose_a_rate():
   def record(rate, choose):
     job = dict(task="new", tuning="full", arm="dense", groups=0, k=0)
-    plan = {"rates": [1e-4, 1e-3], "seeds": [0]}
+    plan = {"rates": [1e-4, 1e-3, 1e-2], "seeds": [0]}
     own = {"choose": choose, "new": 1.0, "old": 2.0, "older": 3.0}
     return {**job, "plan": plan, "rate": rate, "seed": 0, "bits": own}
 
-  (row,) = table.rows([record(1e-4, 1.2), record(1e-3, 1.1)])
+  each = [record(1e-2, np.nan), record(1e-4, 1.2), record(1e-3, 1.1)]
+  (row,) = table.rows(each)
   assert row.rate == 1e-3 and table.values(row, "others") == {0: 2.5}
 
 
