@@ -122,10 +122,11 @@ def lines(found: Sequence[Row], against: str = "dense") -> list[str]:
     said.append(f"{task}, {tuning} tuning: {what}, less {against} [95 %] (+/-)")
     shown = [*domains(own[0]), "others"]
     shown = shown if len(shown) <= _SHOWN else [*trains(task), "others"]
-    head = "".join(f"{domain:>38}" for domain in shown)
+    width = 34 + 2 * own[0].measure.digits
+    head = "".join(f"{domain:>{width}}" for domain in shown)
     said.append(f"{'arm':<18}{'N':>4}{'k':>4}{'rate':>8}{head}")
     for row in own:
-      cells = "".join(f"{_cell(row, base, domain):>38}" for domain in shown)
+      cells = "".join(f"{_cell(row, base, domain):>{width}}" for domain in shown)
       size = f"{row.job.groups or '':>4}{row.job.k or '':>4}{row.rate:>8.0e}"
       said.append(f"{row.label:<18}{size}{cells}")
     said.append("")
