@@ -90,7 +90,7 @@ class Windows:
 class OfDomain:
   """Some of the windows."""
 
-  def __init__(self, windows: Windows, chosen: np.ndarray):
+  def __init__(self, windows: "Windows | OfDomain", chosen: np.ndarray):
     self._windows, self._chosen = windows, chosen
 
   def __len__(self) -> int:

@@ -1,13 +1,23 @@
-"""EMoE on a pretrained encoder (arXiv 2310.10908), from its weights to its table.
+"""EMoE on pretrained models (arXiv 2310.10908), from their weights to a table.
 
   python -m experiments.emoe pack --out data/minilm.npz          with a network
   python -m experiments.emoe held --pack data/minilm.npz         minutes on a CPU
   python -m experiments.emoe run --pack data/minilm.npz --out runs/emoe
   python -m experiments.emoe table runs/emoe
 
-`run` does jobs until --seconds are over and goes on with the rest when it is called
-again.  Tasks: film snippets by their sentiment; and two that conflict, where Amazon
-sentences have inverted labels.  `run --tiny` is a try of seconds, on a CPU.
+`run` tunes an encoder.  Tasks: film snippets by their sentiment; and two that conflict,
+where Amazon sentences have inverted labels.
+
+  python -m experiments.emoe lm --workdir runs/small/dense/seed-0 \
+      --corpus packed:runs/essays.jsonl.xz --out runs/emoe-lm
+  python -m experiments.emoe table runs/emoe-lm
+
+`lm` tunes a dense language model of ours on text of one domain, new (--corpus) or one
+of those it knows (--domain), and tests on it and on all others.  What its groups hold:
+`python -m experiments.modularity`.
+
+Both do jobs until --seconds are over and go on with the rest when they are called
+again.  With --tiny they are a try of seconds, on a CPU.
 
 Exit codes: 0 done, 2 bad input, 3 jobs are left: the same command goes on, 130 stopped
 by Ctrl-C.
@@ -19,9 +29,11 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments import extras
+from experiments import extras, staged
 from experiments.parser import Parser, run
 
 
@@ -36,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
   _pack(commands.add_parser("pack", help="weights and texts in one file").add_argument)
   _held(commands.add_parser("held", help="what few groups hold").add_argument)
   _run(commands.add_parser("run", help="fine-tunes what is left to do").add_argument)
+  _lm(commands.add_parser("lm", help="the same of a language model").add_argument)
   _table(commands.add_parser("table", help="what was found").add_argument)
   arguments = parser.parse_args(argv)
   from experiments import errors
@@ -101,11 +114,8 @@ def _measured(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _run(add) -> None:
   add("--pack", required=True, type=Path, metavar="FILE")
-  add("--out", required=True, type=Path, metavar="DIR")
   add("--tasks", default="film,conflict")
   add("--tunings", default="full,lora")
-  add("--arms", default="dense,emoe,random,bottom,not-top,frozen,learned")
-  add("--seeds", type=_numbers, default=(0, 1, 2, 3, 4))
   add("--rates", type=_floats, default=(2e-5, 5e-5, 1e-4), help="of full tuning")
   add("--lora-rates", type=_floats, default=(2e-4, 5e-4, 1e-3))
   add("--groups", type=int, default=64)
@@ -115,6 +125,31 @@ def _run(add) -> None:
   add("--examples", type=int, default=2500)
   add("--batch", type=int, default=32)
   add("--epochs", type=int, default=4)
+  _common(add)
+
+
+def _lm(add) -> None:
+  add("--workdir", required=True, metavar="DIR", help="of a dense run; local")
+  add("--corpus", help="of the text to learn; the run's own if not given")
+  add("--domain", metavar="NAME", help="of that corpus; its one domain if not given")
+  add("--tunings", default="full")
+  add("--rates", type=_floats, default=(1e-4, 2e-4, 4e-4), help="of full tuning")
+  add("--lora-rates", type=_floats, default=(5e-4, 1e-3, 2e-3))
+  add("--groups", type=int, default=49, help="a divisor of d_ff; 1029 of small's dense")
+  add("--k", type=int, default=12)
+  add("--grid", type=_pairs, default=(), metavar="N:K,N:K,...")
+  add("--layers", type=_numbers, help="from 0, cut into groups; the last even one")
+  add("--examples", type=int, default=1600, metavar="N", help="rows of text")
+  add("--batch", type=int, default=16, metavar="N", help="rows of a step")
+  add("--epochs", type=int, default=2)
+  add("--few", type=staged.count, default=96, help="windows tested, by domain; 96")
+  _common(add, arms="dense,emoe,random,bottom,not-top,learned")
+
+
+def _common(add, arms: str = "dense,emoe,random,bottom,not-top,frozen,learned") -> None:
+  add("--out", required=True, type=Path, metavar="DIR")
+  add("--arms", default=arms)
+  add("--seeds", type=_numbers, default=(0, 1, 2, 3, 4))
   add("--precision", default="tensorfloat32", help="of products of float32")
   add("--seconds", type=float, default=540, help="no job begins that would end later")
   add("--ahead", type=int, default=1, metavar="N", help="programs compiled at a time")
@@ -122,13 +157,11 @@ def _run(add) -> None:
   add("--cache", type=Path, default=Path.home() / ".cache" / "jmoe")
 
 
-def _ran(arguments: argparse.Namespace, argv: list[str]) -> int:
-  del argv
-  for module, extra in {"optax": "train"}.items():
-    extras.check(module, extra, needed_by="experiments.emoe run")
+def _plan(arguments: argparse.Namespace, **more: Any) -> Any:
+  """The common settings of a command line."""
   import jax
 
-  from experiments.emoe import jobs, run, texts
+  from experiments.emoe import jobs
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
@@ -137,35 +170,68 @@ def _ran(arguments: argparse.Namespace, argv: list[str]) -> int:
     rates={"full": arguments.rates, "lora": arguments.lora_rates},
     groups=arguments.groups,
     k=arguments.k,
-    layers=arguments.layers,
     examples=arguments.examples,
     batch=arguments.batch,
     epochs=arguments.epochs,
     precision=arguments.precision,
+    **more,
   )
-  if arguments.tiny:
-    one = {"full": plan.rates["full"][:1], "lora": plan.rates["lora"][:1]}
-    plan = plan._replace(
-      seeds=plan.seeds[:2], rates=one, examples=16, batch=8, epochs=2, few=16
-    )
-  tasks, tunings = arguments.tasks.split(","), arguments.tunings.split(",")
-  for given, known, name in (
-    (tasks, texts.TASKS, "--tasks"),
-    (tunings, ("full", "lora"), "--tunings"),
-  ):
-    if wrong := [x for x in given if x not in known]:
-      raise ValueError(f"{name} {wrong[0]}; give some of {','.join(known)}.")
+  if not arguments.tiny:
+    return plan
+  one = {tuning: rates[:1] for tuning, rates in plan.rates.items()}
+  return plan._replace(
+    seeds=plan.seeds[:2], rates=one, examples=16, batch=8, epochs=2, few=16
+  )
+
+
+def _jobs(
+  arguments: argparse.Namespace, plan: Any, tasks: Sequence[str], material: Any
+) -> int:
+  """Does the jobs of a command line."""
+  from experiments.emoe import jobs, run
+
+  tunings = arguments.tunings.split(",")
+  _known(tunings, ("full", "lora"), "--tunings")
   names = arguments.arms.split(",")
   wanted = list(jobs.jobs(plan, tasks, tunings, names, arguments.grid))
-  left = run.run(
-    arguments.pack,
-    arguments.out,
-    plan,
-    wanted,
-    seconds=arguments.seconds,
-    ahead=arguments.ahead,
+  given = dict(seconds=arguments.seconds, ahead=arguments.ahead)
+  return 3 if run.run(material, arguments.out, plan, wanted, **given) else 0
+
+
+def _known(given: Sequence[str], known: Iterable[str], name: str) -> None:
+  if wrong := [x for x in given if x not in known]:
+    raise ValueError(f"{name} {wrong[0]}; give some of {','.join(known)}.")
+
+
+def _ran(arguments: argparse.Namespace, argv: list[str]) -> int:
+  del argv
+  extras.check("optax", "train", needed_by="experiments.emoe run")
+  from experiments.emoe import jobs, pack, texts
+
+  tasks = arguments.tasks.split(",")
+  _known(tasks, jobs.TASKS, "--tasks")
+  plan = _plan(arguments, layers=arguments.layers)
+  return _jobs(
+    arguments, plan, tasks, lambda: texts.material(pack.read(arguments.pack))
   )
-  return 3 if left else 0
+
+
+def _tuned(arguments: argparse.Namespace, argv: list[str]) -> int:
+  del argv
+  needed = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
+  for module, extra in needed.items():
+    extras.check(module, extra, needed_by="experiments.emoe lm")
+  from experiments import workdir
+  from experiments.emoe import lm
+
+  folder = workdir.opened(arguments.workdir)
+  # More would not fit beside fifteen models.
+  plan = _plan(arguments, layers=(), few=arguments.few, eval_batch=arguments.batch)
+  of = dict(corpus=arguments.corpus, domain=arguments.domain, few=plan.few)
+  found = lm.given(folder, arguments.cache, **of)
+  layers = arguments.layers or lm.layers(found.material)
+  plan = plan._replace(layers=layers, source=found.source)
+  return _jobs(arguments, plan, [found.domain], lambda: found.material)
 
 
 def _table(add) -> None:
@@ -182,13 +248,31 @@ def _shown(arguments: argparse.Namespace, argv: list[str]) -> int:
   found = table.rows(jobs.records(arguments.dir / jobs.FILE))
   print("\n".join(table.lines(found)))
   if arguments.results is not None:
-    words = ["python", "-m", "experiments.emoe", "run", "--pack", "data/minilm.npz"]
-    command = arguments.run_command or shlex.join([*words, "--out", "runs/emoe"])
-    table.claim(found, arguments.results, arguments.name, command)
+    words = arguments.run_command or _command(found[0].about["plan"].get("source"))
+    table.claim(found, arguments.results, arguments.name, words)
   return 0
 
 
-_COMMANDS = {"pack": _packed, "held": _measured, "run": _ran, "table": _shown}
+def _command(source: Mapping[str, Any] | None) -> str:
+  """The command that made records, wherever folders were."""
+  words = ["python", "-m", "experiments.emoe"]
+  if source is None:
+    return shlex.join(
+      [*words, "run", "--pack", "data/minilm.npz", "--out", "runs/emoe"]
+    )
+  given = {"workdir": "runs/dense", "corpus": source["corpus"], "out": "runs/emoe-lm"}
+  return shlex.join(
+    [*words, "lm", *(part for n, x in given.items() for part in (f"--{n}", x))]
+  )
+
+
+_COMMANDS = {
+  "pack": _packed,
+  "held": _measured,
+  "run": _ran,
+  "lm": _tuned,
+  "table": _shown,
+}
 
 
 def _numbers(text: str) -> tuple[int, ...]:

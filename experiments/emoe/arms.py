@@ -6,17 +6,16 @@ share a compiled program.
 """
 # SPDX-License-Identifier: Apache-2.0
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.emoe import kinds
 from experiments.errors import BadConfig
-from jmoe import dispatch
-from jmoe.config import MoEConfig
-from jmoe.surgery import encoders
+from jmoe.surgery import Model
 from jmoe.surgery.encoders import EncoderModel
-from jmoe.use import nearest, use
+from jmoe.use import nearest
 
 
 class Arm(NamedTuple):
@@ -43,14 +42,20 @@ ARMS = {
 class Start(NamedTuple):
   """A model before its fine-tuning."""
 
-  model: EncoderModel
-  orders: dict[int, np.ndarray]  # none of a dense one
+  model: Any  # as the one that was given
+  orders: kinds.Orders  # none of a dense one
   sign: float
   follow: bool
+  dense: kinds.Config  # of the model that it was
 
 
 def start(
-  name: str, dense: EncoderModel, *, groups: int, k: int, layers: tuple[int, ...]
+  name: str,
+  dense: EncoderModel | Model,
+  *,
+  groups: int,
+  k: int,
+  layers: tuple[int, ...],
 ) -> Start:
   """The model of an arm.
 
@@ -63,62 +68,44 @@ def start(
 
   Raises:
     BadConfig: no such arm.
+    ValueError: groups that do not fit, or layers that are not there.
   """
   if name not in ARMS:
     raise BadConfig(f"--arms {name}; {nearest(name, ARMS)}")
   arm = ARMS[name]
   if arm.partition is None:
-    return Start(dense, {}, arm.sign, False)
-  found = encoders.grouped(
+    return Start(dense, {}, arm.sign, False, dense.config)
+  model, orders = kinds.of(dense.config).grouped(
     dense,
-    num_experts=groups,
+    groups=groups,
     k=groups - k if arm.rest else k,
-    layers_changed=layers,
+    layers=layers,
     partition=arm.partition,
     gate=arm.gate,
   )
-  model = masked(found.model)
   if arm.sign < 0:
     state = {n: arm.sign * np.asarray(x) for n, x in model.state.items()}
     model = model._replace(state=state)
-  return Start(model, found.orders, arm.sign, arm.follow)
+  return Start(model, orders, arm.sign, arm.follow, dense.config)
 
 
-def masked(model: EncoderModel) -> EncoderModel:
-  """The same with hidden units masked where they are: plain products under vmap."""
-  ffs = tuple(
-    dataclasses.replace(ff, dispatch=use(dispatch.mask))
-    if isinstance(ff, MoEConfig)
-    else ff
-    for ff in model.config.feed_forwards
-  )
-  config = dataclasses.replace(model.config, feed_forwards=ffs)
-  return model._replace(config=config)
+def joined(params: Mapping[str, Any], begun: Start) -> dict[str, Any]:
+  """Parameters of an arm in groups as those of a dense model; traceable."""
+  model = begun.model._replace(params=params)
+  return kinds.of(begun.dense).joined(model, begun.orders, begun.dense)
 
 
-def in_groups(params: dict[str, Any], like: Start) -> tuple[dict[str, Any], dict]:
-  """(parameters, state) of a dense encoder, cut where another was and masked so.
+def in_groups(
+  params: Mapping[str, Any], like: Start
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(parameters, state) of a dense model, cut where another was and masked so.
 
   Traceable: what was trained dense is asked how it does with a few groups.
 
   Args:
-    params: of a dense encoder.
+    params: of a dense model.
     like: an arm with a gate of means.
   """
-  params, state = dict(params), {}
-  for n, order_F in like.orders.items():
-    at, ff = f"layers.{n}.", like.model.config.feed_forwards[n]
-    assert isinstance(ff, MoEConfig)
-    E = ff.num_experts
-    up_DF = params.pop(f"{at}up.kernel").take(order_F, 1)
-    up_EDF = up_DF.reshape(ff.d_model, E, -1).swapaxes(0, 1)
-    down_FD = params.pop(f"{at}down.kernel").take(order_F, 0)
-    bias_F = params.pop(f"{at}up.bias").take(order_F, 0)
-    params |= {
-      f"{at}moe.experts.up_EDF": up_EDF,
-      f"{at}moe.experts.up_bias_EF": bias_F.reshape(E, -1),
-      f"{at}moe.experts.down_EFD": down_FD.reshape(E, -1, ff.d_model),
-      f"{at}down_bias": params.pop(f"{at}down.bias"),
-    }
-    state[f"{at}moe.state.gate.key_ED"] = like.sign * up_EDF.mean(-1)
-  return params, state
+  kind = kinds.of(like.dense)
+  params, state = kind.cut(params, like.model, like.orders, like.dense)
+  return params, {name: like.sign * x for name, x in state.items()}

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from experiments import results, summary
+from experiments.emoe.encoder import DENSE
 from experiments.emoe.pack import read
 from jmoe.analysis import modularity
 from jmoe.config import Dense
@@ -20,7 +21,6 @@ from jmoe.models.encoder import Encoder
 from jmoe.surgery import encoders
 from jmoe.surgery.cluster import balanced
 
-_NAMES = {"up": "up.kernel", "up_bias": "up.bias", "down": "down.kernel"}
 SEEDS = (0, 1, 2)  # of the texts, of the clusters' first centres, of random groups
 
 
@@ -65,7 +65,7 @@ def pretrained(
     for n, x_BSD in enumerate(given):
       at, ff = f"layers.{n}.", model.config.feed_forwards[n]
       assert isinstance(ff, Dense)
-      matrices = {own: model.params[at + name] for own, name in _NAMES.items()}
+      matrices = {own: model.params[at + name] for own, name in DENSE.items()}
       x_TD = np.asarray(x_BSD)[valid_BS]
       for number in groups:
         found = compared(matrices, x_TD, ff.activation, number, shares, seed)

@@ -1,16 +1,18 @@
 """What is to do, and what is done: jobs, their common settings, their records.
 
 A job is an arm of a task under a tuning: all rates and seeds at once.  Each model is a
-line of results.jsonl: accuracies by domain as it was trained, and in the other form.
+line of results.jsonl: accuracies, or bits per byte, by domain as it was trained, and in
+the other form.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 FILE = "results.jsonl"
+TASKS = {"film": ("film",), "conflict": ("film", "amazon")}  # the domains that train
 
 
 class Job(NamedTuple):
@@ -37,6 +39,7 @@ class Plan(NamedTuple):
   precision: str
   few: int | None = None  # texts that test, of each domain; None: all
   eval_batch: int = 256
+  source: Mapping[str, Any] | None = None  # model and text, if they are not always same
 
 
 def jobs(
@@ -52,18 +55,24 @@ def jobs(
         if tuning == "lora" and name == "frozen":
           continue
         # Where labels conflict three arms say it; the controls are of the first task.
-        if task != "film" and name not in ("dense", "emoe", "random"):
+        if task == "conflict" and name not in ("dense", "emoe", "random"):
           continue
         yield Job(task, tuning, name, *((0, 0) if name == "dense" else usual))
   for tuning in tunings[:1]:
     for groups, k in grid:
       if (groups, k) != usual:
-        yield Job("film", tuning, "emoe", groups, k)
+        yield Job(tasks[0], tuning, "emoe", groups, k)
+
+
+def trains(task: str) -> tuple[str, ...]:
+  """The domains that train in a task; one of text to predict is that of its name."""
+  return TASKS.get(task, (task,))
 
 
 def told(plan: Plan, job: Job) -> dict[str, Any]:
   """What must be the same for records to belong together."""
-  return {
+  source = {} if plan.source is None else {"source": dict(plan.source)}
+  return source | {
     "layers": list(plan.layers),
     "examples": plan.examples,
     "batch": plan.batch,

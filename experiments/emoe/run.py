@@ -4,18 +4,18 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from experiments.emoe.jobs import FILE, Job, Plan, done
-from experiments.emoe.pack import read
+from experiments.emoe.jobs import FILE, Job, Plan, done, trains
+from experiments.emoe.material import Material
 from experiments.emoe.work import Ahead, Work
 
 
 def run(
-  path: Path,
+  material: Callable[[], Material],
   out: Path,
   plan: Plan,
   wanted: Sequence[Job],
@@ -26,7 +26,7 @@ def run(
   """Does what is left to do; returns the number of jobs that are then left.
 
   Args:
-    path: of the pack.
+    material: that is read if anything is left to do.
     out: folder of results.jsonl.
     plan: common settings.
     wanted: jobs.
@@ -41,8 +41,9 @@ def run(
   print(f"{len(left)} of {len(wanted)} jobs to do", file=sys.stderr)
   if not left:
     return 0
-  pack = read(path)
-  work = Work(pack, plan)
+  work = Work(material(), plan)
+  for job in left:
+    work.form(job)  # groups that do not fit are refused before anything is trained
   with Ahead(work, left, ahead) as compiled:
     return _each(work, left, compiled, out / FILE, begin, seconds)
 
@@ -67,10 +68,11 @@ def _each(
       lines.writelines(json.dumps(record) + "\n" for record in records)
     took = time.perf_counter() - begin - now
     longest = max(longest, took)
-    mean = np.mean([record["accuracy"]["film"] for record in records])
+    domain = trains(job.task)[0]
+    mean = np.mean([record[work.measure][domain] for record in records])
     print(
       f"{now + took:.0f} s: {n + 1}/{len(left)} {' '.join(map(str, job))}, "
-      f"{took:.1f} s, film {mean:.4f}",
+      f"{took:.1f} s, {work.measure} on {domain} {mean:.4f}",
       file=sys.stderr,
       flush=True,
     )

@@ -1,21 +1,38 @@
-"""What the records say: a rate for each arm, accuracies, paired differences, claims.
+"""What the records say: a rate for each arm, means, paired differences, claims.
 
-An arm's rate is the one with the highest mean over seeds on the texts that choose; no
+An arm's rate is the one with the best mean over seeds on the texts that choose; no
 test text is read for it.  Differences are over equal seeds, which draw equal texts,
 heads and orders in all arms.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import intervals, results, workdir
-from experiments.emoe.jobs import FILE, Job
+from experiments.emoe.jobs import FILE, Job, trains
 from experiments.errors import BadData
 
-DOMAINS = ("film", "tweets", "amazon", "editorials")
+_SHOWN = 5  # domains; of more, those that train, and the mean of the others
+
+
+class Measure(NamedTuple):
+  """What was measured, as it is shown."""
+
+  head: str
+  unit: str
+  factor: float
+  digits: int
+  best: Callable[..., Any]
+
+
+MEASURES = {
+  "accuracy": Measure("accuracy in %", "% of texts", 100, 2, max),
+  "bits": Measure("bits per byte", "bits per byte", 1, 4, min),
+}
 
 
 class Row(NamedTuple):
@@ -24,7 +41,8 @@ class Row(NamedTuple):
   label: str
   job: Job
   rate: float
-  by_seed: dict[int, dict[str, float]]  # seed -> domain -> accuracy
+  measure: Measure
+  by_seed: dict[int, dict[str, float]]  # seed -> domain -> what was measured
   about: Mapping[str, Any]  # a record of it
 
 
@@ -52,29 +70,46 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
         f"{FILE} has {job.tuning} tuning under different settings ({job.arm}: "
         f"{workdir.listed(apart)}); keep those of one in it."
       )
-    rate = max(rates, key=lambda r: _mean(rates[r].values(), "choose"))
+    some = next(iter(next(iter(rates.values())).values()))
+    what = next(name for name in MEASURES if name in some)
+    means = {r: _mean(rates[r], what) for r in rates}
+    means = {r: x for r, x in means.items() if math.isfinite(x)} or means
+    rate = MEASURES[what].best(means, key=means.__getitem__)
     seeds = rates[rate]
     about = next(iter(seeds.values()))
-    forms = {"accuracy": job.arm, "accuracy_as_dense": f"{job.arm} to dense"}
-    forms["accuracy_as_groups"] = f"{job.arm} to groups"
-    for name, label in forms.items():
-      if name in about:
-        own = {seed: dict(record[name]) for seed, record in seeds.items()}
-        found.append(Row(label, job, rate, own, about))
+    for form, label in _FORMS.items():
+      if what + form in about:
+        own = {seed: dict(record[what + form]) for seed, record in seeds.items()}
+        label = label.format(job.arm)
+        found.append(Row(label, job, rate, MEASURES[what], own, about))
   if not found:
     raise BadData(f"{FILE} has all models of no arm; go on with `run`.")
   return found
 
 
-def _mean(records: Any, domain: str) -> float:
-  values = [record["accuracy"][domain] for record in records]
+_FORMS = {
+  "": "{}",
+  "_as_dense": "{} to dense",
+  "_as_groups": "{} to groups",
+  "_before": "untuned",
+}
+
+
+def _mean(seeds: Mapping[int, Mapping[str, Any]], what: str) -> float:
+  values = [record[what]["choose"] for record in seeds.values()]
   return sum(values) / len(values)
 
 
-def out_of_domain(accuracies: Mapping[str, float], task: str) -> float:
+def domains(row: Row) -> list[str]:
+  """Those of the tests."""
+  return [d for d in next(iter(row.by_seed.values())) if d != "choose"]
+
+
+def out_of_domain(measured: Mapping[str, float], task: str) -> float:
   """The mean over the domains that trained nothing."""
-  others = [d for d in DOMAINS if d != "film" and (task == "film" or d != "amazon")]
-  return sum(accuracies[d] for d in others) / len(others)
+  own = ("choose", *trains(task))
+  others = [value for domain, value in measured.items() if domain not in own]
+  return sum(others) / len(others)
 
 
 def lines(found: Sequence[Row], against: str = "dense") -> list[str]:
@@ -83,12 +118,15 @@ def lines(found: Sequence[Row], against: str = "dense") -> list[str]:
   for task, tuning in dict.fromkeys((r.job.task, r.job.tuning) for r in found):
     own = [r for r in found if (r.job.task, r.job.tuning) == (task, tuning)]
     base = next((r for r in own if r.label == against), None)
-    said.append(f"{task}, {tuning} tuning: accuracy in %, less {against} [95 %] (+/-)")
-    domains = (*DOMAINS, "others")
-    head = "".join(f"{domain:>38}" for domain in domains)
+    what = own[0].measure.head
+    said.append(f"{task}, {tuning} tuning: {what}, less {against} [95 %] (+/-)")
+    shown = [*domains(own[0]), "others"]
+    shown = shown if len(shown) <= _SHOWN else [*trains(task), "others"]
+    width = 34 + 2 * own[0].measure.digits
+    head = "".join(f"{domain:>{width}}" for domain in shown)
     said.append(f"{'arm':<18}{'N':>4}{'k':>4}{'rate':>8}{head}")
     for row in own:
-      cells = "".join(f"{_cell(row, base, domain):>38}" for domain in domains)
+      cells = "".join(f"{_cell(row, base, domain):>{width}}" for domain in shown)
       size = f"{row.job.groups or '':>4}{row.job.k or '':>4}{row.rate:>8.0e}"
       said.append(f"{row.label:<18}{size}{cells}")
     said.append("")
@@ -96,9 +134,9 @@ def lines(found: Sequence[Row], against: str = "dense") -> list[str]:
 
 
 def values(row: Row, domain: str) -> dict[int, float]:
-  """By seed, in per cent."""
+  """By seed, in the unit of its measure."""
   return {
-    seed: 100
+    seed: row.measure.factor
     * (out_of_domain(each, row.job.task) if domain == "others" else each[domain])
     for seed, each in row.by_seed.items()
   }
@@ -106,16 +144,17 @@ def values(row: Row, domain: str) -> dict[int, float]:
 
 def _cell(row: Row, base: Row | None, domain: str) -> str:
   own = values(row, domain)
-  mean = sum(own.values()) / len(own)
+  digits = row.measure.digits
+  mean = f"{sum(own.values()) / len(own):.{digits}f}"
   if base is None or base is row:
-    return f"{mean:.2f}"
+    return mean
   other = values(base, domain)
   gap = intervals.paired(own, other)
   gaps = [own[seed] - other[seed] for seed in own if seed in other]
   if gap is None:
-    return f"{mean:.2f}"
+    return mean
   signs = f"({sum(g > 0 for g in gaps)}/{sum(g < 0 for g in gaps)})"
-  return f"{mean:.2f} {intervals.shown(gap, 2)} {signs}"
+  return f"{mean} {intervals.shown(gap, digits)} {signs}"
 
 
 def claim(found: Sequence[Row], folder: Path, name: str, command: str) -> None:
@@ -126,16 +165,13 @@ def claim(found: Sequence[Row], folder: Path, name: str, command: str) -> None:
   """
   for row in found:
     job = row.job
-    # Of the film task four domains and their mean; of two tasks those that trained.
-    domains = (*DOMAINS, "others") if job.task == "film" else ("film", "amazon")
     arm = row.label if not job.groups else f"{row.label}, {job.k} of {job.groups}"
-    for domain in domains:
-      what = "tweets, Amazon and editorials" if domain == "others" else domain
+    for domain in _claimed(row):
       for seed, value in values(row, domain).items():
         results.append(
           folder / f"{name}-{job.task}-{job.tuning}-{domain}.json",
-          claim=f"accuracy on {what}, MiniLM, {job.tuning} tuning on {_trains(job)}",
-          unit="% of texts",
+          claim=_said(row, domain),
+          unit=row.measure.unit,
           against="dense",
           arm=arm,
           seed=seed,
@@ -147,10 +183,25 @@ def claim(found: Sequence[Row], folder: Path, name: str, command: str) -> None:
         )
 
 
-def _trains(job: Job) -> str:
-  if job.task == "film":
-    return "film snippets"
-  return "film snippets and Amazon sentences with inverted labels"
+def _claimed(row: Row) -> tuple[str, ...]:
+  """Of one task all domains and their mean, if they are few; of two what trained."""
+  if row.job.task == "film":
+    return (*domains(row), "others")
+  own = trains(row.job.task)
+  return own if len(own) > 1 else (*own, "others")
+
+
+def _said(row: Row, domain: str) -> str:
+  """The claim in words."""
+  task, tuning = row.job.task, row.job.tuning
+  if row.measure is MEASURES["bits"]:
+    what = "the other domains, mean over them" if domain == "others" else domain
+    return f"held-out text of {what}, {tuning} tuning of a dense model on {task}"
+  what = "tweets, Amazon and editorials" if domain == "others" else domain
+  on = "film snippets"
+  if task == "conflict":
+    on += " and Amazon sentences with inverted labels"
+  return f"accuracy on {what}, MiniLM, {tuning} tuning on {on}"
 
 
 def _settings(row: Row) -> dict[str, Any]:

@@ -8,6 +8,8 @@ groups are exact whatever it is.
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,9 +19,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from experiments.emoe import kinds
 from jmoe.losses import total_loss
-from jmoe.models.encoder import EncoderConfig, mean_pool
-from jmoe.surgery.encoders import blueprint
 
 RANK, ALPHA = 8, 16.0
 _ADAPTED = ("query", "key", "value", "out")
@@ -31,7 +32,7 @@ Arrays = Mapping[str, Array]
 class Settings(NamedTuple):
   """What is compiled, beside shapes."""
 
-  config: EncoderConfig
+  config: kinds.Config
   # "full"; or "lora": attention by products of rank 8, and a gate that is trained.
   tuning: str
   precision: str  # of jax.default_matmul_precision
@@ -52,42 +53,40 @@ def trained(
   sign: Array,
   follow: Array,
   models: Model,
-  tokens_MS: Array,
-  label_M: Array,
+  rows: Arrays,
   *,
   settings: Settings,
 ) -> tuple[Arrays, Arrays, Arrays, Array]:
   """(parameters, state, head, f32[models,steps] losses) after all steps.
 
   Args:
-    params, state: of the encoder that all begin from.
+    params, state: of the model that all begin from.
     sign, follow: of `arms.Start`.
     models: with a leading [models].
-    tokens_MS: i32[M,S]; 0 is padding.
-    label_M: i32[M], 0 or 1.
+    rows: all texts, as the kind of model takes them, with a leading [M].
   """
 
   def one(model: Model):
-    return _one(params, state, sign, follow, model, tokens_MS, label_M, settings)
+    return _one(params, state, sign, follow, model, rows, settings)
 
   with jax.default_matmul_precision(settings.precision):
     return jax.vmap(one)(models)
 
 
-def _one(params, state, sign, follow, model: Model, tokens_MS, label_M, settings):
-  d = settings.config.d_model
+def _one(params, state, sign, follow, model: Model, rows, settings: Settings):
+  kind = kinds.of(settings.config)
   key_head, key_lora = jax.random.split(model.key)
-  head = {"kernel": 0.02 * jax.random.normal(key_head, (d, 2)), "bias": jnp.zeros(2)}
-  learned: dict[str, Any] = {"encoder": dict(params), "gate": {}, "head": head}
+  head = kind.head(key_head, settings.config)
+  learned: dict[str, Any] = {"model": dict(params), "gate": {}, "head": head}
   if settings.tuning == "lora":
     # A gate that learns does so beside adapters too, whole, as the head does.
     gate = {name: x for name, x in params.items() if ".moe.gate." in name}
-    learned |= {"encoder": _adapters(key_lora, params), "gate": gate}
+    learned |= {"model": adapters(key_lora, params), "gate": gate}
 
   def whole(learned) -> Arrays:
     if settings.tuning == "full":
-      return learned["encoder"]
-    return _adapted(params, learned["encoder"]) | learned["gate"]
+      return learned["model"]
+    return adapted(params, learned["model"]) | learned["gate"]
 
   adam = optax.scale_by_adam()
   steps = model.order.shape[0]
@@ -97,14 +96,9 @@ def _one(params, state, sign, follow, model: Model, tokens_MS, label_M, settings
     number, rows_B = now
 
     def objective(learned):
-      found = _logits(
-        whole(learned), state, learned["head"], tokens_MS[rows_B], settings, train=True
-      )
-      logits_B2, infos = found
-      nats_B = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits_B2, label_M[rows_B]
-      )
-      loss = jnp.mean(nats_B)
+      some = {name: x[rows_B] for name, x in rows.items()}
+      given = whole(learned), state, learned["head"], some
+      loss, infos = kind.loss(*given, settings.config)
       if any("load_balance" in info.losses for info in infos):
         loss += total_loss(infos, {"load_balance": BALANCE})
       return loss
@@ -124,66 +118,68 @@ def _one(params, state, sign, follow, model: Model, tokens_MS, label_M, settings
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "batch"))
-def right(
+def scores(
   params: Arrays,
   state: Arrays,
   head: Arrays,
-  tokens_MS: Array,
-  label_M: Array,
+  rows: Arrays,
   *,
   settings: Settings,
   batch: int,
 ) -> Array:
-  """bool[models,M]: which texts each model labels as they are.
+  """[models,M]: what each text adds to a sum, of each model; see `Kind.score`.
 
   Args:
     params, state, head: with a leading [models].
-    tokens_MS, label_M: of the texts, M a multiple of the batch.
-    settings: of the encoder as it is asked now.
+    rows: texts, M a multiple of the batch.
+    settings: of the model as it is asked now.
     batch: texts at a time.
   """
+  kind = kinds.of(settings.config)
+  parts = jax.tree.map(lambda x: x.reshape(-1, batch, *x.shape[1:]), dict(rows))
 
   def one(params, state, head):
-    def some(rows):
-      logits_B2, _ = _logits(params, state, head, rows[0], settings, train=False)
-      return jnp.argmax(logits_B2, axis=1) == rows[1]
+    def some(part):
+      return kind.score(params, state, head, part, settings.config)
 
-    parts = tokens_MS.reshape(-1, batch, tokens_MS.shape[1]), label_M.reshape(-1, batch)
     return jax.lax.map(some, parts).reshape(-1)
 
   with jax.default_matmul_precision(settings.precision):
     return jax.vmap(one)(params, state, head)
 
 
-def _logits(params, state, head, tokens_BS, settings: Settings, *, train: bool):
-  encoder: Any = blueprint(settings.config).model(dict(params), dict(state))
-  valid_BS = tokens_BS > 0
-  x_BSD, infos = encoder(tokens_BS, valid_BS, train=train)
-  return mean_pool(x_BSD, valid_BS) @ head["kernel"] + head["bias"], infos
-
-
 def _followed(params: Arrays, state: Arrays, sign: Array, follow: Array) -> Arrays:
   """Means of the keys as they are now, or those of before; signed."""
   found = {}
   for name, old_ED in state.items():
-    up_EDF = params[name.replace("state.gate.key_ED", "experts.up_EDF")]
-    new_ED = sign * jnp.mean(jax.lax.stop_gradient(up_EDF), axis=-1)
-    found[name] = jnp.where(follow, new_ED, old_ED)
+    at = name.removesuffix("state.gate.key_ED") + "experts."
+    experts = {n.removeprefix(at): x for n, x in params.items() if n.startswith(at)}
+    found[name] = jnp.where(follow, sign * kinds.means(experts), old_ED)
   return found
 
 
-def _adapters(key: Array, params: Arrays) -> dict[str, dict[str, Array]]:
-  """LoRA (Hu et al. 2021, arXiv:2106.09685): in drawn, out zero, of attention alone."""
-  names = [n for n in params if n.endswith(tuple(f".{a}.kernel" for a in _ADAPTED))]
-  found = {}
-  for n, name in enumerate(sorted(names)):
-    into, out = params[name].shape
-    drawn = jax.random.normal(jax.random.fold_in(key, n), (into, RANK))
-    found[name] = {"in": drawn / np.sqrt(into), "out": jnp.zeros((RANK, out))}
+def adapters(key: Array, params: Arrays) -> dict[str, dict[str, Array]]:
+  """LoRA (Hu et al. 2021, arXiv:2106.09685): in drawn, out zero, of attention alone.
+
+  Draws go by depth: the same whether layers are one stack or several.
+  """
+  ends = tuple(f".{name}.kernel" for name in _ADAPTED)
+  places = {name.rsplit(".", 2)[0] for name in params if name.endswith(ends)}
+  found, number = {}, 0
+  for place in sorted(places, key=lambda p: [int(n) for n in re.findall(r"\d+", p)]):
+    for n, own in enumerate(sorted(_ADAPTED)):
+      *stack, into, out = params[name := f"{place}.{own}.kernel"].shape
+      keys = [number + n + len(_ADAPTED) * layer for layer in range(math.prod(stack))]
+      drawn = [
+        jax.random.normal(jax.random.fold_in(key, k), (into, RANK)) for k in keys
+      ]
+      first = jnp.stack(drawn).reshape(*stack, into, RANK) / np.sqrt(into)
+      found[name] = {"in": first, "out": jnp.zeros((*stack, RANK, out))}
+    number += len(_ADAPTED) * math.prod(stack)
   return found
 
 
-def _adapted(params: Arrays, adapters: Mapping[str, Arrays]) -> dict[str, Array]:
+def adapted(params: Arrays, adapters: Mapping[str, Arrays]) -> dict[str, Array]:
   scale = ALPHA / RANK
   return dict(params) | {
     name: params[name] + scale * (pair["in"] @ pair["out"])

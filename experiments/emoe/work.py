@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import concurrent.futures
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,26 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import summary
-from experiments.emoe import arms, texts, train
+from experiments.emoe import arms, material, train
 from experiments.emoe.jobs import Job, Plan, told
-from experiments.emoe.pack import Pack
-from jmoe.convert import bert
-from jmoe.surgery import encoders
-from jmoe.surgery.encoders import EncoderModel
 
 
 class Work:
-  """Weights and texts, there once for all jobs."""
+  """A model and texts, there once for all jobs."""
 
-  def __init__(self, pack: Pack, plan: Plan):
-    self._pack, self._plan = pack, plan
-    self._dense = bert.from_released(pack.config, pack.tensors)
-    # The tables of tokens that no text has are dead weight in every moment.
-    used, tokens = np.unique(pack.tokens_MS, return_inverse=True)
-    assert used[0] == 0, "padding is token 0"
-    self._tokens_MS = tokens.reshape(pack.tokens_MS.shape).astype(np.int32)
-    self._dense = _of_words(self._dense, used, pack.tokens_MS.shape[1])
-    self._splits = {task: texts.split(pack, task) for task in texts.TASKS}
+  def __init__(self, given: material.Material, plan: Plan):
+    self._dense, self._plan, self.measure = given.dense, plan, given.measure
+    self._splits, self._worth_M = given.splits, given.worth_M
+    self._all = {task: jax.device_put(dict(rows)) for task, rows in given.rows.items()}
+    self._started: dict[Any, arms.Start] = {}
 
   def form(self, job: Job) -> Any:
     """What decides which program a job has."""
@@ -44,27 +35,27 @@ class Work:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info
     )
     lowered.compile()
-    rows, batch = self._rows(self._splits[job.task])[1:]
-    texts_ = self._texts(rows, self._splits[job.task])
+    rows, batch = self._rows(job.task)[1:]
     asked = dict(settings=self._settings(begun.model, "full"), batch=batch)
-    train.right.lower(*shapes[:3], *texts_, **asked).compile()
+    train.scores.lower(*shapes[:3], self._texts(rows, job.task), **asked).compile()
 
   def do(self, job: Job) -> list[dict[str, Any]]:
     """The records of a job."""
-    plan, parts = self._plan, self._splits[job.task]
+    plan, task = self._plan, job.task
     begun, each = self._start(job.arm, job.groups, job.k), self._models(job)
     given = self._given(job, begun)
     params, state, head, losses = train.trained(*given, **self._said(job, begun))
-    own = self._accuracies(begun.model, params, state, head, parts)
-    other, name = None, "groups"
+    found = {"": self._asked(begun.model, params, state, head, task)}
     if begun.orders:
-      name = "dense"
-      joined = jax.jit(jax.vmap(lambda p: dict(self._joined(begun, p).params)))(params)
-      other = self._accuracies(self._dense, joined, {}, head, parts)
+      dense = jax.jit(jax.vmap(lambda p: arms.joined(p, begun)))(params)
+      found["_as_dense"] = self._asked(self._dense, dense, {}, head, task)
     else:
       like = self._start("emoe", plan.groups, plan.k)
       cut, means = jax.jit(jax.vmap(lambda p: arms.in_groups(p, like)))(params)
-      other = self._accuracies(like.model, cut, means, head, parts)
+      found["_as_groups"] = self._asked(like.model, cut, means, head, task)
+      if not head:  # a model that is whole can be asked before it is tuned too
+        first = {n: jnp.broadcast_to(x, params[n].shape) for n, x in given[0].items()}
+        found["_before"] = self._asked(begun.model, first, state, head, task)
     last = np.asarray(losses)[:, -20:].mean(1)
     return [
       {
@@ -75,8 +66,7 @@ class Work:
         "versions": summary.versions(),
         "hardware": summary.hardware(),
         "loss": float(last[n]),
-        "accuracy": own[n],
-        f"accuracy_as_{name}": other[n],
+        **{f"{self.measure}{form}": values[n] for form, values in found.items()},
       }
       for n, (rate, seed) in enumerate(each)
     ]
@@ -88,7 +78,7 @@ class Work:
   def _given(self, job: Job, begun: arms.Start) -> tuple[Any, ...]:
     plan, parts = self._plan, self._splits[job.task]
     sizes = dict(examples=plan.examples, batch=plan.batch, epochs=plan.epochs)
-    orders = {seed: texts.order(parts, seed=seed, **sizes) for seed in plan.seeds}
+    orders = {seed: material.order(parts, seed=seed, **sizes) for seed in plan.seeds}
     each = self._models(job)
     models = train.Model(
       jnp.asarray(np.stack([orders[seed] for _, seed in each])),
@@ -97,54 +87,56 @@ class Work:
     )
     arrays = jax.device_put((dict(begun.model.params), dict(begun.model.state)))
     how = jnp.float32(begun.sign), jnp.asarray(begun.follow)
-    return (*arrays, *how, models, *self._texts(slice(None), parts))
+    return (*arrays, *how, models, self._all[job.task])
 
-  def _texts(self, rows: Any, parts: texts.Split) -> tuple[Any, Any]:
-    return jnp.asarray(self._tokens_MS[rows]), jnp.asarray(parts.label_M[rows])
+  def _texts(self, rows: np.ndarray, task: str) -> dict[str, Any]:
+    return {name: x[jnp.asarray(rows)] for name, x in self._all[task].items()}
 
   def _said(self, job: Job, begun: arms.Start) -> dict[str, Any]:
     return {"settings": self._settings(begun.model, job.tuning)}
 
-  def _rows(self, parts: texts.Split) -> tuple[dict[str, int], np.ndarray, int]:
+  def _rows(self, task: str) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
     """(numbers of texts that are asked by name, all of them, texts at a time).
 
     Filled up to the same number for all tasks, which so share a program.
     """
     plan = self._plan
 
-    def asked(parts: texts.Split) -> dict[str, np.ndarray]:
+    def asked(parts: material.Split) -> dict[str, np.ndarray]:
       both = {"choose": parts.choose, **parts.test}
       return {name: some[: plan.few] for name, some in both.items()}
 
     totals = [sum(map(len, asked(p).values())) for p in self._splits.values()]
     batch = min(plan.eval_batch, max(totals))
-    own = asked(parts)
+    own = asked(self._splits[task])
     numbers = np.concatenate(list(own.values()))
     fill = np.zeros(-(-max(totals) // batch) * batch - len(numbers), int)
-    counts = {name: len(some) for name, some in own.items()}
-    return counts, np.concatenate([numbers, fill]), batch
+    return own, np.concatenate([numbers, fill]), batch
 
   def _start(self, name: str, groups: int, k: int) -> arms.Start:
-    return arms.start(name, self._dense, groups=groups, k=k, layers=self._plan.layers)
+    if (wanted := (name, groups, k)) not in self._started:
+      layers = self._plan.layers
+      begun = arms.start(name, self._dense, groups=groups, k=k, layers=layers)
+      self._started[wanted] = begun
+    return self._started[wanted]
 
-  def _joined(self, begun: arms.Start, params: Any) -> EncoderModel:
-    model = begun.model._replace(params=params)
-    return encoders.ungrouped(encoders.Grouped(model, begun.orders))
-
-  def _settings(self, model: EncoderModel, tuning: str) -> train.Settings:
+  def _settings(self, model: Any, tuning: str) -> train.Settings:
     return train.Settings(model.config, tuning, self._plan.precision)
 
-  def _accuracies(
-    self, model: EncoderModel, params: Any, state: Any, head: Any, parts: texts.Split
+  def _asked(
+    self, model: Any, params: Any, state: Any, head: Any, task: str
   ) -> list[dict[str, float]]:
     """Of each model: by domain of the tests, and of the texts that choose a rate."""
-    counts, rows, batch = self._rows(parts)
+    own, rows, batch = self._rows(task)
     asked = dict(settings=self._settings(model, "full"), batch=batch)
-    found = train.right(params, state, head, *self._texts(rows, parts), **asked)
-    ends = np.cumsum(list(counts.values()))
+    found = train.scores(params, state, head, self._texts(rows, task), **asked)
+    ends = np.cumsum([len(some) for some in own.values()])
     split = np.split(np.asarray(found)[:, : ends[-1]], ends[:-1], axis=1)
     return [
-      {name: float(one[n].mean()) for name, one in zip(counts, split, strict=True)}
+      {
+        name: float(one[n].sum(dtype=np.float64) / self._worth_M[some].sum())
+        for (name, some), one in zip(own.items(), split, strict=True)
+      }
       for n in range(len(found))
     ]
 
@@ -171,14 +163,3 @@ class Ahead:
     """Until the job's program is there."""
     if job in self._of:
       self._futures[self._of[job]].result()
-
-
-def _of_words(model: EncoderModel, used: np.ndarray, longest: int) -> EncoderModel:
-  """The encoder with the rows of its tables that are read."""
-  params = dict(model.params)
-  params["words.embedding"] = params["words.embedding"][used]
-  params["positions.embedding"] = params["positions.embedding"][:longest]
-  config = dataclasses.replace(
-    model.config, vocab_size=len(used), max_positions=longest
-  )
-  return EncoderModel(config, params)

@@ -119,18 +119,32 @@ def split(
     label_F = np.repeat(np.arange(num_experts), _size(len(keys_FD), num_experts))
     np.random.default_rng(seed).shuffle(label_F)
   order_F = np.argsort(label_F, kind="stable")
-  stacks = {}
-  for name, x in matrices.items():
-    axis = _hidden(name)
-    units = np.take(np.asarray(x), order_F, axis)
-    stacks[name] = np.stack(np.split(units, num_experts, axis))
-  config = _config(stacks, num_experts, k, activation, gate)
-  experts = dense.as_experts(stacks)
+  held = {name: np.asarray(x) for name, x in matrices.items()}
+  experts = stacked(held, order_F, num_experts)
+  config = _config(dense.from_experts(experts), num_experts, k, activation, gate)
   arrays = {name: jnp.asarray(x) for name, x in experts.items()}
   params: Params = {"experts": experts}
   if gate in ("linear", "cosine"):
     params = {"gate": _averages(config, arrays)} | params
   return Layer(config, params, init_state(config, {"experts": arrays})), order_F
+
+
+def stacked(
+  matrices: Mapping[str, Any], order_F: np.ndarray, num_experts: int
+) -> dict[str, Any]:
+  """A feed-forward's arrays as parameters of experts; traceable.
+
+  Args:
+    matrices: as `split` takes them.
+    order_F: i[F] the dense hidden unit of each, group by group.
+    num_experts: N.
+  """
+  found = {}
+  for name, x in matrices.items():
+    axis = _hidden(name)
+    shape = x.shape[:axis] + (num_experts, -1) + x.shape[axis + 1 :]
+    found[name] = x.take(order_F, axis).reshape(shape).swapaxes(0, axis)
+  return dense.as_experts(found)
 
 
 def joined(layer: Layer, order_F: np.ndarray) -> dict[str, Any]:
@@ -192,7 +206,10 @@ def _averages(config: MoEConfig, experts: Params) -> dict[str, np.ndarray]:
 
 
 def merged(clustered: Clustered) -> Model:
-  """The dense model again, hidden units where they were: to the bit, if untrained."""
+  """The dense model again, hidden units where they were: to the bit, if untrained.
+
+  Traceable in the arrays.
+  """
   order = iter(clustered.orders)
   made = []
   whole = blocks(to_dense(clustered.model, how="concatenate"))
@@ -200,8 +217,7 @@ def merged(clustered: Clustered) -> Model:
     if old.sparse:
       back_F = np.argsort(next(order))
       matrices = {
-        name: np.take(np.asarray(x), back_F, 0 if name == "down" else 1)
-        for name, x in dense.of_block(block).items()
+        name: x.take(back_F, _hidden(name)) for name, x in dense.of_block(block).items()
       }
       ff = block.config.ff
       assert isinstance(ff, Dense)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.parallel.rules import product
@@ -40,7 +41,10 @@ def laid_out(made: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _is_split(x: Any) -> bool:
-  if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
+  # Within a trace there is no layout to read; the compiler chooses it.
+  if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+    return False
+  if not isinstance(x.sharding, NamedSharding):
     return False
   return isinstance(x.sharding.mesh, Mesh) and x.sharding.mesh.size > 1
 

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.emoe import __main__ as command, arms, jobs, pack, table, texts, train
+from experiments.emoe import (
+  __main__ as command,
+  arms,
+  jobs,
+  material,
+  pack,
+  table,
+  texts,
+  train,
+)
 from experiments.errors import BadConfig, BadData
 from jmoe.convert import bert
 from jmoe.surgery import encoders
@@ -109,19 +118,21 @@ def test_texts_are_apart_and_a_seed_draws_the_same_for_all_arms(packed):
   assert sum(map(len, own)) == len(set(np.concatenate(own))) == 40  # 0.1 is left out
   assert [len(parts.test[d]) for d in ("tweets", "amazon")] == [40, 40]
   inverted = texts.split(found, "conflict")
-  changed = np.flatnonzero(parts.label_M != inverted.label_M)
+  changed = np.flatnonzero(
+    texts.labels(found, "film") != texts.labels(found, "conflict")
+  )
   assert set(found.domain_M[changed]) == {list(pack.FILES).index("amazon")}
   assert len(parts.test["amazon"]) > len(inverted.test["amazon"])
   given = dict(examples=8, batch=3, epochs=2)
-  order = texts.order(inverted, seed=1, **given)
+  order = material.order(inverted, seed=1, **given)
   assert order.shape == (5, 3)
-  np.testing.assert_array_equal(order, texts.order(inverted, seed=1, **given))
-  assert (order != texts.order(inverted, seed=2, **given)).any()
+  np.testing.assert_array_equal(order, material.order(inverted, seed=1, **given))
+  assert (order != material.order(inverted, seed=2, **given)).any()
   with pytest.raises(BadData, match="has .* texts to train"):
-    texts.order(parts, seed=0, examples=1000, batch=3, epochs=1)
+    material.order(parts, seed=0, examples=1000, batch=3, epochs=1)
   for few in (dict(examples=2), dict(epochs=0), dict(batch=0), dict(examples=-8)):
     with pytest.raises(BadData, match="no step; give a batch"):
-      texts.order(inverted, seed=0, **(dict(examples=8, batch=3, epochs=1) | few))
+      material.order(inverted, seed=0, **(dict(examples=8, batch=3, epochs=1) | few))
 
 
 def started(name, k=2, groups=4):
@@ -159,8 +170,7 @@ def fitted(begun, tuning="full", rate=1e-2):
     jnp.float32(begun.sign),
     jnp.asarray(begun.follow),
     models,
-    jnp.asarray(TOKENS),
-    jnp.asarray(LABELS),
+    {"tokens": jnp.asarray(TOKENS), "label": jnp.asarray(LABELS)},
     settings=train.Settings(begun.model.config, tuning, "float32"),
   )
 
@@ -236,7 +246,7 @@ def test_jobs_are_kept_and_not_done_again(packed, tmp_path, capsys):
   assert "0 of 1 jobs to do" in capsys.readouterr().err
   records = jobs.records(tmp_path / "out" / jobs.FILE)
   assert [r["seed"] for r in records] == [0, 1]
-  assert {"choose", *table.DOMAINS} == set(records[0]["accuracy_as_groups"])
+  assert {"choose", *pack.FILES} == set(records[0]["accuracy_as_groups"])
   # Half a job twice is no whole one.
   (tmp_path / jobs.FILE).write_text((json.dumps(records[0]) + "\n") * 2)
   assert command.main([*given, "--out", str(tmp_path), "--seconds", "0"]) == 3
@@ -252,7 +262,7 @@ def test_jobs_are_kept_and_not_done_again(packed, tmp_path, capsys):
 
 def test_a_rate_is_chosen_without_the_tests_and_seeds_are_paired():
   def record(arm, rate, seed, choose, film):
-    rest = dict.fromkeys(table.DOMAINS[1:], 0.5)
+    rest = dict.fromkeys(("tweets", "amazon", "editorials"), 0.5)
     own = {"choose": choose, "film": film, **rest}
     job = dict(task="film", tuning="full", arm=arm, groups=0, k=0)
     plan = {"examples": 9, "rates": [1e-5, 1e-4], "seeds": [0, 1]}
