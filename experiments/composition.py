@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser, run as run_command
+from experiments.parser import Parser, ended, run as run_command
 
 FILE = "composition.jsonl"
 
@@ -65,19 +65,18 @@ def main(argv: list[str] | None = None) -> int:
   add("--results", type=Path, help="folder of claims; none are written if not given")
   add("--cache", type=Path, default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
-  try:
-    extras.check("optax", "train", needed_by="experiments.composition")
-    lines = _measured(arguments)
-    print("\n".join(table(lines, against=arguments.against)))
-    if arguments.results is not None:
-      _claim(lines, arguments)
-  except (ValueError, OSError, extras.MissingExtra) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on with the arm that it was at.")
-    return 130
-  return 0
+  return ended(
+    lambda: _run(arguments),
+    stopped="stopped; the same command goes on with the arm that it was at.",
+  )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+  extras.check("optax", "train", needed_by="experiments.composition")
+  lines = _measured(arguments)
+  print("\n".join(table(lines, against=arguments.against)))
+  if arguments.results is not None:
+    _claim(lines, arguments)
 
 
 def _runs(arguments: argparse.Namespace) -> dict[tuple[int, str], Any]:
