@@ -7,7 +7,6 @@ on every other one, and no collective that never returns.
 # SPDX-License-Identifier: Apache-2.0
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from experiments.address import Address
 from experiments.errors import BadConfig, PeerFailed, Unreachable
 from experiments.signals import Stop
 
@@ -32,42 +32,7 @@ _self = [0, 1]  # the number of this process, and how many there are
 _ended = [False]  # whether all of them end by an error that they know
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """How processes find each other; all None: from SLURM, JobSet or the TPU's metadata.
-
-  Raises:
-    ValueError: parts of an address, or a process that is not among them.
-  """
-
-  coordinator: str | None = None  # HOST:PORT of process 0
-  processes: int | None = None
-  process: int | None = None
-
-  def __post_init__(self):
-    given = [self.coordinator, self.processes, self.process]
-    if None in given:
-      if given != [None] * 3:
-        raise ValueError(
-          "--coordinator, --processes and --process go together; give all three, or "
-          "none where the cluster tells them."
-        )
-      return
-    host, _, port = str(self.coordinator).rpartition(":")
-    if not host or not port.isdecimal():
-      raise ValueError(
-        f"--coordinator {self.coordinator} is not HOST:PORT; write it as in "
-        "10.0.0.1:1234."
-      )
-    assert self.processes is not None and self.process is not None
-    if not 0 <= self.process < self.processes:
-      raise ValueError(
-        f"--process {self.process} is none of --processes {self.processes}; give 0 to "
-        f"{self.processes - 1}."
-      )
-
-
-def start(job: Job) -> None:
+def start(at: Address) -> None:
   """Joins the processes of a job; before anything asks jax for devices.
 
   Raises:
@@ -77,7 +42,7 @@ def start(job: Job) -> None:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(
-      job.coordinator, job.processes, job.process, initialization_timeout=PATIENCE
+      at.coordinator, at.processes, at.process, initialization_timeout=PATIENCE
     )
   except (RuntimeError, ValueError) as error:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -87,9 +52,9 @@ def start(job: Job) -> None:
     ) from error
   _self[:] = jax.process_index(), jax.process_count()
   with together("number of processes"):
-    if job.processes not in (None, jax.process_count()):
+    if at.processes not in (None, jax.process_count()):
       raise PeerFailed(
-        f"--processes {job.processes}, but the job has {jax.process_count()}; give "
+        f"--processes {at.processes}, but the job has {jax.process_count()}; give "
         "every process the same number."
       )
 

@@ -188,8 +188,9 @@ def _joined(arguments: argparse.Namespace) -> None:
       "data=16."
     )
   from experiments import hosts
+  from experiments.address import Address
 
-  hosts.start(hosts.Job(*address))
+  hosts.start(Address(*address))
   if not hosts.is_first():  # one speaks for all; errors are said by each
     sys.stdout = open(os.devnull, "w")
 

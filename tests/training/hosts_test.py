@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 
 from experiments import hosts
+from experiments.address import Address
 from experiments.errors import BadConfig, BadData, PeerFailed, Stopped, Unreachable
 
 
@@ -122,7 +123,7 @@ def test_another_number_of_processes_is_refused_on_all(store, monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   store.said["jmoe/0/0"] = ""
   with pytest.raises(PeerFailed, match="--processes 3, but the job has 2; give every"):
-    hosts.start(hosts.Job("localhost:1", 3, 1))
+    hosts.start(Address("localhost:1", 3, 1))
   assert store.said["jmoe/0/1"].startswith("--processes 3")
 
 
