@@ -19,6 +19,7 @@ from jmoe.assign import assign
 from jmoe.config import MoEConfig
 from jmoe.contexts import choose_layer, tokens, with_rows
 from jmoe.keeping import named
+from jmoe.kernels import devices
 from jmoe.parallel import spmd
 from jmoe.parallel.shards import Shards
 from jmoe.parameters import (
@@ -117,11 +118,18 @@ def _call(params, x, config, context, state, key, train, arrays, axes, with_plan
   context = checks.call(params, x, config, context, state, key, train, *given)
   checks.over_mesh(config, x, context, train, axes)
   static = dict(config=config, train=bool(train), axes=axes, with_plan=bool(with_plan))
-  return _moe(dict(params), x, context, state, key, arrays, **static)
+  device = devices.current_device()
+  return _moe(dict(params), x, context, state, key, arrays, device=device, **static)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "train", "axes", "with_plan"))
-def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_plan):
+_STATIC = ("config", "train", "axes", "with_plan", "device")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _moe(
+  params, x, context, state, key, arrays, *, config, train, axes, with_plan, device
+):
+  del device  # what is traced for one holds its kernels
   given = (params, x, context, state, key, arrays)
   static = dict(config=config, train=train, with_plan=with_plan)
   split = spmd.over_mesh(config)
