@@ -27,7 +27,7 @@ from experiments import hosts, remote
 from experiments.data import Readers
 from experiments.digests import digests as digests, named as named, of_json
 from experiments.errors import BadCheckpoint
-from experiments.restoring import line, manager_of, newest_whole
+from experiments.restoring import digest_of, line, manager_of, newest_whole
 from experiments.state import TrainState
 
 Batches = Readers | grain.DatasetIterator
@@ -179,6 +179,22 @@ def read(folder: epath.Path, step: int | None = None) -> Saved:
     if not here.is_dir():
       raise BadCheckpoint(f"{folder} holds no checkpoint; give the folder of a run.")
     return _read(here, step)
+
+
+def digest(folder: epath.Path) -> str:
+  """Of all that a run's newest checkpoint holds, as it was saved.
+
+  Args:
+    folder: the checkpoints of a run.
+
+  Raises:
+    BadCheckpoint: there is none, or its metadata is broken.
+  """
+  with remote.fetched(folder) as here:
+    steps = [int(p.name) for p in here.glob("*") if p.name.isdecimal()]
+    if not steps:
+      raise BadCheckpoint(f"{folder} holds no checkpoint; give the folder of a run.")
+    return digest_of(here / str(max(steps)))
 
 
 def _read(folder: epath.Path, step: int | None) -> Saved:

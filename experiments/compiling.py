@@ -16,7 +16,7 @@ from experiments.program import Program
 class Steps(NamedTuple):
   """What trains and evaluates the seeds of an arm."""
 
-  train: Any  # (states, batches) of all seeds
+  train: Any  # (states, batches) of all seeds; None if no step is left
   evaluate: Any  # (params, balance, batch) of one
   memory: Mapping[str, int]  # bytes of the training step, by kind
 
@@ -27,6 +27,7 @@ class Wanted(NamedTuple):
   run: Run
   made: Program
   many: int  # seeds in the program
+  trains: bool = True  # else all steps are done, and it is evaluated alone
 
   @property
   def name(self) -> tuple[Run, int]:
@@ -37,20 +38,22 @@ class Wanted(NamedTuple):
 
 def compiled(wanted: Wanted) -> Steps:
   """The steps of an arm."""
-  run, made, many = wanted
-  of, state = run.data, jax.eval_shape(made.init)
-  stacked = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((many, *x.shape), x.dtype), state
-  )
-  several = batches.shapes(of.batch, of.seq, models=many)
-  train = seeds.jitted(made.train_step).lower(stacked, several).compile()
+  of, made = wanted.run.data, wanted.made
+  state = jax.eval_shape(made.init)
+  train, memory = None, {}
+  if wanted.trains:
+    stacked = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((wanted.many, *x.shape), x.dtype), state
+    )
+    several = batches.shapes(of.batch, of.seq, models=wanted.many)
+    train = seeds.jitted(made.train_step).lower(stacked, several).compile()
+    found = train.memory_analysis()
+    memory = {
+      "arguments": found.argument_size_in_bytes,
+      "temporary": found.temp_size_in_bytes,
+    }
   one = batches.shapes(of.batch, of.seq)
   evaluate = jax.jit(made.eval_step).lower(state.params, state.balance, one).compile()
-  found = train.memory_analysis()
-  memory = {
-    "arguments": found.argument_size_in_bytes,
-    "temporary": found.temp_size_in_bytes,
-  }
   return Steps(train, evaluate, memory)
 
 

@@ -28,14 +28,13 @@ import os
 import shlex
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser, run as run_command
+from experiments.parser import Parser, ended, run as run_command
 
 FILE = "composition.jsonl"
 
@@ -65,19 +64,18 @@ def main(argv: list[str] | None = None) -> int:
   add("--results", type=Path, help="folder of claims; none are written if not given")
   add("--cache", type=Path, default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
-  try:
-    extras.check("optax", "train", needed_by="experiments.composition")
-    lines = _measured(arguments)
-    print("\n".join(table(lines, against=arguments.against)))
-    if arguments.results is not None:
-      _claim(lines, arguments)
-  except (ValueError, OSError, extras.MissingExtra) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on with the arm that it was at.")
-    return 130
-  return 0
+  return ended(
+    lambda: _run(arguments),
+    stopped="stopped; the same command goes on with the arm that it was at.",
+  )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+  extras.check("optax", "train", needed_by="experiments.composition")
+  lines = _measured(arguments)
+  print("\n".join(table(lines, against=arguments.against)))
+  if arguments.results is not None:
+    _claim(lines, arguments)
 
 
 def _runs(arguments: argparse.Namespace) -> dict[tuple[int, str], Any]:
@@ -137,6 +135,8 @@ def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
   """All lines that the arguments ask for, those done before included."""
   import jax
 
+  from experiments import probe
+
   runs, task = _runs(arguments), _task(arguments)
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache / "compiled"))
@@ -157,7 +157,15 @@ def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
       print(f"layers={layers} {name}: done before", file=sys.stderr)
       return kept
     run = runs[layers, name]
-    fresh = [about | x for x in _trained(run, task, arguments, f"layers={layers}")]
+    trained = probe.trained(
+      run,
+      task,
+      seeds=arguments.seeds,
+      steps=arguments.steps,
+      every=arguments.every,
+      label=f"layers={layers} {name}",
+    )
+    fresh = [about | x for x in trained]
     with lock, path.open("a") as file:
       file.write("".join(json.dumps(x) + "\n" for x in fresh))
     return fresh
@@ -165,67 +173,6 @@ def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
   with ThreadPoolExecutor(arguments.at_once) as pool:
     found = list(pool.map(lambda key: lines_of(*key), runs))
   return list(itertools.chain(*found))
-
-
-def _trained(
-  run: Any, task: Any, arguments: argparse.Namespace, label: str
-) -> list[dict[str, Any]]:
-  """Lines of all seeds of an arm, without what they have in common."""
-  import jax
-  import numpy as np
-
-  from experiments import problems, seeds
-  from experiments.program import program
-  from jmoe.analysis import cost
-
-  made = program(
-    run, byte_lengths=np.ones(run.model.vocab_size, np.int32), num_domains=3
-  )
-
-  def some_steps(state, given):
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 1 << 30)
-
-    def one(state, _):
-      batch = problems.drawn(jax.random.fold_in(key, state.step), given, task)
-      state, values, _ = made.train_step(state, batch)
-      return state, values["loss"]
-
-    return jax.lax.scan(one, state, length=arguments.every)
-
-  def answered(state, given):
-    batch = problems.asked(given, task)
-    model = made.blueprint.model(state.params, state.balance)
-    names = ("inputs", "segment", "position")
-    x_BSD, _ = model.hidden(*(batch[name] for name in names))
-    return problems.right(model.logits(x_BSD), batch)
-
-  many = arguments.seeds
-  draw = jax.jit(jax.vmap(lambda seed: problems.tables(jax.random.key(seed), task)))
-  given = draw(np.arange(many))
-  state = seeds.stack([made.of_seed(n).init() for n in range(many)])
-  train = jax.jit(jax.vmap(some_steps), donate_argnums=0)
-  evaluate = jax.jit(jax.vmap(answered))
-  about = {
-    "parameters": cost.parameters(run.model).total,
-    "flops": cost.flops_per_token(run.model, seq=4),
-    "device": jax.devices()[0].device_kind,
-    "jax": jax.__version__,
-  }
-  lines, begin = [], time.perf_counter()
-  for step in range(arguments.every, arguments.steps + 1, arguments.every):
-    state, loss = train(state, given)
-    right = np.asarray(evaluate(state, given))
-    shown = " ".join(f"{x:.3f}" for x in right.mean(0))
-    print(
-      f"{label} {run.name}: step {step}, loss {float(loss[:, -1].mean()):.3f}, right "
-      f"{shown}, {time.perf_counter() - begin:.0f} s",
-      file=sys.stderr,
-      flush=True,
-    )
-    for seed in range(many):
-      each = dict(zip(problems.KINDS, right[seed].tolist(), strict=True))
-      lines.append({**about, "seed": seed, "step": step, **each})
-  return lines
 
 
 def ends(lines: Sequence[Mapping[str, Any]]) -> dict[Any, dict[str, dict[int, float]]]:

@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser, run
-
-_NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
+from experiments.parser import Parser, ended, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,40 +50,22 @@ def main(argv: list[str] | None = None) -> int:
   add("--seed", default=0, type=int, help="of the documents that are drawn")
   add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
-  try:
-    for module, extra in _NEEDED.items():
-      extras.check(module, extra, needed_by="experiments.emo")
-    if arguments.plot is not None:
-      extras.check("matplotlib", "viz", needed_by="--plot")
-  except extras.MissingExtra as error:
-    return _refused(error)
-  from experiments import errors
+  return ended(lambda: _run(arguments, argv or sys.argv[1:]))
 
-  try:
-    found = _measured(arguments)
-  except (ValueError, OSError, extras.MissingExtra) as error:
-    return _refused(error)
-  except errors.Stopped as stopped:
-    print(f"\n{stopped}", file=sys.stderr)
-    return stopped.exit_code
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from there.", file=sys.stderr)
-    return 130
-  try:
-    lines = table(found, against=arguments.against)
-    if arguments.plot is not None:
-      from experiments.reporting.extraction import draw
 
-      draw(found, arguments.plot)
-    if arguments.results is not None:
-      _claim(found, arguments, argv or sys.argv[1:])
-  except (ValueError, OSError) as error:
-    return _refused(error)
-  if arguments.json:
-    print(json.dumps(found, indent=2))
-  else:
-    print("\n".join(lines))
-  return 0
+def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+  extras.check_training("experiments.emo")
+  if arguments.plot is not None:
+    extras.check("matplotlib", "viz", needed_by="--plot")
+  found = _measured(arguments)
+  lines = table(found, against=arguments.against)
+  if arguments.plot is not None:
+    from experiments.reporting.extraction import draw
+
+    draw(found, arguments.plot)
+  if arguments.results is not None:
+    _claim(found, arguments, argv)
+  print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
 
 
 def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -248,11 +228,6 @@ def _counts(text: str) -> tuple[int, ...]:
   if not all(part.isdecimal() and int(part) for part in parts):
     raise argparse.ArgumentTypeError(f"{text!r} are not numbers of documents, as 1,5")
   return tuple(map(int, parts))
-
-
-def _refused(error: Any) -> int:
-  print(f"error: {error}", file=sys.stderr)
-  return 2
 
 
 if __name__ == "__main__":

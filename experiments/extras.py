@@ -5,9 +5,17 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+_TRAINING = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
+
 
 class MissingExtra(ImportError):
   """A package of an extra is not installed; the message holds the pip line."""
+
+
+def check_training(needed_by: str) -> None:
+  """Raises `MissingExtra` unless runs can be trained and read; see `check`."""
+  for module, extra in _TRAINING.items():
+    check(module, extra, needed_by=needed_by)
 
 
 def require(module: str, extra: str, *, needed_by: str) -> ModuleType:

@@ -41,7 +41,7 @@ def make(run: Run, text: str, *, strategy: str | None = None) -> Spread:
     axes = dict.fromkeys((*meshes.AXES, *table.named))
     made = Spread(meshes.make(text, axes=tuple(axes)), table, strategy)
     if table == EXPERT_TENSOR:
-      planned.check(run, planned.Mesh(**made.sizes))
+      planned.check(run, planned.Mesh.of(made.sizes))
     _check(run, made)
   except BadConfig:
     raise

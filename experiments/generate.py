@@ -31,58 +31,45 @@ from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser, run
-
-_NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
+from experiments.errors import BadCheckpoint, BadConfig, BadData, Unreachable
+from experiments.parser import Parser, ended, run
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns its exit code."""
   parser = _parser()
   arguments = parser.parse_args(argv)
-  try:
-    for module, extra in _NEEDED.items():
-      extras.check(module, extra, needed_by="experiments.generate")
-  except extras.MissingExtra as error:
-    return _refused(error)
-  # jax is behind these; a wrong argument does not wait for it.
-  from experiments import errors, recorded, sample, workdir
+  bad = BadCheckpoint, BadConfig, BadData, Unreachable, OSError
+  return ended(lambda: _run(arguments), bad=bad, stopped="stopped.")
 
-  try:
-    prompts = _prompts(arguments.prompt, arguments.prompts)
-    run, words, saved = recorded.read(workdir.opened(arguments.workdir), arguments.step)
-    print(f"{run.name}: step {saved.step} of {run.steps}", file=sys.stderr)
-    longest = max(len(words.encode(p.encode())) - 1 for p in prompts) + arguments.tokens
-    if longest > run.data.seq:
-      print(
-        f"note: {longest} tokens, prompt included, are more than the {run.data.seq} "
-        "that the run was trained on at a time; what is beyond may be poor.",
-        file=sys.stderr,
-      )
-    _keep_compiled(arguments.cache)
-    texts = sample.texts(
-      saved.params,
-      saved.balance,
-      prompts,
-      model=run.model,
-      vocabulary=words,
-      tokens=arguments.tokens,
-      temperature=arguments.temperature,
-      top_p=arguments.top_p,
-      seed=arguments.seed,
+
+def _run(arguments: argparse.Namespace) -> None:
+  extras.check_training("experiments.generate")
+  # jax is behind these; a wrong argument does not wait for it.
+  from experiments import recorded, sample, workdir
+
+  prompts = _prompts(arguments.prompt, arguments.prompts)
+  run, words, saved = recorded.read(workdir.opened(arguments.workdir), arguments.step)
+  print(f"{run.name}: step {saved.step} of {run.steps}", file=sys.stderr)
+  longest = max(len(words.encode(p.encode())) - 1 for p in prompts) + arguments.tokens
+  if longest > run.data.seq:
+    print(
+      f"note: {longest} tokens, prompt included, are more than the {run.data.seq} "
+      "that the run was trained on at a time; what is beyond may be poor.",
+      file=sys.stderr,
     )
-  except (
-    errors.BadCheckpoint,
-    errors.BadConfig,
-    errors.BadData,
-    errors.Unreachable,
-    extras.MissingExtra,
-    OSError,
-  ) as error:
-    return _refused(error)
-  except KeyboardInterrupt:
-    print("\nstopped.", file=sys.stderr)
-    return 130
+  _keep_compiled(arguments.cache)
+  texts = sample.texts(
+    saved.params,
+    saved.balance,
+    prompts,
+    model=run.model,
+    vocabulary=words,
+    tokens=arguments.tokens,
+    temperature=arguments.temperature,
+    top_p=arguments.top_p,
+    seed=arguments.seed,
+  )
   for number, text in enumerate(texts, 1):
     if arguments.json:
       print(json.dumps(text._asdict(), ensure_ascii=False))
@@ -90,7 +77,6 @@ def main(argv: list[str] | None = None) -> int:
     if len(texts) > 1:
       print(f"--- {number}")
     print(text.prompt + text.text)
-  return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,8 +171,6 @@ def _prompts(given: list[str] | None, path: Path | None) -> list[str]:
   Raises:
     BadData: there are none, or the file cannot be read, with its line.
   """
-  from experiments.errors import BadData
-
   prompts = list(given or [])
   if path is None:
     if not prompts:
@@ -213,8 +197,6 @@ def _prompts(given: list[str] | None, path: Path | None) -> list[str]:
 
 
 def _of_json(line: str, where: str) -> str:
-  from experiments.errors import BadData
-
   try:
     prompt = json.loads(line)["prompt"]
     prompt.encode()
@@ -228,11 +210,6 @@ def _keep_compiled(cache: Path) -> None:
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
-
-
-def _refused(error: Exception) -> int:
-  print(f"error: {error}", file=sys.stderr)
-  return 2
 
 
 if __name__ == "__main__":

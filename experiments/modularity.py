@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser, run
+from experiments.parser import Parser, ended, run
 
 FILE = "modularity.jsonl"
-_NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,32 +47,26 @@ def main(argv: list[str] | None = None) -> int:
   add("--name", default="modularity", help="of the claim; modularity if not given")
   add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
-  try:
-    for module, extra in _NEEDED.items():
-      extras.check(module, extra, needed_by="experiments.modularity")
-    if arguments.plot is not None:
-      extras.check("matplotlib", "viz", needed_by="--plot")
-    if not 0 < arguments.share <= 1 or arguments.groups < 1 or arguments.rows < 1:
-      raise ValueError(
-        f"--share {arguments.share} --groups {arguments.groups} --rows "
-        f"{arguments.rows}; give a share up to 1, and numbers of at least 1."
-      )
-    found = {name: _measured(name, arguments) for name in arguments.workdirs}
+  return ended(lambda: _run(arguments, sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+  extras.check_training("experiments.modularity")
+  if arguments.plot is not None:
+    extras.check("matplotlib", "viz", needed_by="--plot")
+  if not 0 < arguments.share <= 1 or arguments.groups < 1 or arguments.rows < 1:
+    raise ValueError(
+      f"--share {arguments.share} --groups {arguments.groups} --rows "
+      f"{arguments.rows}; give a share up to 1, and numbers of at least 1."
+    )
+  found = {name: _measured(name, arguments) for name in arguments.workdirs}
+  for name, records in found.items():
+    print("\n".join([f"{name}:", *lines(records)]))
+  if arguments.plot is not None:
+    _draw(found, arguments.plot)
+  if arguments.results is not None:
     for name, records in found.items():
-      print("\n".join([f"{name}:", *lines(records)]))
-    if arguments.plot is not None:
-      _draw(found, arguments.plot)
-    if arguments.results is not None:
-      words = sys.argv[1:] if argv is None else argv
-      for name, records in found.items():
-        claim(Path(name), records, arguments, words)
-  except (ValueError, OSError, extras.MissingExtra) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from there.", file=sys.stderr)
-    return 130
-  return 0
+      claim(Path(name), records, arguments, words)
 
 
 def _measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:

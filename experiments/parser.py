@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from experiments.errors import Diverged, Stopped
+from experiments.extras import MissingExtra
+
 
 class Parser(argparse.ArgumentParser):
   """Without the usage that argparse prints before an error."""
@@ -14,6 +17,41 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     print(f"error: {message}; see --help.", file=sys.stderr)
     raise SystemExit(2)
+
+
+def ended(
+  work: Callable[[], int | None],
+  *,
+  bad: tuple[type[Exception], ...] = (ValueError, OSError),
+  stopped: str | Callable[[], str] = "stopped; the same command goes on from there.",
+) -> int:
+  """The exit code of a command's work, with a line on stderr if it was cut short.
+
+  1 for a loss that was no number too often; 2 for bad input; 130 for Ctrl-C; that of
+  the signal for `Stopped`.
+
+  Args:
+    work: gives a code, or None for 0.
+    bad: what a user can set right, beside an extra that is missing.
+    stopped: what Ctrl-C says, or gives it then.
+  """
+  try:
+    return work() or 0
+  except BrokenPipeError:  # of `run`
+    raise
+  except Diverged as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  except (*bad, MissingExtra) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except Stopped as error:
+    print(f"\n{error}", file=sys.stderr)
+    return error.exit_code
+  except KeyboardInterrupt:
+    said = stopped if isinstance(stopped, str) else stopped()
+    print(f"\n{said}", file=sys.stderr)
+    return 130
 
 
 def run(main: Callable[[], int]) -> NoReturn:

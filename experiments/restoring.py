@@ -174,6 +174,21 @@ def _whole(manager, folder, step, like, facts) -> Whole:
   return found
 
 
+def digest_of(folder: epath.Path) -> str:
+  """Of what one checkpoint holds, as it was saved; no array is read.
+
+  Raises:
+    BadCheckpoint: its metadata is broken.
+  """
+  try:
+    return of_json(_body(folder))
+  except _Broken as error:
+    raise BadCheckpoint(
+      f"checkpoint {folder} is broken: {error}; restore it from a copy, or remove the "
+      "run to make it again."
+    ) from error
+
+
 def _body(folder: epath.Path) -> dict[str, Any]:
   """The metadata of one checkpoint."""
   try:

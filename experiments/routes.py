@@ -19,14 +19,11 @@ Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser, run
-
-_NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
+from experiments.parser import Parser, ended, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,27 +41,11 @@ def main(argv: list[str] | None = None) -> int:
   add("--seed", default=0, type=int, help="of documents and draws")
   add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
-  try:
-    for module, extra in _NEEDED.items():
-      extras.check(module, extra, needed_by="experiments.routes")
-  except extras.MissingExtra as error:
-    return _refused(error)
-  from experiments import errors
-
-  try:
-    _measured(arguments)
-  except (ValueError, OSError, extras.MissingExtra) as error:
-    return _refused(error)
-  except errors.Stopped as stopped:
-    print(f"\n{stopped}", file=sys.stderr)
-    return stopped.exit_code
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from there.", file=sys.stderr)
-    return 130
-  return 0
+  return ended(lambda: _measured(arguments))
 
 
 def _measured(arguments: argparse.Namespace) -> None:
+  extras.check_training("experiments.routes")
   import jax
 
   from experiments import counting, workdir
@@ -108,11 +89,6 @@ def _count(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
   return int(text)
-
-
-def _refused(error: Any) -> int:
-  print(f"error: {error}", file=sys.stderr)
-  return 2
 
 
 if __name__ == "__main__":

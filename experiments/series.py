@@ -33,8 +33,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import configs, extras
-from experiments.parser import Parser
+from experiments import configs
+from experiments.errors import Stopped
+from experiments.parser import Parser, ended, run
+
+_NOTHING_SAVED = (
+  "stopped, and nothing was saved; the same command begins this arm anew."
+)
 
 
 class Arm(NamedTuple):
@@ -73,29 +78,11 @@ def main(argv: list[str] | None = None) -> int:
   add("--name", help="of the claims; default: the config's")
   add("--cache", type=Path, default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
-  from experiments import errors
-
-  try:
-    found = _arms(arguments)
-    _run(found, arguments, argv or sys.argv[1:])
-  except errors.Diverged as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except (ValueError, TypeError, OSError, extras.MissingExtra) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except errors.Stopped as stopped:
-    what = str(stopped)
-    if arguments.no_checkpoints:
-      what = "stopped, and nothing was saved; the same command begins this arm anew."
-    print(f"\n{what}", file=sys.stderr)
-    return stopped.exit_code
-  except KeyboardInterrupt:
-    print(
-      "\nstopped; the same command goes on from the last checkpoints.", file=sys.stderr
-    )
-    return 130
-  return 0
+  return ended(
+    lambda: _run(_arms(arguments), arguments, argv or sys.argv[1:]),
+    bad=(ValueError, TypeError, OSError),
+    stopped="stopped; the same command goes on from the last checkpoints.",
+  )
 
 
 def _arms(arguments: argparse.Namespace) -> list[Arm]:
@@ -172,16 +159,21 @@ def _run(found: list[Arm], arguments: argparse.Namespace, argv: list[str]) -> No
   with Stop() as stop:
     ahead = _ahead(missing, reading, arguments.ahead)
     for runs, folders in missing:
-      together.finish(
-        runs,
-        folders,
-        reading,
-        command=command,
-        stop=stop,
-        saved=not arguments.no_checkpoints,
-        ahead=ahead,
-        keep_every=arguments.keep_every,
-      )
+      try:
+        together.finish(
+          runs,
+          folders,
+          reading,
+          command=command,
+          stop=stop,
+          saved=not arguments.no_checkpoints,
+          ahead=ahead,
+          keep_every=arguments.keep_every,
+        )
+      except Stopped as stopped:
+        if arguments.no_checkpoints:
+          stopped.args = (_NOTHING_SAVED,)
+        raise
   against = arguments.against or found[-1].name
   measured = claims.measured(found, against)
   claims.show(measured)
@@ -282,4 +274,4 @@ def _same_text(found: list[Arm], digest: str) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run(main)

@@ -7,14 +7,11 @@ import dataclasses
 import json
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import extras
-
-_NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
+from experiments import extras, parser
 
 
 def arguments(add: Any, *, name: str) -> None:
@@ -75,26 +72,13 @@ def opened(
 
 
 def ended(work: Callable[[], None]) -> int:
-  """The exit code of a command, with a line for what went wrong."""
-  from experiments import errors
+  """The exit code of a command; see `experiments.parser.ended`."""
 
-  try:
-    for module, extra in _NEEDED.items():
-      extras.check(module, extra, needed_by="this experiment")
+  def checked() -> None:
+    extras.check_training("this experiment")
     work()
-  except errors.Diverged as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except (ValueError, TypeError, OSError, extras.MissingExtra) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except errors.Stopped as stopped:
-    print(f"\n{stopped}", file=sys.stderr)
-    return stopped.exit_code
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from there.", file=sys.stderr)
-    return 130
-  return 0
+
+  return parser.ended(checked, bad=(ValueError, TypeError, OSError))
 
 
 def command(

@@ -2,7 +2,8 @@
 
 What a stage leaves is its runs' folders, and a line of bits.jsonl for each run that was
 evaluated.  What is there is not done again, so that the same command goes on where it
-was stopped; what another command left there is refused.
+was stopped; what another command left there is refused, and so is what was made of a
+run that was then made again (origins.json has digests of what each was made of).
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -34,6 +35,7 @@ from experiments.program import program
 from experiments.signals import Stop
 
 FILE = "bits.jsonl"
+ORIGINS = "origins.json"
 Bits = Mapping[str, float]  # domain, or "all", -> bits per byte
 
 
@@ -68,6 +70,8 @@ class Stages:
     found = metrics.kept(out / FILE, sys.maxsize)
     self._records = {(r["stage"], r["seed"]): r for r in found}
     self._bits: dict[str, dict[int, Bits]] = {}
+    noted = out / ORIGINS
+    self._origins = json.loads(noted.read_text()) if noted.exists() else {}
     self._steps: dict[Any, Any] = {}
 
   @property
@@ -89,10 +93,12 @@ class Stages:
 
     Raises:
       BadCheckpoint, BadConfig, Diverged, Stopped: see `experiments.together`.
-      ValueError: a folder is of another run.
+      ValueError: a folder is of another run, or started from another.
     """
     for run, folder in found.values():
       workdir.check(run, folder, "--out")
+      if run.start_from:
+        self._check_origins(folder, [run.start_from])
     missing = [key for key in found if not _finished(found[key][1])]
     done = len(found) - len(missing)
     names = ", ".join(dict.fromkeys(stage for stage, _ in found))
@@ -117,12 +123,15 @@ class Stages:
 
     Raises:
       Stopped: a signal came before.
-      ValueError: it was made with other arguments.
+      ValueError: it was made with other arguments, or of other runs.
       ValueError, OSError: as the operation.
     """
     words = [*map(str, own), "--out", str(folder), "--cache", str(self.cache)]
+    asked = surgery.settings(name, words)
+    origins = [asked["workdir"], *asked.get("others", [])]
     if not folder.exists():
       self.stop.check(0)
+      self._check_origins(folder, origins)
       surgery.operate(name, words)
       return recorded.config(folder)
     receipt = folder / "receipt.json"
@@ -130,13 +139,32 @@ class Stages:
     settings = made.get("settings", {})
     settings.pop("step", None)  # of what was read; no argument
     old = {"operation": made.get("operation"), **settings}
-    new = json.loads(json.dumps({"operation": name, **surgery.settings(name, words)}))
+    new = json.loads(json.dumps({"operation": name, **asked}))
     if found := workdir.differences(old, new):
       raise ValueError(
         f"--out {folder} was made by another command: {workdir.listed(found)}; give "
         "another --out, or the same arguments."
       )
+    self._check_origins(folder, origins)
     return recorded.config(folder)
+
+  def _check_origins(self, folder: epath.Path, names: Sequence[str]) -> None:
+    """Notes the runs that a new one is made of; raises if one is another by now."""
+    now = {n: checkpoint.digest(epath.Path(n) / "checkpoints") for n in names}
+    key = str(folder.relative_to(self.out))
+    if not folder.exists():
+      self._origins[key] = now
+      workdir.write_json(self.out / ORIGINS, self._origins)
+      return
+    if key not in self._origins:
+      print(f"note: {folder} is of an earlier version; see that it was made of "
+            f"{', '.join(names)} as now.", file=sys.stderr)  # fmt: skip
+      return
+    if changed := [n for n in names if now[n] != self._origins[key].get(n)]:
+      raise ValueError(
+        f"{folder} was made before {changed[0]} was made again; remove {folder} to "
+        "make it again too, or give another --out."
+      )
 
   def evaluate(self, stage: str, seed: int, run: Run, folder: epath.Path) -> None:
     """Notes the bits of a run's newest checkpoint, as one that is not trained yet."""

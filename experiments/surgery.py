@@ -30,10 +30,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from experiments import extras, operations
-from experiments.parser import Parser, run
+from experiments.parser import Parser, ended, run
 from jmoe.use import nearest
-
-_NEEDED = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,34 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{__doc__}\noperations: {', '.join(known)}")
     return 0 if name else 2
   if name not in known:
-    return _refused(f"unknown operation {name!r}; {nearest(name, known)}")
+    print(f"error: unknown operation {name!r}; {nearest(name, known)}", file=sys.stderr)
+    return 2
   operation = operations.load(name)
   arguments = _parser(name, operation).parse_args(argv[1:])
-  try:
-    for module, extra in _NEEDED.items():
-      extras.check(module, extra, needed_by="experiments.surgery")
-  except extras.MissingExtra as error:
-    return _refused(error)
-  from experiments import errors
 
-  try:
+  def work() -> None:
+    extras.check_training("experiments.surgery")
     _operate(name, operation, arguments)
-  except (
-    errors.BadCheckpoint,
-    errors.BadConfig,
-    errors.BadData,
-    errors.Unreachable,
-    extras.MissingExtra,
-    ValueError,
-    OSError,
-  ) as error:
-    return _refused(error)
-  except KeyboardInterrupt:
-    there = arguments.out.exists()
-    what = f"{arguments.out} is whole" if there else "nothing was written"
-    print(f"\nstopped; {what}.", file=sys.stderr)
-    return 130
-  return 0
+
+  def stopped() -> str:
+    if arguments.out.exists():
+      return f"stopped; {arguments.out} is whole."
+    return "stopped; nothing was written."
+
+  return ended(work, stopped=stopped)
 
 
 def operate(name: str, argv: list[str]) -> None:
@@ -272,11 +257,6 @@ def _seed(text: str) -> int:
   if not text.isdecimal():
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
   return int(text)
-
-
-def _refused(error: Any) -> int:
-  print(f"error: {error}", file=sys.stderr)
-  return 2
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from experiments import (
   workdir,
 )
 from experiments.batches import Batch
-from experiments.compiling import Ahead, Steps, Wanted
+from experiments.compiling import Ahead, Wanted
 from experiments.config import Run
 from experiments.program import Program, program
 from experiments.signals import Stop
@@ -173,9 +173,11 @@ class _Together:
     ]
 
   def finish(self) -> None:
-    run, steps = self.first.run, self._compiled()
+    run, made = self.first.run, self.first.program
+    left = loop.steps_of(self.state) < run.steps
+    steps = self.ahead.steps(Wanted(run, made, len(self.seeds), trains=left))
     try:
-      if loop.steps_of(self.state) < run.steps:
+      if left:
         self.memory = steps.memory
         self.state = loop.train(
           self.state,
@@ -203,10 +205,6 @@ class _Together:
     ]
     for n, of_seed in enumerate(bits):
       self._summarise(n, run.steps, of_seed)
-
-  def _compiled(self) -> Steps:
-    run, made = self.first.run, self.first.program
-    return self.ahead.steps(Wanted(run, made, len(self.seeds)))
 
   def _save(self, state: TrainState) -> None:
     for n, one in enumerate(seeds.unstack(state)):

@@ -144,7 +144,12 @@ def _trace(config: MoEConfig, x_TD: Any, num_rows: int, train: bool) -> _Seen:
   looking = dataclasses.replace(looking, experts=use(experts))
   # The function under the jit: a trace for looking has no place in its cache.
   call = functools.partial(
-    inspect.unwrap(layer._moe), config=looking, train=train, axes=None, with_plan=True
+    inspect.unwrap(layer._moe),
+    config=looking,
+    train=train,
+    axes=None,
+    with_plan=True,
+    device=devices.current_device(),
   )
   none = (None, None, None)
   _, info = jax.eval_shape(call, params, x_TD, context, state, key, none)

@@ -7,19 +7,19 @@ x_TD --gate--> logits_TE --restrict--> mask_TE --router--> Routing --assign--> P
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jmoe import checks
+from jmoe._carrying import Experts, carried, scaled, with_shared
 from jmoe.assign import assign
-from jmoe.combine import weighted_sum
 from jmoe.config import MoEConfig
 from jmoe.contexts import choose_layer, tokens, with_rows
 from jmoe.keeping import named
-from jmoe.kernels.varying import over
+from jmoe.kernels import devices
 from jmoe.parallel import spmd
 from jmoe.parallel.shards import Shards
 from jmoe.parameters import (
@@ -31,39 +31,10 @@ from jmoe.parameters import (
   param_shapes as param_shapes,
 )
 from jmoe.report import report, report_mixing
-from jmoe.types import Context, Groups, Home, Info, Params, Plan, Rows, State
+from jmoe.types import Context, Info, Params, State
 from jmoe.use import Use, fact
 
 _STAGES = ("input_noise", "logit_noise", "select_noise", "restrict", "router", "assign")
-
-
-class Experts(NamedTuple):
-  """The experts of a layer with their parameters: what a dispatch strategy gets."""
-
-  use: Use
-  params: Params
-
-  def __call__(self, rows: Rows) -> Array:
-    with jax.named_scope("experts"):
-      return self.use(self.params, rows)
-
-  @property
-  def weighs(self) -> bool:
-    """Whether they multiply their rows by `Rows.weight`.
-
-    So that they need not keep their outputs for the weights' gradient.
-    """
-    return self._says("weighs")
-
-  @property
-  def sums(self) -> bool:
-    """Whether they bring their rows home themselves, where `Rows.sums` asks for it."""
-    return self._says("sums")
-
-  def _says(self, name: str) -> bool:
-    # What `functools.wraps` has copied onto another function is not its own.
-    function = self.use.function
-    return getattr(function, name, False) and not hasattr(function, "__wrapped__")
 
 
 def moe(
@@ -147,11 +118,18 @@ def _call(params, x, config, context, state, key, train, arrays, axes, with_plan
   context = checks.call(params, x, config, context, state, key, train, *given)
   checks.over_mesh(config, x, context, train, axes)
   static = dict(config=config, train=bool(train), axes=axes, with_plan=bool(with_plan))
-  return _moe(dict(params), x, context, state, key, arrays, **static)
+  device = devices.current_device()
+  return _moe(dict(params), x, context, state, key, arrays, device=device, **static)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "train", "axes", "with_plan"))
-def _moe(params, x, context, state, key, arrays, *, config, train, axes, with_plan):
+_STATIC = ("config", "train", "axes", "with_plan", "device")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _moe(
+  params, x, context, state, key, arrays, *, config, train, axes, with_plan, device
+):
+  del device  # what is traced for one holds its kernels
   given = (params, x, context, state, key, arrays)
   static = dict(config=config, train=train, with_plan=with_plan)
   split = spmd.over_mesh(config)
@@ -193,8 +171,8 @@ def _flow(params, x, context, state, key, arrays, *, config, train, axes, with_p
   logits = named(logits, "routing")
   if getattr(config.router.function, "dense", False):
     mixing = config.router(logits, context=context)
-    y_TD = _carried(config, x_TD, mixing, experts, None, axes)
-    y_TD = _with_shared(config, params, y_TD, x_TD, axes)
+    y_TD = carried(config, x_TD, mixing, experts, None, axes)
+    y_TD = with_shared(config, params, y_TD, x_TD, axes)
     return y_TD.reshape(x.shape), report_mixing(mixing, state, axes, with_plan)
 
   # Which experts a token may use, and how much it likes each.
@@ -254,13 +232,13 @@ def _flow(params, x, context, state, key, arrays, *, config, train, axes, with_p
     plan = named(config.renormalise(plan), "routing")
 
   # There, through the experts, and home.
-  home = _scaled(config, plan)
-  y = _carried(config, x_TD, plan, experts, home, axes)
+  home = scaled(config, plan)
+  y = carried(config, x_TD, plan, experts, home, axes)
   if config.aggregate is not None:
     residual_TD = None if residual is None else residual.reshape(x_TD.shape)
     with jax.named_scope("aggregate"):
       y = config.aggregate(params.get("aggregate", {}), y, plan, x_TD, residual_TD)
-  y = _with_shared(config, params, y, x_TD, axes)
+  y = with_shared(config, params, y, x_TD, axes)
   info = report(config, plan, _served(context, mask_TE), state, train, axes, with_plan)
   return y.reshape(*lead, *y.shape[1:]), info
 
@@ -296,42 +274,3 @@ def _served(context: Context, mask_TE: Array | None) -> Context:
   any_T = jnp.any(mask_TE, axis=1)
   valid_T = any_T if context.valid is None else context.valid & any_T
   return dataclasses.replace(context, valid=valid_T)
-
-
-def _scaled(config: MoEConfig, plan: Plan) -> Home:
-  """The way home; with `scale="input"` the weights go in rather than out."""
-  home = config.combine(plan)
-  if config.scale == "output":
-    return home
-  kept = plan.kept.astype(home.weight.dtype)
-  return Home(kept, input_scale=weighted_sum(plan).weight, sums=home.sums)
-
-
-def _carried(config: MoEConfig, x_TD: Array, plan, experts: Experts, home, axes):
-  """There and home, over the devices of a mesh if the experts are on several."""
-  if not isinstance(axes, Shards):
-    by_xla = spmd.over_mesh(config) if spmd.by_gspmd(config) else None
-    given = {} if by_xla is None else dict(axis=by_xla.axes("expert"))
-    return config.dispatch(x_TD, plan, experts, home, **given)
-  # Where devices have parts of the hidden layers, tokens are told apart before they
-  # leave and outputs summed when they are home: fewer rows than at the experts.
-  # What is the same for all tokens, as weights of one, is told apart as well.
-  differs = (*axes, *axes.features)
-  x_TD, plan, home = jax.tree.map(lambda a: over(a, differs), (x_TD, plan, home))
-  given = dict(axis=axes.experts, placement=axes.placement) if axes.experts else {}
-  y = config.dispatch(x_TD, plan, experts, home, **given)
-  return jax.lax.psum(y, axes.features) if axes.features else y
-
-
-def _with_shared(config: MoEConfig, params: Params, y: Array, x_TD: Array, axes):
-  """The expert that every token takes: one group of all rows."""
-  if config.shared is None:
-    return y
-  T = x_TD.shape[0]
-  one = jnp.zeros(1, jnp.int32)
-  features = axes.features if isinstance(axes, Shards) else ()
-  groups = Groups(one, one + T, block=1, capacity=T)
-  shared_TD = config.shared(params["shared"], Rows(over(x_TD, features), groups))
-  if features:
-    shared_TD = jax.lax.psum(shared_TD, features)
-  return config.join(params.get("join", {}), y, shared_TD, x_TD)

@@ -14,6 +14,7 @@ import jmoe.linen
 import jmoe.nnx
 from jmoe import Context, balance, dispatch, layer, losses, restrict, routers, use
 from jmoe.assign import capacity, priority
+from jmoe.kernels import devices
 from jmoe.use import from_json, to_json
 from tests.compilations import COMPILED
 
@@ -116,6 +117,22 @@ def test_what_is_static_does_compile_anew():
     call(changed, params, x_TD, state)
     call(config, params, x_TD, state, train=True)
   assert found["compilations"] == 3
+
+
+def test_a_layer_is_traced_for_each_device():
+  """What is chosen by `current_device` is not that of the device before."""
+  config = make_config()
+  params, x_TD, state = inputs(config)
+
+  def trace(device):
+    with devices.as_if(device), counted() as found:
+      jax.eval_shape(
+        lambda *given: layer.moe(*given, config, state=state)[0], params, x_TD
+      )
+    return found["traces"]
+
+  assert all(map(trace, ("cpu", "tpu")))
+  assert not any(map(trace, ("cpu", "tpu")))
 
 
 def test_layers_with_equal_configurations_share_a_trace():

@@ -126,8 +126,8 @@ def _row(name: str, shape: shapes.Shape) -> Any:
 def _with_table(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
   """The table with other fields for some kernels."""
   from jmoe.kernels import hopper_tiles
-  from jmoe.kernels.grouped_ffn import hopper_kernels
-  from jmoe.kernels.grouped_matmul import hopper
+  from jmoe.kernels.grouped_ffn import hopper_kernels as of_units
+  from jmoe.kernels.grouped_matmul import hopper_kernels as of_products
 
   chosen = hopper_tiles.choose
 
@@ -138,7 +138,7 @@ def _with_table(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
       return tile
     return dataclasses.replace(tile, **changed)
 
-  places: tuple[Any, ...] = (hopper_kernels, hopper)
+  places: tuple[Any, ...] = (of_units, of_products)
   for place in places:
     place.choose = choose
   try:

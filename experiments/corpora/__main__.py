@@ -7,7 +7,6 @@ of.  Any corpus can be packed.  Exit codes: 0 written, 2 bad input or nothing to
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
-import sys
 import time
 import urllib.parse
 from collections.abc import Sequence
@@ -17,8 +16,7 @@ from experiments import corpora
 from experiments.corpora import Document, packed
 from experiments.corpora.manifest import manifest
 from experiments.errors import BadData
-from experiments.extras import MissingExtra
-from experiments.parser import Parser
+from experiments.parser import Parser, ended, run
 from jmoe.use import nearest
 
 _ALL = 1 << 62  # bytes of a domain
@@ -45,37 +43,35 @@ def main(argv: list[str] | None = None) -> int:
   add("--domains", help="to pack, separated by commas; all if not given")
   add("--encoding", help="of the files of a folder, if it is not UTF-8")
   arguments = parser.parse_args(argv)
+  said = f"stopped; {arguments.out} was not written."
+  return ended(lambda: _packed(arguments), stopped=said)
+
+
+def _packed(arguments: argparse.Namespace) -> None:
   out, name = arguments.out, arguments.corpus
+  if out.suffix not in packed.SUFFIXES:
+    raise BadData(f"--out {out}: the suffix says how to pack; end it in .xz or .gz.")
+  if not out.parent.is_dir():
+    raise BadData(f"--out {out}: there is no folder {out.parent}; make it.")
+  if arguments.encoding is not None:
+    value = urllib.parse.quote(arguments.encoding)
+    name += f"{'&' if '?' in name else '?'}encoding={value}"
+  start = time.perf_counter()
+  chosen = corpora.Choice(name, arguments.max_bytes, arguments.near_duplicates)
+  documents, facts = corpora.chosen(chosen)
+  if arguments.domains:
+    documents = _of_domains(documents, arguments.domains.split(","))
+  if not documents:
+    left_out = {why: some for why, some in facts["dropped"].items() if some}
+    why = f" that can be taken; left out: {left_out}" if left_out else ""
+    raise BadData(f"corpus {name} has no documents{why}; nothing was written.")
+  about = manifest(corpora.split(documents), facts, chosen)
   try:
-    if out.suffix not in packed.SUFFIXES:
-      raise BadData(f"--out {out}: the suffix says how to pack; end it in .xz or .gz.")
-    if not out.parent.is_dir():
-      raise BadData(f"--out {out}: there is no folder {out.parent}; make it.")
-    if arguments.encoding is not None:
-      value = urllib.parse.quote(arguments.encoding)
-      name += f"{'&' if '?' in name else '?'}encoding={value}"
-    start = time.perf_counter()
-    chosen = corpora.Choice(name, arguments.max_bytes, arguments.near_duplicates)
-    documents, facts = corpora.chosen(chosen)
-    if arguments.domains:
-      documents = _of_domains(documents, arguments.domains.split(","))
-    if not documents:
-      left_out = {why: some for why, some in facts["dropped"].items() if some}
-      why = f" that can be taken; left out: {left_out}" if left_out else ""
-      raise BadData(f"corpus {name} has no documents{why}; nothing was written.")
-    about = manifest(corpora.split(documents), facts, chosen)
-    try:
-      packed.write(out, documents, about)
-    except OSError as error:
-      raise BadData(
-        f"--out {out}: cannot be written ({error.strerror}); give another place."
-      ) from error
-  except (ValueError, MissingExtra, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print(f"\nstopped; {out} was not written.", file=sys.stderr)
-    return 130
+    packed.write(out, documents, about)
+  except OSError as error:
+    raise BadData(
+      f"--out {out}: cannot be written ({error.strerror}); give another place."
+    ) from error
   print(f"{'domain':<16}{'documents':>10}{'MB':>9}{'held out':>10}")
   for domain, sides in about["domains"].items():
     size = sum(side["bytes"] for side in sides.values()) / 1e6
@@ -86,7 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     f"{out}: {out.stat().st_size / 1e6:.1f} MB, digest {about['digest'][:16]}, "
     f"{time.perf_counter() - start:.0f} s"
   )
-  return 0
 
 
 def _of_domains(documents: Sequence[Document], names: list[str]) -> list[Document]:
@@ -114,4 +109,4 @@ def _similarity(text: str) -> float:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run(main)

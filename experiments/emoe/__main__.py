@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import extras, staged
-from experiments.parser import Parser, run
+from experiments.parser import Parser, ended, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,16 +51,7 @@ def main(argv: list[str] | None = None) -> int:
   _lm(commands.add_parser("lm", help="the same of a language model").add_argument)
   _table(commands.add_parser("table", help="what was found").add_argument)
   arguments = parser.parse_args(argv)
-  from experiments import errors
-
-  try:
-    return _COMMANDS[arguments.command](arguments, argv or sys.argv[1:])
-  except (ValueError, OSError, extras.MissingExtra, errors.BadData) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from there.", file=sys.stderr)
-    return 130
+  return ended(lambda: _COMMANDS[arguments.command](arguments, argv or sys.argv[1:]))
 
 
 def _pack(add) -> None:

@@ -54,7 +54,7 @@ def planned(
     param_dtype="bfloat16",
   )
   question = step.Question(
-    run, meshes.Mesh(**sizes), topology.parse(chips), factor=1.25, skew=0.3
+    run, meshes.Mesh.of(sizes), topology.parse(chips), factor=1.25, skew=0.3
   )
   names = step.possible(question)
   plan = step.plan(question, strategy if strategy in names else names[0])

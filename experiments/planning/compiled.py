@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import extras, program
-from experiments.planning import hlo, memory, step, work
+from experiments.planning import hlo, step, work
+from experiments.planning.local import Local, group_sizes
 from experiments.planning.step import Question
 from experiments.planning.topology import Topology
 from experiments.spread import GATHER, STRATEGIES, Spread
@@ -90,7 +91,7 @@ def measured(question: Question, strategy: str) -> Compiled:
       "leave --compile out."
     ) from error
   used: Any = compiled.memory_analysis()
-  local = memory.Local(
+  local = Local(
     run,
     question.mesh,
     question.topology,
@@ -101,7 +102,7 @@ def measured(question: Question, strategy: str) -> Compiled:
   sizes_E, filled = np.zeros(1, np.int64), 1.0
   if ff is not None:
     with devices.as_if("tpu"):
-      sizes_E = memory.group_sizes(local, ff)
+      sizes_E = group_sizes(local, ff)
     filled = float(sizes_E.sum()) / (local.tokens * work.cost.experts_per_token(ff))
   return Compiled(
     used.argument_size_in_bytes,

@@ -3,6 +3,8 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from experiments.config import Run, sparse_layers
 from experiments.planning.topology import Topology
@@ -20,6 +22,16 @@ class Mesh:
   tensor: int = 1
   context: int = 1
   order: tuple[str, ...] = meshes.AXES  # the slowest first
+
+  @classmethod
+  def of(cls, sizes: Mapping[str, int]) -> "Mesh":
+    """Axes in this order; those left out are where they have a size in other meshes."""
+    order = list(sizes)
+    for before, axis in zip((None, *meshes.AXES), meshes.AXES, strict=False):
+      if axis not in order:
+        order.insert(0 if before is None else order.index(before) + 1, axis)
+    given: dict[str, Any] = {**sizes}
+    return cls(**given, order=tuple(order))
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -48,11 +60,7 @@ def parse(text: str, topology: Topology) -> Mesh:
   """
   sizes = meshes.parse(text)
   meshes.check_product(sizes, topology.devices)
-  order = list(sizes)
-  for before, axis in zip((None, *meshes.AXES), meshes.AXES, strict=False):
-    if axis not in order:  # where it has a size in other meshes
-      order.insert(0 if before is None else order.index(before) + 1, axis)
-  return Mesh(**sizes, order=tuple(order))
+  return Mesh.of(sizes)
 
 
 def check(run: Run, mesh: Mesh) -> None:

@@ -16,7 +16,8 @@ from jmoe.types import wide
 def product(subscripts: str, a: Array, b: Array) -> Array:
   """`einsum` of tokens and a matrix in at least float32; so are its gradients.
 
-  At `Precision.HIGHEST`, or to the same accuracy by `split_product`.
+  At `Precision.HIGHEST`, or to the same accuracy by `split_product`, which `jax.jvp`
+  refuses, as it does a whole layer.
   """
   if splits(a, b):
     return split_product(subscripts, a, b)

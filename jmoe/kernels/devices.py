@@ -29,8 +29,8 @@ _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 def as_if(device: str) -> Iterator[None]:
   """Within it kernels are chosen for a device that need not be here.
 
-  For looking at shapes and for lowering.  What `jax.jit` has traced before is not
-  traced anew.
+  For looking at shapes and for lowering.  A sparse layer that was traced for another
+  device is traced anew; a function of one's own under `jax.jit` is not.
 
   Args:
     device: one of `DEVICES`.

@@ -15,8 +15,8 @@ from flax import nnx
 from jax import Array
 
 from jmoe import combine, dispatch
+from jmoe._carrying import Experts
 from jmoe.config import BlockConfig
-from jmoe.layer import Experts
 from jmoe.models import blocks as modules
 from jmoe.models.by_name import Blueprint, take_apart
 from jmoe.surgery.frame import Layer, Model, blocks, rebuilt

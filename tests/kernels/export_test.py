@@ -36,14 +36,6 @@ def gradients(params, x_TD):
   return jax.grad(loss, (0, 1))(params, x_TD)
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_traced():
-  """Neither before nor after: a layer that was traced for a device stays so."""
-  jax.clear_caches()
-  yield
-  jax.clear_caches()
-
-
 def traced(function):
   """The function without what was traced for another device."""
   return jax.jit(lambda *given: function.__wrapped__(*given))

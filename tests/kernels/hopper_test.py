@@ -87,7 +87,8 @@ def test_interpreted_models_that_share_a_program_are_right():
 def test_matrices_that_learn_get_their_gradient_and_no_other_does():
   """Of one expert with biases, beside plain float32."""
   from jmoe.kernels.grouped_ffn import activations
-  from jmoe.kernels.grouped_ffn.hopper import Form, fused_ffn
+  from jmoe.kernels.grouped_ffn.hopper import fused_ffn
+  from jmoe.kernels.grouped_ffn.hopper_values import Form
 
   R = np.random.default_rng(0)
   draw = lambda *size: jnp.asarray(R.normal(size=size) / 8, jnp.bfloat16)  # noqa: E731

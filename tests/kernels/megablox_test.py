@@ -113,9 +113,7 @@ def test_a_layer_gives_what_it_gives_on_a_cpu():
   def loss(params, x):
     return jnp.sum(jnp.sin(jmoe.moe(params, x, config)[0]))
 
-  jax.clear_caches()  # a layer traced for one device is not traced for another
   found = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
-  jax.clear_caches()
   with devices.as_if("cpu"):
     expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
   for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

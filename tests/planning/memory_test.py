@@ -12,7 +12,8 @@ from jax.sharding import Mesh as Devices
 from experiments import configs, program
 from experiments.benchmarks.shapes import SHAPES
 from experiments.config import sparse_layers
-from experiments.planning import memory, models, sharding, step, topology
+from experiments.planning import at_work, models, sharding, step, topology
+from experiments.planning.local import Local
 from experiments.planning.mesh import Mesh
 from experiments.settings import with_settings
 from experiments.spread import Spread
@@ -99,7 +100,7 @@ def test_a_layer_on_an_h200_is_planned_as_its_compiler_says(name, gb):
   run = dataclasses.replace(TINY, model=model, param_dtype="bfloat16")
   chips = topology.parse("gpu:1xH200")
   with devices.as_if("hopper"):
-    local = memory.Local(run, Mesh(), chips, shape.tokens, None)
-    matrices, arrays = memory._sparse(local, ff)
+    local = Local(run, Mesh(), chips, shape.tokens, None)
+    matrices, arrays = at_work._sparse(local, ff)
   tokens = 4 * shape.tokens * shape.d_model * 2  # in and out, and their gradients
   assert 2 * matrices + arrays + tokens == pytest.approx(gb * 1e9, rel=0.04)

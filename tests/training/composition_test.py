@@ -96,13 +96,13 @@ def test_more_seeds_than_before_are_trained_once(tmp_path, monkeypatch):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
   made = []
 
-  def trained(run, task, arguments, label):
-    made.append(arguments.seeds)
+  def trained(run, task, *, seeds, **_):
+    made.append(seeds)
     right = dict.fromkeys(problems.KINDS, 0.5)
-    some = range(arguments.seeds)
+    some = range(seeds)
     return [dict(right, seed=n, step=s, parameters=7) for s in (1, 2) for n in some]
 
-  monkeypatch.setattr(composition, "_trained", trained)
+  monkeypatch.setattr("experiments.probe.trained", trained)
   given = ["--out", str(tmp_path), "--layers", "1", "--arms", "sparse"]
   for seeds in "1223":
     more = ["--seeds", seeds, "--steps", "2", "--every", "1"]

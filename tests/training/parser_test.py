@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.parser import run
+from experiments.errors import Diverged, Stopped
+from experiments.extras import MissingExtra
+from experiments.parser import ended, run
 
 
 def interrupted() -> int:
@@ -42,3 +44,34 @@ def test_a_reader_that_has_gone_is_no_traceback():
   )
   os.close(write)
   assert (found.returncode, found.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+  ("raised", "code", "said"),
+  [
+    (ValueError("bad"), 2, "error: bad\n"),
+    (MissingExtra("none"), 2, "error: none\n"),
+    (Diverged("no number"), 1, "error: no number\n"),
+    (Stopped(15, 3), 143, "\nstopped after step 3; the same command goes on"),
+    (KeyboardInterrupt(), 130, "\nstopped; nothing was written.\n"),
+  ],
+)
+def test_work_that_is_cut_short_says_why(capsys, raised, code, said):
+  def work():
+    raise raised
+
+  assert ended(work, stopped="stopped; nothing was written.") == code
+  assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("fault", [TypeError(), BrokenPipeError()])
+def test_what_no_user_can_set_right_is_raised(fault):
+  def work():
+    raise fault
+
+  with pytest.raises(type(fault)):
+    ended(work)
+
+
+def test_the_code_of_work_is_kept():
+  assert ended(lambda: None) == 0 and ended(lambda: 3) == 3

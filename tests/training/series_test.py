@@ -189,7 +189,9 @@ def test_a_stopped_arm_goes_on_and_ends_as_if_it_never_was(done, tmp_path, monke
   assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
 
 
-def test_a_program_may_hold_fewer_seeds_and_more_may_come_later(done, tmp_path):
+def test_a_program_may_hold_fewer_seeds_and_more_may_come_later(
+  done, tmp_path, monkeypatch
+):
   place = done[1].index("--out")
   out = tmp_path / "runs"
   arguments = [*done[1][: place + 1], str(out), *done[1][place + 4 :]]
@@ -209,6 +211,16 @@ def test_a_program_may_hold_fewer_seeds_and_more_may_come_later(done, tmp_path):
     assert alone["bits_per_byte"]["all"] == pytest.approx(
       beside["bits_per_byte"]["all"], rel=1e-3
     )
+  # Killed between its last step and its evaluation, it is evaluated alone.
+  seed = out / "dense" / "seed-1"
+  for name in ("evaluation.json", "summary.json"):
+    (seed / name).unlink()
+  monkeypatch.setattr(
+    "experiments.seeds.jitted", lambda _: pytest.fail("compiled again")
+  )
+  assert series.main([*arguments, "--ahead", "0"]) == 0
+  again = json.loads((seed / "summary.json").read_text())["bits_per_byte"]
+  assert again == json.loads(first)["bits_per_byte"]
 
 
 def test_a_series_may_keep_no_checkpoints(done, tmp_path):

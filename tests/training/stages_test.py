@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -54,7 +55,7 @@ def again(command, given, monkeypatch, capsys):
   return after.splitlines()
 
 
-def moved(runs, folders, reading, *, command, stop):
+def moved(runs, folders, reading, *, command, stop, by=0.01):
   """In place of training: a model that has gone a step of its own, and its bits."""
   del command, stop
   for n, (run, folder) in enumerate(zip(runs, folders, strict=True)):
@@ -76,7 +77,7 @@ def moved(runs, folders, reading, *, command, stop):
       balance = {k: np.zeros(x.shape, x.dtype) for k, x in like.balance.items()}
     frozen = optim.freeze.frozen(run.optim.freeze, like.params).names
     params = {
-      k: x if k in frozen else x + np.float32(0.01 * (n + 1)) for k, x in params.items()
+      k: x if k in frozen else x + np.float32(by * (n + 1)) for k, x in params.items()
     }
     key = np.zeros(2, np.uint32)
     state = states.restarted(
@@ -150,6 +151,13 @@ def test_a_model_grows_for_a_new_domain_and_its_old_experts_stay(
   assert capsys.readouterr().out.splitlines()[1].split()[3] == "9.0000"
   again_records = [json.loads(line) for line in (out / "bits.jsonl").open()]
   assert again_records[:2] == records[:2] and len(again_records) == 3
+  # Made again to the bit, the base is as it was; another one is not what `begun` grew.
+  for by, code in ((0.01, 0), (0.02, 2)):
+    shutil.rmtree(out / "base")
+    monkeypatch.setattr(together, "finish", functools.partial(moved, by=by))
+    assert grow.main(given) == code
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert f"begun/seed-1 was made before {out / 'base' / 'seed-1'} was" in error
 
 
 def test_experts_trained_apart_are_joined_under_a_gate(
@@ -206,6 +214,12 @@ def test_experts_trained_apart_are_joined_under_a_gate(
   assert arms["parent"]["command"] == arms["joined=gate"]["command"].replace(
     " --joined joined=gate", ""
   )
+  # What started from a parent that was made again is refused, by its first branch.
+  shutil.rmtree(out / "parent")
+  monkeypatch.setattr(together, "finish", functools.partial(moved, by=0.02))
+  assert branch.main(given) == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert f"branch-0/seed-0 was made before {out / 'parent' / 'seed-0'} was" in error
 
 
 @pytest.mark.parametrize(

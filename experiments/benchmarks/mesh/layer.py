@@ -19,9 +19,9 @@ from experiments.benchmarks import shapes
 from experiments.benchmarks.peers import ours
 from experiments.benchmarks.shapes import Shape
 from jmoe import combine, dispatch
+from jmoe._carrying import Experts
 from jmoe.assign import assign, capacity
 from jmoe.kernels.varying import over
-from jmoe.layer import Experts
 from jmoe.parallel import mesh as meshes
 from jmoe.types import Context
 from jmoe.use import use

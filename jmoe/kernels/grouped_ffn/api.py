@@ -79,7 +79,8 @@ def grouped_ffn(
     kind = common(rows.x, down[0])
     name = report_choice(current_device(), groups, E, kind, varies)
   if name == "hopper" and (activation := _in_registers(hidden, ups)):
-    from jmoe.kernels.grouped_ffn.hopper import Form, fused_ffn  # Pallas
+    from jmoe.kernels.grouped_ffn.hopper import fused_ffn  # imports Pallas
+    from jmoe.kernels.grouped_ffn.hopper_values import Form
 
     x, layout = rows.x, rows.layout
     if rows.scale is not None or groups is not rows.groups:

@@ -42,39 +42,15 @@ from jax.custom_derivatives import SymbolicZero
 from jmoe.keeping import named
 from jmoe.kernels import permute_rows
 from jmoe.kernels.folding import foldable
-from jmoe.kernels.grouped_ffn.hopper_kernels import (
-  Activation,
-  back_kernel,
-  hidden_kernel,
-)
+from jmoe.kernels.grouped_ffn.hopper_kernels import back_kernel, hidden_kernel
+from jmoe.kernels.grouped_ffn.hopper_values import Form, Given, Kept
 from jmoe.kernels.grouped_ffn.reference import Matrix
 from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
 from jmoe.kernels.hopper import BLOCK
 from jmoe.kernels.pieces import after, columns, parts, put
 from jmoe.kernels.row_blocks import expert_of_rows, sums
 from jmoe.kernels.varying import differs
-from jmoe.types import Groups, Layout, pytree, static
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """What is static about a feed-forward.
-
-  Args:
-    activation: of `activations`; of the first hidden array, which the second one, if
-      there is one, is multiplied with.
-    keep: what the backward pass finds, of `api.KEEPS`.
-    sums: give tokens, the sums of their rows; there must be a layout then.
-    pieces: in how many the largest arrays are made, see above; more than one only with
-      `sums`, not inside `shard_map`, and for widths of whole `DEPTH`s.
-    num_sms: multiprocessors to use; None: all.
-  """
-
-  activation: Activation
-  keep: str = "hidden"
-  sums: bool = False
-  pieces: int = 1
-  num_sms: int | None = None
+from jmoe.types import Groups, Layout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -101,43 +77,13 @@ def fused_ffn(
     groups: aligned to `hopper.BLOCK`.
     weight_R: f32[R], or None for ones.
   """
-  given = _Given(x, layout, ups, down, groups, weight_R)
+  given = Given(x, layout, ups, down, groups, weight_R)
   (a_RF,) = _hidden(form, given, hidden=False, product=True)
   return _out(form, given, a_RF)
 
 
-@pytree
-class _Given:
-  """The arguments that are arrays, or what came of them."""
-
-  x: Any
-  layout: Any
-  ups: Any
-  down: Any
-  groups: Any
-  weight_R: Any
-
-  def rows(self) -> Array:
-    """`[R,D]` in the experts' order."""
-    if self.layout is None:
-      return self.x
-    return permute_rows.spread(self.x, self.layout)
-
-
-@pytree
-class _Kept:
-  """What the backward pass finds."""
-
-  given: _Given
-  x_RD: Array | None
-  hidden: tuple[Array, ...]  # [R,F]; none if they are made anew
-  # Whether the gradient of a matrix, and of its bias, is needed: of each in turn.
-  ups_learn: tuple[tuple[bool, bool], ...] = static(default=())
-  down_learns: tuple[bool, bool] = static(default=(True, True))
-
-
 def _hidden(
-  form: Form, given: _Given, x_RD: Array | None = None, **results: bool
+  form: Form, given: Given, x_RD: Array | None = None, **results: bool
 ) -> tuple[Any, ...]:
   """What is asked for of the hidden arrays and the activation, part by part.
 
@@ -173,7 +119,7 @@ def _hidden(
   return tuple(found)
 
 
-def _out(form: Form, given: _Given, a_RF: Array) -> Array:
+def _out(form: Form, given: Given, a_RF: Array) -> Array:
   """The rows, or with `form.sums` the tokens.
 
   In pieces: some columns of the rows are made when those before are summed.
@@ -193,8 +139,8 @@ def _out(form: Form, given: _Given, a_RF: Array) -> Array:
 
 
 def _forward(form, *primals):
-  given = _Given(*jax.tree.map(lambda p: p.value, primals))
-  told = _Given(*jax.tree.map(lambda p: p.perturbed, primals))
+  given = Given(*jax.tree.map(lambda p: p.value, primals))
+  told = Given(*jax.tree.map(lambda p: p.perturbed, primals))
   x_RD = None
   if form.keep == "rows" and given.layout is not None:
     x_RD = given.rows()
@@ -202,7 +148,7 @@ def _forward(form, *primals):
   *hidden, a_RF = _hidden(form, given, x_RD, hidden=keeps_hidden, product=True)
   hidden = named(tuple(hidden), "hidden")
   *ups, down = ((bool(w), bool(bias)) for w, bias in (*told.ups, told.down))
-  kept = _Kept(
+  kept = Kept(
     given,
     x_RD if any(w for w, _ in ups) else None,
     hidden,
@@ -238,7 +184,7 @@ def _backward(form, kept, dy):
   return dx, None, d_ups, d_down, None, d_weight
 
 
-def _of_x(form: Form, given: _Given, dhs_RF: Sequence[Array]) -> Array:
+def _of_x(form: Form, given: Given, dhs_RF: Sequence[Array]) -> Array:
   """The gradient of the rows, or of the tokens: sums of their rows."""
   pairs = [(dh_RF, w) for dh_RF, (w, _) in zip(dhs_RF, given.ups, strict=True)]
   dx = rows(pairs, given.groups, transpose=True, num_sms=form.num_sms)
@@ -247,7 +193,7 @@ def _of_x(form: Form, given: _Given, dhs_RF: Sequence[Array]) -> Array:
   return permute_rows.summed(dx, given.layout).astype(dx.dtype)
 
 
-def _through_down(form: Form, kept: _Kept, hidden: Sequence[Array], dy_RD: Array):
+def _through_down(form: Form, kept: Kept, hidden: Sequence[Array], dy_RD: Array):
   """(gradients of the hidden arrays, of the weight, of `down`).
 
   In pieces: some columns of what went into `down` are made when those of the piece
@@ -280,7 +226,7 @@ def _through_down(form: Form, kept: _Kept, hidden: Sequence[Array], dy_RD: Array
   return tuple(h[:, :F] for h in hidden), d_weight, (d_matrix, d_bias)
 
 
-def _of_ups(form: Form, kept: _Kept, dhs_RF: tuple[Array, ...], d_down: Array | None):
+def _of_ups(form: Form, kept: Kept, dhs_RF: tuple[Array, ...], d_down: Array | None):
   """(gradients of the matrices `ups` and their biases, those of the hidden arrays)."""
   given, groups = kept.given, kept.given.groups
   x_RD = kept.x_RD
@@ -302,7 +248,7 @@ def _of_ups(form: Form, kept: _Kept, dhs_RF: tuple[Array, ...], d_down: Array | 
   return d_ups, dhs_RF
 
 
-def _of_weight(given: _Given, dy_RD: Array, dots: list[Array]) -> Array | None:
+def _of_weight(given: Given, dy_RD: Array, dots: list[Array]) -> Array | None:
   """`<da, a> + <dy, c>`, f32[R]."""
   c_ED = given.down[1]
   if not dots:

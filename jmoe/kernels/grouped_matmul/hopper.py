@@ -14,27 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax import Array
 
-from jmoe.kernels import hopper as chip
 from jmoe.kernels.folding import foldable
-from jmoe.kernels.hopper import BLOCK, DEPTH, Tile
-from jmoe.kernels.hopper_rows import (
-  multiply,
-  over_columns,
-  over_rows,
-  row_kernel,
-  store,
-  values_of_columns,
-  values_of_rows,
-  whole_tiles,
-)
-from jmoe.kernels.hopper_tiles import choose
-from jmoe.kernels.hopper_walk import Operand, Work, walk
+from jmoe.kernels.grouped_matmul.hopper_kernels import matrices_kernel, rows_kernel
+from jmoe.kernels.hopper import BLOCK, Tile
 from jmoe.kernels.pieces import Columns
-from jmoe.kernels.row_blocks import in_bands, sums
+from jmoe.kernels.row_blocks import sums
 from jmoe.types import Groups
 
 _ALIGNED = 64  # tiles in shared memory are 128 bytes wide, and so is what they are of
@@ -113,7 +99,7 @@ def rows(
     if bias_EF is not None:
       bias_EF = bias_EF[:, columns.first : columns.first + cols]
   kernel = functools.partial(
-    _rows_kernel,
+    rows_kernel,
     pairs=len(pairs),
     transpose=transpose,
     num_sms=num_sms,
@@ -150,7 +136,7 @@ def matrices(
     into: what other columns gave, and where these are written; not inside `shard_map`.
   """
   D, F = x_RD.shape[1], y_RF.shape[1]
-  kernel = functools.partial(_matrices_kernel, num_sms=num_sms, tile=tile)
+  kernel = functools.partial(matrices_kernel, num_sms=num_sms, tile=tile)
   if columns is not None and not columns.whole:
     others = [] if into is None else [into]
     kernel = functools.partial(kernel, columns=columns)
@@ -165,151 +151,3 @@ def padded(x: Array, *axes: int) -> Array:
   for n, size in zip(axes, sizes, strict=True):
     widths[n] = (0, -(-size // _ALIGNED) * _ALIGNED - x.shape[n])
   return x if not any(after for _, after in widths) else jnp.pad(x, widths)
-
-
-def _rows_kernel(
-  groups: Groups,
-  *operands: Array,
-  pairs: int,
-  transpose: bool,
-  num_sms: int | None,
-  out: Any,
-  tile: Tile | None,
-  columns: Columns | None,
-) -> Array:
-  """Operands are rows and matrices of each pair in turn, then biases, then weights."""
-  operands, others = operands[: 2 * pairs], operands[2 * pairs :]
-  lefts, rights = operands[::2], operands[1::2]
-  (R, D), F = lefts[0].shape, rights[0].shape[1 if transpose else 2]
-  columns = columns if columns and not columns.whole else Columns(0, F, F)
-  F = columns.size
-  tile = tile or choose("rows", width=F, depth=D, operands=len(operands))
-
-  others = tuple(whole_tiles(a, tile) if n == 0 else a for n, a in enumerate(others))
-
-  def products(place, tiles, totals):
-    for x, w in zip(tiles[:pairs], tiles[pairs:], strict=True):
-      multiply(tile, place, totals[0], x, w, transpose=transpose)
-
-  def begin(place, others):
-    both = values_of_columns, values_of_rows
-    return [read(place, ref) for read, ref in zip(both, others)]
-
-  def finish(place, totals, begun, scratch, others, results):
-    del others
-    (y,) = totals
-    if begun:
-      bias = over_columns(begun[0], y)
-      y += bias if len(begun) == 1 else bias * over_rows(begun[1], y)
-    store(y, scratch["staged"], place, results[0])
-
-  (made,) = row_kernel(
-    groups,
-    others,
-    lefts,
-    rights,
-    tile=tile,
-    transpose=transpose,
-    sums=1,
-    products=products,
-    begin=begin,
-    finish=finish,
-    scratch={"staged": chip.staging(tile.own[0], out)},
-    out=(chip.struct((R, F), out, operands),),
-    name="grouped_matmul_transposed" if transpose else "grouped_matmul",
-    num_sms=num_sms,
-    columns=columns,
-  )
-  return made
-
-
-def _matrices_kernel(
-  groups: Groups,
-  x_RD: Array,
-  y_RF: Array,
-  *into: Array,
-  num_sms: int | None,
-  tile: Tile | None,
-  columns: Columns | None = None,
-) -> Array:
-  R, D = x_RD.shape
-  columns = columns or Columns(0, D, D)
-  F, E = y_RF.shape[1], groups.start.shape[0]
-  tile, dtype = tile or choose("matrices", width=F), x_RD.dtype
-  rows, cols = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.cols)
-  # Thread blocks of a cluster make rows one below the other of the same columns.
-  tile = tile.that_fits(rows)
-  tall = rows // tile.cluster
-  rows_own, cols_own = tile.own
-  blocks = max(1, (num_sms or chip.multiprocessors()) // tile.cluster)
-  # An expert without rows points inside the buffer, and its sum is not used.
-  start_E = jnp.minimum(groups.start, R - BLOCK)
-
-  def body(*refs):
-    x_ref, y_ref, start_ref, rows_ref, w_ref = refs[len(into) :]
-
-    def arguments(t):
-      """(expert, row and column of tiles)."""
-      e = lax.div(t, jnp.int32(tall * cols))
-      within = t - e * (tall * cols)
-      row, col = in_bands(within, jnp.int32(tall), cols, min(tile.band, tall))
-      return e, row * tile.cluster + tile.member(), col
-
-    def steps(which):
-      blocks = lax.div(rows_ref[which[0]] + (BLOCK - 1), jnp.int32(BLOCK))
-      return blocks * (BLOCK // DEPTH)
-
-    def own(group):
-      return pl.ds(0 if tile.alternating else group * rows_own, rows_own)
-
-    def make(group, which, scratch, over):
-      e, row, col = which
-
-      def with_sum(total):
-        over((total,))
-        top = columns.first + row * tile.rows + own(group).start
-
-        def place(r, rows, c, cols):
-          left = col * tile.cols + c
-          return w_ref.at[e, pl.ds(top + r, rows), pl.ds(left, cols)]
-
-        chip.store(total[...].astype(dtype), scratch["staged"], group, place)
-
-      pl.run_scoped(with_sum, chip.accumulator(rows_own, cols_own))
-
-    def step(k, group, which, scratch, tiles, totals):
-      del k, which, scratch
-      x, y = tiles
-      plgpu.wgmma(totals[0], chip.transposed(x.at[:, own(group)]), y)
-
-    def origin(which):
-      return lax.div(start_ref[which[0]], jnp.int32(DEPTH))
-
-    def left(which):
-      return x_ref.at[:, pl.ds(which[1] * tile.rows, tile.rows)]
-
-    def right(which):
-      return y_ref.at[:, pl.ds(which[2] * tile.cols, tile.cols)]
-
-    walk(
-      [
-        Operand(tile.rows, 0, dtype, left, origin),
-        Operand(tile.cols, 0, dtype, right, origin, shared=tile.cluster > 1),
-      ],
-      Work(arguments, steps, make, step),
-      tile=tile,
-      count=jnp.int32(E * tall * cols),
-      blocks=blocks,
-      scratch={"staged": chip.staging(rows_own, dtype)},
-    )
-
-  kernel = chip.launch(
-    body,
-    (chip.struct((E, columns.total, F), dtype, x_RD),),
-    blocks=blocks,
-    cluster=tile.cluster,
-    name="grouped_matmul_matrices",
-    updated=len(into),
-  )
-  (made,) = kernel(*into, x_RD, y_RF, start_E, groups.rows)
-  return made

@@ -1,0 +1,62 @@
+"""What a feed-forward on Hopper is made of, is given, and keeps."""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+from typing import Any
+
+from jax import Array
+
+from jmoe.kernels import permute_rows
+from jmoe.kernels.grouped_ffn.hopper_kernels import Activation
+from jmoe.types import pytree, static
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What is static about a feed-forward.
+
+  Args:
+    activation: of `activations`; of the first hidden array, which the second one, if
+      there is one, is multiplied with.
+    keep: what the backward pass finds, of `api.KEEPS`.
+    sums: give tokens, the sums of their rows; there must be a layout then.
+    pieces: in how many the largest arrays are made, see `hopper.py`; more than one
+      only with `sums`, not inside `shard_map`, and for widths of whole `DEPTH`s.
+    num_sms: multiprocessors to use; None: all.
+  """
+
+  activation: Activation
+  keep: str = "hidden"
+  sums: bool = False
+  pieces: int = 1
+  num_sms: int | None = None
+
+
+@pytree
+class Given:
+  """The arguments that are arrays, or what came of them."""
+
+  x: Any
+  layout: Any
+  ups: Any
+  down: Any
+  groups: Any
+  weight_R: Any
+
+  def rows(self) -> Array:
+    """`[R,D]` in the experts' order."""
+    if self.layout is None:
+      return self.x
+    return permute_rows.spread(self.x, self.layout)
+
+
+@pytree
+class Kept:
+  """What the backward pass finds."""
+
+  given: Given
+  x_RD: Array | None
+  hidden: tuple[Array, ...]  # [R,F]; none if they are made anew
+  # Whether the gradient of a matrix, and of its bias, is needed: of each in turn.
+  ups_learn: tuple[tuple[bool, bool], ...] = static(default=())
+  down_learns: tuple[bool, bool] = static(default=(True, True))
