@@ -47,6 +47,7 @@ def costs(
   rates: Rates,
   *,
   dtype: Any = "bfloat16",
+  num_rows: int | None = None,
 ) -> list[Choice]:
   """All ways to run a layer, the cheapest first; among equals the simplest.
 
@@ -60,9 +61,14 @@ def costs(
     sizes: of the mesh.
     rates: of a device.
     dtype: of what travels.
+    num_rows: B of activations `[B,S,D]`, whose rows are split whole; None: any tokens.
 
   Returns:
-    A choice for each way and strategy that the table allows.
+    A choice for each way and strategy that the table allows, and that can divide the
+    tokens, their rows and groups of `group_size`.
+
+  Raises:
+    ValueError: none can.
   """
   rules: Rules = config.sharding
   experts, tensor = rules.axes("expert", sizes), rules.axes("d_ff", sizes)
@@ -104,7 +110,33 @@ def costs(
   if t > 1:
     carriers = strategies(config, sizes) if n > 1 else [local]
     found += [choice("expert_tensor", (), used) for used in carriers]
-  return sorted(found, key=lambda c: c.seconds)
+  fitting = [c for c in found if _divides(c, config, num_tokens, num_rows, sizes)]
+  if not fitting:
+    least = min(product(c.tokens, sizes) for c in found)
+    raise ValueError(
+      f"adaptive: num_tokens={num_tokens}, num_rows={num_rows} and group_size="
+      f"{config.group_size!r} cannot be divided over {dict(sizes)}; use multiples of "
+      f"{least} or fewer devices."
+    )
+  return sorted(fitting, key=lambda c: c.seconds)
+
+
+def _divides(
+  choice: Choice,
+  config: Any,
+  num_tokens: int,
+  num_rows: int | None,
+  sizes: Mapping[str, int],
+) -> bool:
+  """Whether shards are whole, as a layer over a mesh wants them."""
+  parts = product(choice.tokens, sizes)
+  sequence = config.sharding.axes("sequence", sizes)
+  of_rows = product([a for a in choice.tokens if a not in sequence], sizes)
+  if num_tokens % parts or (num_rows is not None and num_rows % of_rows):
+    return False
+  size = config.group_size
+  limited = config.capacity is not None and isinstance(size, int)
+  return not limited or num_tokens // parts % size == 0
 
 
 def strategies(config: Any, sizes: Mapping[str, int]) -> list[Use]:
@@ -129,12 +161,13 @@ def choose(
   rates: Rates,
   *,
   dtype: Any = "bfloat16",
+  num_rows: int | None = None,
 ) -> Any:
   """The configuration with the cheapest way; parameters stay where they are.
 
-  Args: as for `costs`.
+  Args and errors: as for `costs`.
   """
-  best = costs(config, num_tokens, sizes, rates, dtype=dtype)[0]
+  best = costs(config, num_tokens, sizes, rates, dtype=dtype, num_rows=num_rows)[0]
   return as_chosen(config, best, sizes)
 
 

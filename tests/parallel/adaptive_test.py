@@ -49,6 +49,21 @@ def test_the_exchange_is_chosen_by_choices_devices_and_what_links_reach():
   assert first({"expert": 64}, 2, **slow) == use(dispatch.all_gather)
 
 
+def test_ways_that_cannot_divide_rows_or_groups_are_left_out():
+  many = 8 * 2**20
+  assert adaptive.costs(wide(), many, SIZES, RATES, num_rows=8)[0].name == "data"
+  rows = adaptive.costs(wide(), many, SIZES, RATES, num_rows=4)  # of eight devices
+  assert {c.name for c in rows} == {"expert_tensor"}
+  grouped = dataclasses.replace(wide(capacity_factor=1.0), group_size=128)
+  names = {c.name for c in adaptive.costs(grouped, 512, SIZES, RATES)}
+  assert names == {"expert_tensor"}
+  assert adaptive.choose(wide(), many, SIZES, RATES, num_rows=4).sharding.tokens == (
+    "data", "expert",
+  )  # fmt: skip
+  with pytest.raises(ValueError, match="num_rows=3 .* use multiples of 4 or fewer"):
+    adaptive.costs(wide(), 512, SIZES, RATES, num_rows=3)
+
+
 def test_the_cost_of_gathering_is_the_bytes_of_the_matrices():
   config, sizes = wide(), {"expert": 4}
   found = {c.name: c.seconds for c in adaptive.costs(config, 4096, sizes, RATES)}
