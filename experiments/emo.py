@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser, ended, run
+from experiments.parser import Parser, ended, run, seed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--plot", type=Path, metavar="FILE", help="bits by domain: .svg, .png or .pdf")
   add("--against", help="name of the arm that others are compared with")
   add("--json", action="store_true", help="print JSON, not a table")
-  add("--seed", default=0, type=int, help="of the documents that are drawn")
+  add("--seed", default=0, type=seed, help="of the documents that are drawn")
   add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
   return ended(lambda: _run(arguments, argv or sys.argv[1:]))

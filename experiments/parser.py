@@ -54,6 +54,13 @@ def ended(
     return 130
 
 
+def seed(text: str) -> int:
+  """A whole number of at least 0, for `type=`."""
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
+  return int(text)
+
+
 def run(main: Callable[[], int]) -> NoReturn:
   """Exits with the code of a command, with 130 at Ctrl-C before it minds one.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import extras
-from experiments.parser import Parser, ended, run
+from experiments.parser import Parser, ended, run, seed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--documents", type=_count, default=20, metavar="N", help="of a domain; 20")
   add("--pieces", type=_count, default=4, metavar="N", help="of a document at most; 4")
   add("--draws", type=_count, default=20, metavar="N", help="of labels by chance; 20")
-  add("--seed", default=0, type=int, help="of documents and draws")
+  add("--seed", default=0, type=seed, help="of documents and draws")
   add("--cache", type=Path, metavar="DIR", default=Path.home() / ".cache" / "jmoe")
   arguments = parser.parse_args(argv)
   return ended(lambda: _measured(arguments))

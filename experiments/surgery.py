@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from experiments import extras, operations
-from experiments.parser import Parser, ended, run
+from experiments.parser import Parser, ended, run, seed
 from jmoe.use import nearest
 
 
@@ -99,7 +99,7 @@ def _parser(name: str, operation: Any) -> argparse.ArgumentParser:
   add("--workdir", required=True, metavar="DIR", help="of a run, which is only read")
   add("--out", required=True, type=_local, metavar="DIR", help="of the new run; local")
   add("--step", type=int, help="of the checkpoint; the newest whole one if not given")
-  add("--seed", type=_seed, default=0, help="of whatever is drawn; 0 if not given")
+  add("--seed", type=seed, default=0, help="of whatever is drawn; 0 if not given")
   add("--set", action="append", default=[], metavar="PATH=VALUE", help="of the new run")
   add("--moments", action=argparse.BooleanOptionalAction,
       help="go on with the optimizer's state; if it can, if not given")  # fmt: skip
@@ -251,12 +251,6 @@ def _local(text: str) -> Path:
   if "://" in text:  # before a `Path` makes one slash of two
     raise argparse.ArgumentTypeError(f"{text!r} is not local; give a new local folder")
   return Path(text)
-
-
-def _seed(text: str) -> int:
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
-  return int(text)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,9 @@ def test_a_run_without_choices_and_bad_arguments_are_refused(
   with pytest.raises(SystemExit):
     routes.main([str(twice), "--pieces", "0"])
   assert "'0' is not a whole number >= 1" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    routes.main([str(twice), "--seed", "-1"])
+  assert "'-1' is not a whole number >= 0" in capsys.readouterr().err
 
 
 def dense(own):
