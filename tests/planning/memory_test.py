@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -113,13 +114,16 @@ def test_a_layer_on_an_h200_is_planned_as_its_compiler_says(name, gb):
 def test_a_step_over_two_h200s_needs_what_it_took():
   """In a loop over layers, by all_gather: buffers have room for rows of both."""
   found = json.loads((Path(benchmarks.__path__[0]) / MEASURED).read_text())["step"]
-  asked = dict(rows=8, seq=4096, sizes={"expert": 2}, strategy=found["strategy"])
+  planned = functools.partial(
+    ask.planned, rows=8, seq=4096, sizes={"expert": 2}, strategy=found["strategy"],
+    chips="gpu:2xH200",
+  )  # fmt: skip
   olmoe_1b_7b = mesh_train.MODELS[found["model"]].config
   model = mesh_train.configured(olmoe_1b_7b, keep="most")
-  loop = ask.planned(model, **asked, chips="gpu:2xH200")
+  loop = planned(model)
   assert loop["gb"] == pytest.approx(max(found["gb"]["peak_of_each"]), rel=0.03)
   # By the compiler 32.1 GB of zeros and 62.2 of copies, which layers apart do not have,
   # and sums of gradients that wait; nor are these there beside all that was kept.
-  apart = ask.planned(unrolled(model), **asked, chips="gpu:2xH200")
+  apart = planned(unrolled(model))
   assert apart["gb"] == pytest.approx(80.06, rel=0.02)
   assert loop["ms"] - apart["ms"] == pytest.approx(94.3 / 4.27 + 9.1, rel=0.05)
