@@ -17,7 +17,8 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
   """What keeps parameters and gradients in step, whatever sparse layers do.
 
   fsdp gathers each parameter before its use and scatters its gradient; where a
-  parameter is whole, its gradient is summed over the axes that divide tokens.
+  parameter is whole, its gradient is summed over the axes that divide tokens, in one
+  call with others of its layer and dtype.
 
   Args:
     run: the run.
@@ -27,13 +28,13 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
   sizes, itemsize = mesh.sizes, jnp.dtype(run.model.dtype).itemsize
   gathered = scattered = summed = 0.0
   reduced: dict[str, float] = {"data": 0.0, "expert": 0.0, "context": 0.0}
-  calls, scatters, sums = 0, 0, 0
+  summed_calls: dict[str, dict[Any, int]] = {axis: {} for axis in reduced}
+  calls, scatters = 0, 0
   for name, x in params.items():
     spec = sharding.spec(name, x.shape, sizes)
     own = math.prod(x.shape) * x.dtype.itemsize * sharding.share(spec, sizes)
     in_block = name.startswith("segments.")
     layers = x.shape[0] if in_block else 1
-    sums += layers
     if "fsdp" in spec:
       # Blocks that are made again need their parameters again.
       times = 2 if in_block and run.model.remat is not False else 1
@@ -47,6 +48,8 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
     for axis in reduced:
       if sizes[axis] > 1 and axis not in spec:
         reduced[axis] += 2 * own * (sizes[axis] - 1) / sizes[axis]
+        segment = name.split(".")[1] if in_block else ""
+        summed_calls[axis][segment, x.dtype] = layers
   found = []
   if mesh.fsdp > 1:
     found += [
@@ -56,6 +59,7 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
     ]
   for axis, size in reduced.items():
     if size:
+      sums = sum(summed_calls[axis].values())
       found.append(Exchange("gradients", "all_reduce", axis, sums, size))
   return found
 

@@ -39,10 +39,6 @@ class Local(NamedTuple):
     """Of the batch."""
     return self.tokens * self.mesh.context / self.run.data.seq
 
-  def alone(self) -> "Local":
-    """The same tokens where all experts are here."""
-    return self._replace(outcome=None)
-
 
 def buffer_rows(local: Local, ff: MoEConfig) -> tuple[float, float]:
   """(rows R of the expert buffer, experts of a device while they multiply)."""

@@ -39,6 +39,7 @@ class Memory(NamedTuple):
   block: float  # at work in the backward pass of the largest block
   loss: float  # at work in the loss
   exchange: float  # buffers of a strategy
+  looped: float  # part of the layers that are in loops
 
   @property
   def state(self) -> float:
@@ -46,9 +47,13 @@ class Memory(NamedTuple):
 
   @property
   def peak(self) -> float:
-    """Gradients of blocks do not exist while the loss is made."""
-    at_block = self.gradients + self.block + self.exchange
-    return self.state + self.kept + max(at_block, self.loss)
+    """Gradients of blocks do not exist while the loss is made.
+
+    Without a loop what a block kept goes as its gradients come; a stack stays whole.
+    """
+    less, more = sorted((self.gradients, self.kept))
+    at_block = more + self.looped * less + self.block + self.exchange
+    return self.state + max(at_block, self.kept + self.loss)
 
 
 def of(
@@ -91,6 +96,7 @@ def of(
       block=max(at_work.block(local, block) for block, _ in work.blocks(model)),
       loss=at_work.loss(local),
       exchange=outcome.buffer if outcome else 0.0,
+      looped=work.looped(model),
     )
 
 
@@ -106,13 +112,15 @@ def kept_by(local: Local, block: BlockConfig) -> float:
   one = local.tokens * model.d_model * local.itemsize
   if remat is True:
     return one
-  asked = _asked_for(model, block, local)
-  ff = block.ff
-  if isinstance(ff, MoEConfig) and (remat is False or "hidden" in remat):
-    # One device's own rows were traced; a strategy's buffer has room for more.
-    more = buffer_rows(local, ff)[0] - buffer_rows(local.alone(), ff)[0]
-    hidden = work.num_up(ff) * work.expert_width(ff)
-    asked += more * hidden * local.itemsize
+  ff, more = block.ff, 0.0
+  if isinstance(ff, MoEConfig) and local.outcome is not None:
+    # One device's own rows are traced; a strategy's buffer may have room for more.
+    ff = dataclasses.replace(ff, max_rows=None)
+    alone = local._replace(outcome=None)
+    if remat is False or "hidden" in remat:
+      more = buffer_rows(local, ff)[0] - buffer_rows(alone, ff)[0]
+      more *= work.num_up(ff) * work.expert_width(ff) * local.itemsize
+  asked = _asked_for(model, dataclasses.replace(block, ff=ff), local) + more
   return asked / local.mesh.tensor
 
 

@@ -46,7 +46,7 @@ class Times(NamedTuple):
   attention: float
   again: float
   between: float  # norms, positions and sums between products, by HBM's bandwidth
-  loops: float  # copies out of the stacks of loops over layers, and their zeros
+  loops: float  # copies out of stacks of layers, zeros, sums of gradients
   update: float  # of parameters and moments, by HBM's bandwidth
   parameters: float  # gathers and gradients, which run behind products
   rows: float  # exchanges that products wait for, and copies of rows for them
@@ -209,7 +209,7 @@ def _times(
     attention=flops.attention / device / reached.attention,
     again=flops.again / device / mixed,
     between=run.model.num_layers * rates.PASSES * array / hbm,
-    loops=_copied(question, used) / hbm,
+    loops=_looped(question, used, parameters, hbm),
     # Read and written once, and gradients read.
     update=(2 * (used.parameters + used.optimizer) + used.gradients) / hbm,
     parameters=sum(seconds(question, e) for e in parameters),
@@ -217,16 +217,21 @@ def _times(
   )
 
 
-def _copied(question: Question, used: memory.Memory) -> float:
-  """Bytes that memory moves because layers are in loops, by the compiler for H200s.
+def _looped(
+  question: Question, used: memory.Memory, parameters: list[Exchange], hbm: float
+) -> float:
+  """Seconds that loops over layers cost, by the compiler for H200s.
 
   What blocks keep and their gradients begin as stacks of zeros.  The backward pass
   copies what a layer kept, and its parameters, out of theirs; kernels write straight
-  into them, and other copies are made beside products.
+  into them, and other copies are made beside products.  Sums of a layer's gradients
+  end with its turn, beside a product or two.
   """
   if question.topology.chip.kind != "gpu":
     return 0.0
-  return work.looped(question.run.model) * 3 * (used.kept + used.parameters)
+  copied = 3 * (used.kept + used.parameters) / hbm
+  sums = [e for e in parameters if e.collective == "all_reduce"]
+  return used.looped * (copied + sum(seconds(question, e) for e in sums))
 
 
 def drop_probability(question: Question) -> tuple[float, int, int] | None:

@@ -5,6 +5,7 @@ Each compared with the same layer on one device; the matrix is in `contract_test
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,17 @@ import pytest
 from flax import nnx
 
 import jmoe
-from jmoe import Context, MoEConfig, aggregate, combine, dispatch, experts, gates, use
+from jmoe import (
+  Context,
+  MoEConfig,
+  aggregate,
+  combine,
+  dispatch,
+  experts,
+  gates,
+  keeping,
+  use,
+)
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.experts import layout
 from jmoe.layer import apply, init_state, moe_init
@@ -223,6 +234,20 @@ def test_parameters_may_rest_where_the_table_says():
     y, _ = apply(spread, X, config)
   alone, _ = apply(params, X, dataclasses.replace(config, sharding=None))
   assert_close(jax.device_get(y), jax.device_get(alone))
+
+
+def test_a_kept_routing_is_not_gathered_again():
+  config = dataclasses.replace(BASE, dispatch=use(dispatch.all_gather))
+  params = moe_init(KEY, config)
+
+  @functools.partial(jax.checkpoint, policy=keeping.policy(("routing",)))
+  def total(params, x):
+    return jnp.sum(apply(params, x, config)[0])
+
+  with jax.set_mesh(mesh.make({"expert": 2}, devices=jax.devices()[:2])):
+    step = str(jax.make_jaxpr(jax.grad(total))(params, X))
+  # Tokens, choices and weights; backward tokens again, and the gradient of sums.
+  assert step.count("= all_gather[") == 3 + 2
 
 
 def test_axes_can_be_renamed():

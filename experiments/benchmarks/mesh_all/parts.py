@@ -41,7 +41,8 @@ def parts(
 
   def training(name: str, seconds: float, model: str, *words: str) -> None:
     rounds = ("--rounds", "1" if dry else "3", "--limit", "300")
-    add(name, seconds, TRAIN, "--model", model, *words, *rounds)
+    # Layers apart are faster, but all parts compile at once, and they for minutes.
+    add(name, seconds, TRAIN, "--model", model, "--loop", *words, *rounds)
 
   whole, steps = f"fsdp={gpus}", ("--checkpoint-layers", "0")
   tokens = ("--tokens", str(32 * gpus)) if dry else ()  # some for each of all
