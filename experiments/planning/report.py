@@ -25,8 +25,8 @@ def show(question: Question, chosen: Plan, batch: int) -> None:
     f"{topology.flops / 1e12:,.0f} TFLOP/s and {topology.hbm / _GIB:,.1f} GiB"
   )
   print(
-    f"parameters   {counted.total / 1e9:,.2f} billion, {counted.active / 1e9:,.2f} met "
-    f"by a token; stored as {run.param_dtype}"
+    f"parameters   {_counted(counted.total)}, {_counted(counted.active)} met by a "
+    f"token; stored as {run.param_dtype}"
   )
   print(
     f"batch        {run.data.batch:,} rows of {run.data.seq:,} tokens, "
@@ -67,6 +67,11 @@ def show(question: Question, chosen: Plan, batch: int) -> None:
     print(f"largest batch that fits: {batch:,} rows, {batch // mesh.rows} a device")
   else:
     print("largest batch that fits: none; use more devices, or a larger fsdp axis")
+
+
+def _counted(number: float) -> str:
+  big = number >= 1e8
+  return f"{number / (1e9 if big else 1e6):,.2f} {'billion' if big else 'million'}"
 
 
 def _show_exchanges(question: Question, chosen: Plan) -> None:

@@ -105,6 +105,18 @@ def test_without_libtpu_compiling_names_the_extra(capsys):
   assert "pip install 'jmoe[aot]'" in capsys.readouterr().err
 
 
+def test_the_first_axis_of_a_mesh_lies_over_hosts(capsys):
+  given = ("--config", "olmoe:1b-7b", "--topology", "gpu:2x4xH200", "--mesh")
+  far = lines(capsys, *given, "expert=2,fsdp=4")[1]
+  near = lines(capsys, *given, "fsdp=4,expert=2")[1]
+  assert "mesh expert=2,fsdp=4:" in far and "mesh fsdp=4,expert=2:" in near
+
+  def seconds(out):
+    return float(re.findall(r"all_to_all +[\d.]+ +([\d.]+)", out)[0])  # of rows
+
+  assert seconds(far) > 2 * seconds(near)
+
+
 def test_what_fits_nowhere_is_said(capsys):
   code, out = lines(
     capsys, "--config", "deepseek_v3:671b-size", "--topology", "v5e:2x2", "--mesh",
