@@ -32,6 +32,17 @@ def others(source: Any, arguments: argparse.Namespace) -> list[Any]:
   return found
 
 
+def check_sparse(source: Any) -> None:
+  """Raises BadData if a run's model has no sparse layer."""
+  from jmoe.surgery import layer_configs
+
+  if not layer_configs(source.model.config):
+    raise BadData(
+      f"--workdir {source.folder}: its model has no sparse layer; `upcycle` or "
+      "`cluster` makes one that has some."
+    )
+
+
 def calibration_rows(
   source: Any, arguments: argparse.Namespace, domain: str, count: int | None = None
 ) -> Any:

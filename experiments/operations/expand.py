@@ -10,7 +10,7 @@ import argparse
 import functools
 from typing import Any
 
-from experiments.operations._several import count
+from experiments.operations._several import check_sparse, count
 
 
 def arguments(add: Any) -> None:
@@ -25,6 +25,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from experiments.operations._source import Outcome
   from jmoe.surgery import layers, upcycle
 
+  check_sparse(source)
   made = upcycle.expand(
     source.model,
     times=arguments.times,

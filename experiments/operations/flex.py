@@ -15,7 +15,12 @@ FlexOlmo (arXiv 2507.07024): the new run trains its expert and its gate column a
 import argparse
 from typing import Any
 
-from experiments.operations._several import LOSS_WEIGHTS, calibration_rows, count
+from experiments.operations._several import (
+  LOSS_WEIGHTS,
+  calibration_rows,
+  check_sparse,
+  count,
+)
 
 
 def arguments(add: Any) -> None:
@@ -39,6 +44,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
       "flex: give --domain and --public-domain to begin, or --without to take out."
     )
   if left is not None:
+    check_sparse(source)
     made = flex.without(source.model, left)
     kept = [[e for e in range(layer.config.num_experts) if e != left]
             for layer in layers(source.model)]  # fmt: skip

@@ -17,7 +17,7 @@ import argparse
 import functools
 from typing import Any
 
-from experiments.operations._several import calibration_rows, count
+from experiments.operations._several import calibration_rows, check_sparse, count
 
 
 def arguments(add: Any) -> None:
@@ -37,6 +37,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from experiments.operations._source import Outcome
   from jmoe.surgery import grow, layers
 
+  check_sparse(source)
   columns = directions = None
   notes: dict[str, Any] = {"freeze": grow.freeze(source.model)}
   if arguments.margin is not None and arguments.domain is None:

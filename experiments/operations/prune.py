@@ -14,7 +14,7 @@ import argparse
 import functools
 from typing import Any
 
-from experiments.operations._several import calibration_rows, count
+from experiments.operations._several import calibration_rows, check_sparse, count
 
 
 def arguments(add: Any) -> None:
@@ -31,6 +31,7 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from experiments.operations._source import Outcome
   from jmoe.surgery import cut_model, prune
 
+  check_sparse(source)
   if arguments.score == "random":
     scores = prune.at_random(source.model, seed=arguments.seed)
   else:

@@ -7,6 +7,8 @@ python -m experiments.surgery to_dense --workdir runs/small --out runs/dense
 import argparse
 from typing import Any
 
+from experiments.operations._several import check_sparse
+
 
 def arguments(add: Any) -> None:
   """Its own arguments."""
@@ -18,5 +20,6 @@ def operate(source: Any, arguments: argparse.Namespace) -> Any:
   from experiments.operations._source import Outcome
   from jmoe.surgery import to_dense
 
+  check_sparse(source)
   made = to_dense(source.model, how=arguments.how)
   return Outcome(made, [], moments="experts have become one dense layer")

@@ -81,6 +81,15 @@ def test_dense_again_upcycled_and_expanded(source):
   assert layer(operated("expand", source, "--times", "2").model).config.k == 4
   dense = Source.__new__(Source)
   dense.__dict__.update(source.__dict__, model=made.model)
+  for name, *own in (
+    ("to_dense",),
+    ("expand", "--times", "2"),
+    ("grow", "--new", "1"),
+    ("prune", "--keep", "2", "--score", "random"),
+    ("flex", "--without", "1"),
+  ):
+    with pytest.raises(BadData, match="has no sparse layer"):
+      operated(name, dense, *own)
   up = operated("upcycle", dense, "--experts", "3", "--blocks", "1")
   assert layer(up.model).config.num_experts == 3
   groups = operated("cluster", dense, "--experts", "4", "--k", "2", "--blocks", "0")
