@@ -72,8 +72,8 @@ def _compile(job: Job, until: float) -> Any:
   options = None
   if job.way and jax.default_backend() == "gpu":
     options = HIDING | (variants.COPIES if job.way.copies else {})
-  program = jax.jit(layer.step(function)).lower(*job.given.like)
-  program = program.compile(compiler_options=options)
+  lowered = jax.jit(layer.step(function)).lower(*job.given.like)
+  program = lowered.compile(compiler_options=options)
   memory: Any = program.memory_analysis()
   needed = (
     memory.argument_size_in_bytes
@@ -81,7 +81,12 @@ def _compile(job: Job, until: float) -> Any:
     + memory.temp_size_in_bytes
   )
   figures = {"gb": needed / 1e9, "compile_s": time.perf_counter() - begin}
-  return program, figures
+  results = jax.tree.map(
+    lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+    lowered.out_info,
+    program.output_shardings,
+  )
+  return program, figures, errors.compiled(job.given, job.routings, results)
 
 
 def row(job: Job, made: Any, routing: str) -> Any:
@@ -89,16 +94,16 @@ def row(job: Job, made: Any, routing: str) -> Any:
 
   Args:
     job: what was compiled.
-    made: its program and figures, from `compiled`.
+    made: its program, figures and check, from `compiled`.
     routing: one of the job's.
   """
-  program, figures = made
+  program, figures, check = made
   try:
     arguments = job.given.arguments(*job.given.routed(routing))
     if (why := _too_large(program)) is not None:
       return rows.Missing(job.name, why)
     results = program(*arguments)
-    figures = figures | errors.errors(job.given, arguments, results)
+    figures = figures | check(arguments, results, routing)
     del results
   except Exception as error:  # out of memory, or a backend that lacks a collective
     return rows.Missing(job.name, rows.reason(error))

@@ -103,8 +103,13 @@ def _errors(
 
 
 def gap(found: Any, expected: Any) -> float:
+  return float(relative(found, expected))
+
+
+def relative(found: Any, expected: Any) -> Any:
+  """f32[] the norm of the difference over that of what is expected."""
   gap = jnp.linalg.norm(found.astype(jnp.float32) - expected)
-  return float(gap / jnp.linalg.norm(expected))
+  return gap / jnp.linalg.norm(expected)
 
 
 @jax.jit

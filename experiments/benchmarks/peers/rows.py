@@ -160,4 +160,9 @@ def wrong(found: list[dict[str, Any]]) -> list[str]:
 
 def tokens(shape: Shape, count: int = 4) -> list[int]:
   """The tokens whose results are compared with float32."""
-  return list(range(0, shape.tokens, max(1, shape.tokens // count)))[:count]
+  return tokens_of(shape.tokens, count)
+
+
+def tokens_of(number: int, count: int = 4) -> list[int]:
+  """The same, of so many tokens."""
+  return list(range(0, number, max(1, number // count)))[:count]
