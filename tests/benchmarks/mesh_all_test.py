@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,16 +18,18 @@ from experiments.benchmarks.mesh_all.together import Part
 
 # Asks for its turn after a while, and writes when it had it.
 WORKER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from experiments.benchmarks.turns import turn
 name, wait, code, folder = sys.argv[1:5]
+(Path(folder) / f"{name}.pid").write_text(str(os.getpid()))
 time.sleep(float(wait))
 with turn(Path(sys.argv[6])):
   begin = time.monotonic()
   time.sleep(0.1)
   with (Path(folder) / "spans").open("a") as file:
     file.write(f"{name} {begin} {time.monotonic()}\\n")
+(Path(folder) / f"{name}.json").write_text("{}")
 sys.exit(int(code))
 """
 
@@ -51,13 +56,14 @@ def spans(folder):
 def test_all_begin_at_once_and_are_measured_in_order(tmp_path, worker):
   asked = [worker("a", 0.5), worker("b", code=3), worker("c"), worker("late", 60)]
   begin = time.monotonic()
-  ended = together.together(
-    asked, tmp_path, at_once=4, patience=1.2, until=begin + 2.5
-  )  # fmt: skip
+  ended = list(
+    together.together(asked, tmp_path, at_once=4, patience=1.2, until=begin + 2.5)
+  )
   assert [(e.part.name, e.code) for e in ended] == [("a", 0), ("b", 3), ("c", 0)]
   found = spans(tmp_path)
   assert [name for name, *_ in found] == ["a", "b", "c"]
-  assert found[0][1] > begin + 1.2  # one was still in compilation
+  assert found[0][1] > begin + 1.2  # one was still in compilation, and it is said
+  assert [e.beside for e in ended] == [1, 1, 1]
   assert all(one[2] <= other[1] for one, other in zip(found, found[1:]))
 
 
@@ -72,6 +78,33 @@ def test_what_is_done_is_not_done_again(tmp_path, worker, monkeypatch, capsys):
   said = capsys.readouterr().out
   assert "done before: a" in said and "2 of 2 done" in said
   assert [name for name, *_ in spans(tmp_path)] == ["a", "b", "b"]
+  # Figures that are gone, of a line that a kill cut off or not, are made again.
+  (tmp_path / "a.json").unlink()
+  with (tmp_path / compare.FILE).open("a") as file:
+    file.write('{"part": "b", "co')
+  assert set(command.finished(tmp_path, listed)) == {"b"}
+
+
+def test_an_end_from_outside_takes_the_children_along(tmp_path, worker, monkeypatch):
+  monkeypatch.setattr(command, "parts", lambda *_, **__: [worker("long", 60)])
+  before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+  pid = tmp_path / "long.pid"
+
+  def kill():
+    while not pid.exists() or not pid.read_text():
+      time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  threading.Thread(target=kill).start()
+  try:
+    with pytest.raises(SystemExit) as ended:
+      command.main(["--gpus", "2", "--out", str(tmp_path)])
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  assert ended.value.code == 128 + signal.SIGTERM
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(pid.read_text()), 0)
 
 
 @pytest.mark.parametrize("gpus", [2, 8])
@@ -82,7 +115,7 @@ def test_every_command_of_the_list_is_understood(gpus, tmp_path):
     assert {f"each-{shape}", f"all-{shape}", f"liger-{shape}"} <= set(names)
   assert ("qwen3-fsdp" in names) == (gpus == 8) and "checkpoint" in names
   without = [part for part in found if not part.name.startswith("liger")]
-  assert sum(part.seconds for part in without) < 460  # beside compilation
+  assert sum(part.seconds for part in without) < 505  # beside compilation
   for part in found:
     if part.words[0] == LAYER:
       asked = mesh.parser().parse_args(part.words[1:])

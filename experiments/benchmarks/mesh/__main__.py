@@ -20,7 +20,7 @@ the shape's tokens are those of all GPUs together).
 For four tokens the output and the gradients are compared with float32, and the gradient
 of one expert's last matrix, a sum over all devices.  Figures are written as they come.
 
-Exit codes: 0 done, 2 bad arguments, 3 a result was wrong.
+Exit codes: 0 done, 2 bad arguments, 3 a result was wrong, 4 time was short for some.
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -18,6 +18,7 @@ from experiments.benchmarks.shapes import Shape
 
 ALONE = "one GPU"
 ALL = "one GPU, all tokens"
+NO_TIME = "no time was left"
 # What the compiler must be told to move rows behind products.
 HIDING: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
@@ -63,7 +64,7 @@ def compiled(
 
 def _compile(job: Job, until: float) -> Any:
   if time.monotonic() > until:
-    return rows.Missing(job.name, "no time was left to compile it")
+    return rows.Missing(job.name, f"{NO_TIME} to compile it")
   begin = time.perf_counter()
   if job.way is None:
     function = layer.alone(job.shape)

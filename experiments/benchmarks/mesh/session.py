@@ -3,17 +3,18 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 from experiments.benchmarks import shapes
+from experiments.benchmarks.command import saved
 from experiments.benchmarks.mesh import build, layer, liger, links
 from experiments.benchmarks.peers import rows
 from experiments.benchmarks.turns import turn
@@ -41,6 +42,7 @@ class Session:
 
   def __init__(self, arguments: argparse.Namespace):
     self.begin, self.arguments = time.monotonic(), arguments
+    self.late: list[str] = []  # for which no time was left
     known = (*layer.BUCKETS, *layer.DROPLESS)
     self.strategies = _listed("strategies", arguments.strategies, known)
     self.routings = _listed("routings", arguments.routings, layer.ROUTINGS)
@@ -82,8 +84,7 @@ class Session:
   def save(self) -> None:
     """What there is, so that a run that is cut off leaves it."""
     if out := self.arguments.out:
-      out.parent.mkdir(parents=True, exist_ok=True)
-      out.write_text(json.dumps(self.found, indent=1) + "\n")
+      saved(out, self.found)
 
   def run(self) -> int:
     """The exit code."""
@@ -99,15 +100,30 @@ class Session:
         self._links()
       for i, size in enumerate(sizes):
         if i and time.monotonic() > self.begin + 0.95 * limit:
-          print(f"EP {size.n}: no time was left", flush=True)
+          self._left_out(f"EP {size.n}")
           continue
         left = max(0.0, self.end - time.monotonic())
         weight = sum(other.n + 1 for other in sizes[i:])
         until = time.monotonic() + left * (size.n + 1) / weight
         right &= self._layers(size, programs, until)
+    for name, why in self._missing():
+      if build.NO_TIME in why:
+        self.late.append(name)
+    self.found["late"] = self.late
     self.save()
     print(f"took {time.monotonic() - self.begin:.0f} s", flush=True)
-    return 0 if right else 3
+    return 3 if not right else 4 if self.late else 0
+
+  def _missing(self) -> Iterator[tuple[str, str]]:
+    for group in self.found["groups"]:
+      yield from group["missing"].items()
+    for one in self.found["links"]:
+      if "why" in one:
+        yield one["collective"], one["why"]
+
+  def _left_out(self, what: str) -> None:
+    self.late.append(what)
+    print(f"{what}: {build.NO_TIME}", flush=True)
 
   def _sizes(self) -> list[Size]:
     """Jobs over each number of devices; peers begin to load and compile."""
@@ -172,8 +188,8 @@ class Session:
         print(links.shown(entry), flush=True)
       self.found["links"] += found
       self.save()
-      if time.monotonic() > self.end:
-        print(f"links of {sizes[i + 1 :]} GPUs: no time was left", flush=True)
+      if time.monotonic() > self.end and (left_out := sizes[i + 1 :]):
+        self._left_out(f"links of {left_out} GPUs")
         break
 
   def _layers(self, size: Size, programs: dict[build.Job, Any], until: float) -> bool:

@@ -18,18 +18,20 @@ Exit codes: 0 done, 2 bad arguments, 3 a result was wrong, 4 not all is done.
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import contextlib
 import json
 import shlex
+import signal
+import sys
 import time
 from pathlib import Path
 
-from experiments.benchmarks.mesh_all import together
+from experiments.benchmarks.mesh_all import compare, together
 from experiments.benchmarks.mesh_all.parts import parts
 from experiments.benchmarks.mesh_all.together import Ended, Part
 from experiments.parser import Parser, run
 
 _WRONG = 3
-_FILE = "ended.jsonl"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,22 +84,26 @@ def _run(arguments: argparse.Namespace, found: list[Part]) -> int:
   if not arguments.liger_site:
     print("liger-cute-kernels is left out: --liger-site is not given", flush=True)
   left = [part for part in found if part.name not in codes]
-  for ended in together.together(
+  for number in (signal.SIGTERM, signal.SIGHUP):  # an end that takes its children along
+    signal.signal(number, lambda n, _: sys.exit(128 + n))
+  all_ended = together.together(
     left,
     folder,
     at_once=arguments.at_once or (2 if arguments.dry else len(found)),
     patience=arguments.limit if arguments.dry else arguments.patience,
     until=begin + arguments.limit,
-  ):
-    name = ended.part.name
-    _append(folder, ended)
-    if ended.code in (0, _WRONG):
-      codes[name] = ended.code
-    print(
-      f"{time.monotonic() - begin:5.0f} s  {name:<14} {_said(ended)}; "
-      f"{len(codes)} of {len(found)} done",
-      flush=True,
-    )
+  )
+  with contextlib.closing(all_ended):
+    for ended in all_ended:
+      name = ended.part.name
+      _append(folder, ended)
+      if ended.code in (0, _WRONG):
+        codes[name] = ended.code
+      print(
+        f"{time.monotonic() - begin:5.0f} s  {name:<14} {_said(ended)}; "
+        f"{len(codes)} of {len(found)} done",
+        flush=True,
+      )
   if missing := [part.name for part in found if part.name not in codes]:
     print(f"not done, the same command goes on: {', '.join(missing)}", flush=True)
     return 4
@@ -106,28 +112,31 @@ def _run(arguments: argparse.Namespace, found: list[Part]) -> int:
 
 def _said(ended: Ended) -> str:
   if ended.code == 0:
-    return f"measured in {ended.seconds:.0f} s"
+    beside = f", while {ended.beside} others compiled" if ended.beside else ""
+    return f"measured in {ended.seconds:.0f} s{beside}"
   if ended.code == _WRONG:
     return f"a result was WRONG, see {ended.part.name}.log"
+  if ended.code == 4:
+    return f"had too little time, {ended.seconds:.0f} s, for some of it"
   return f"ended with {ended.code} after {ended.seconds:.0f} s, see its log"
 
 
 def _append(folder: Path, ended: Ended) -> None:
   line = {"part": ended.part.name, "code": ended.code, "seconds": ended.seconds}
-  with (folder / _FILE).open("a") as file:
-    file.write(json.dumps(line | {"command": ended.part.command}) + "\n")
+  line |= {"beside": ended.beside, "command": ended.part.command}
+  with (folder / compare.FILE).open("a") as file:
+    file.write(json.dumps(line) + "\n")
 
 
 def finished(folder: Path, found: list[Part]) -> dict[str, int]:
-  """Exit codes of the parts that were done by these same commands."""
+  """Exit codes of parts that these same commands did, and whose figures are here."""
   commands = {part.name: part.command for part in found}
-  if not (folder / _FILE).exists():
-    return {}
-  lines = map(json.loads, (folder / _FILE).read_text().splitlines())
   return {
     line["part"]: line["code"]
-    for line in lines
-    if line["code"] in (0, _WRONG) and commands.get(line["part"]) == line["command"]
+    for line in compare.endings(folder)
+    if line["code"] in (0, _WRONG)
+    and commands.get(line["part"]) == line["command"]
+    and (folder / f"{line['part']}.json").exists()
   }
 
 

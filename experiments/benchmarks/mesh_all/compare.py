@@ -9,6 +9,7 @@ within 15% of the planned one, memory within 10%.  Exit codes: 0 done, 2 bad arg
 # SPDX-License-Identifier: Apache-2.0
 
 import argparse
+import contextlib
 import json
 import statistics
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from experiments.parser import Parser, run
 
+FILE = "ended.jsonl"  # how each command ended
 WITHIN = {"time": 0.15, "memory": 0.10}
 PLANNED = Path(__file__).parent.parent / "planned" / "mesh_8_h200.json"
 # Shape -> what the best strategy should keep of one GPU's rate over all GPUs, with as
@@ -61,8 +63,20 @@ def main(argv: list[str] | None = None) -> int:
   folder = arguments.measured
   if folder is not None and not folder.is_dir():
     parser.error(f"{folder}: there is no such folder")
+  for line in [] if folder is None else endings(folder):
+    if line.get("beside"):
+      print(f"{line['part']}: taken while {line['beside']} others compiled, too slow")
   show(planned, {} if folder is None else read(folder))
   return 0
+
+
+def endings(folder: Path) -> list[dict[str, Any]]:
+  """The lines of `FILE`, less one that was cut off."""
+  path, found = folder / FILE, []
+  for text in path.read_text().splitlines() if path.exists() else ():
+    with contextlib.suppress(json.JSONDecodeError):
+      found.append(json.loads(text))
+  return found
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def parts(
       *tokens,
     )  # fmt: skip
   one = ("--layers", "1", "--checkpoint-layers", "1")
-  training("checkpoint", 35, "olmoe-1b-7b", "--strategy", "deduplicated", *one)
+  training("checkpoint", 80, "olmoe-1b-7b", "--strategy", "deduplicated", *one)
   for shape in SHAPES if liger_site else ():
     words = ("--parts", "layer,liger", "--liger-site", str(liger_site), "--only-all")
     layers(

@@ -1,7 +1,8 @@
 """Commands that compile at once and are measured one after another, in a given order.
 
 Nobody measures while others compile: compilers try kernels on the GPUs, and figures
-that were taken meanwhile were wrong.
+that were taken meanwhile were wrong.  Only when patience is over do they, and how they
+ended says so.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from experiments.benchmarks.command import command
@@ -49,11 +50,12 @@ class Ended:
   part: Part
   code: int
   seconds: float  # since it was given its turn; of one that never asked, all
+  beside: int = 0  # commands that still compiled when its turn came
 
 
 class _Process:
   def __init__(self, part: Part, folder: Path):
-    self.part, self.given = part, False
+    self.part, self.given, self.beside = part, False, 0
     self.gate = Gate(folder / f"{part.name}.turn")
     self.begin = time.monotonic()
     with (folder / f"{part.name}.log").open("w") as log:
@@ -70,17 +72,17 @@ class _Process:
   def compiles(self) -> bool:
     return not self.given and not self.gate.asked
 
-  def give(self) -> None:
-    self.given, self.begin = True, time.monotonic()
+  def give(self, beside: int) -> None:
+    self.given, self.begin, self.beside = True, time.monotonic(), beside
     self.gate.give()
 
   def ended(self) -> Ended | None:
     seconds = time.monotonic() - self.begin
     if self.process.poll() is not None:
-      return Ended(self.part, self.process.returncode, seconds)
+      return Ended(self.part, self.process.returncode, seconds, self.beside)
     if self.given and seconds > 2 * self.part.seconds:
       self.stop()
-      return Ended(self.part, _LATE, seconds)
+      return Ended(self.part, _LATE, seconds, self.beside)
     return None
 
   def stop(self) -> None:
@@ -91,7 +93,7 @@ class _Process:
 
 def together(
   parts: Sequence[Part], folder: Path, *, at_once: int, patience: float, until: float
-) -> Iterator[Ended]:
+) -> Generator[Ended, None, None]:
   """How each part ended, as they end; what has not by then is stopped, and left out.
 
   Args:
@@ -111,11 +113,11 @@ def together(
         if ended := one.ended():
           active.remove(one)
           yield ended
-      compiling = any(one.compiles for one in active)
+      compiling = sum(one.compiles for one in active)
       late = time.monotonic() > begin + patience
       ready = [one for one in active if one.gate.asked and not one.given]
       if ready and not any(one.given for one in active) and (late or not compiling):
-        ready[0].give()
+        ready[0].give(compiling)
       time.sleep(0.05)
   finally:
     for one in active:
