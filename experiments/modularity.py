@@ -54,6 +54,11 @@ def _run(arguments: argparse.Namespace, words: Sequence[str]) -> None:
   extras.check_training("experiments.modularity")
   if arguments.plot is not None:
     extras.check("matplotlib", "viz", needed_by="--plot")
+  if arguments.results is not None and len(arguments.workdirs) > 1:
+    raise ValueError(
+      f"--results with {len(arguments.workdirs)} runs: seeds of a claim are those of "
+      "partitions; give one DIR, and another --name for each."
+    )
   if not 0 < arguments.share <= 1 or arguments.groups < 1 or arguments.rows < 1:
     raise ValueError(
       f"--share {arguments.share} --groups {arguments.groups} --rows "

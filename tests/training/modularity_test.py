@@ -55,6 +55,8 @@ def test_steps_are_measured_once_and_feed_forwards_see_what_they_did(
   keys = [r["share"] for r in records if r["partition"] == "keys"]
   (arm,) = (name for name in arms if name.endswith("step 0, keys"))
   assert list(arms[arm]["values"].values()) == keys and len(arms) == 2
+  assert modularity.main([str(folder), *given, "--results", str(tmp_path)]) == 2
+  assert "--results with 2 runs" in capsys.readouterr().err
   assert modularity.main([*given, "--groups", "5"]) == 2
   assert "--groups 5 does not divide d_ff=32" in capsys.readouterr().err
 
