@@ -5,6 +5,10 @@ import math
 import numbers
 from typing import Any
 
+import jax
+import numpy as np
+from jax.core import Tracer
+
 
 def in_range(
   name: str,
@@ -13,19 +17,25 @@ def in_range(
   least: float = 0.0,
   most: float = math.inf,
   above: bool = False,
-) -> None:
-  """Raises unless a value is a finite number in a range.
+) -> Any:
+  """A value that is a finite number in a range, as Python's number.
 
   Args:
     name: function and keyword, as "jitter: eps".
-    value: what was given.
+    value: what was given, maybe an array without dims.
     least, most: the ends of the range, allowed themselves.
     above: the lower end is not allowed.
+
+  Raises:
+    ValueError: any other value.
   """
+  arrays = (np.generic, np.ndarray, jax.Array)
+  if isinstance(value, arrays) and not isinstance(value, Tracer):
+    value = value.item() if value.ndim == 0 else value
   number = isinstance(value, numbers.Real) and not isinstance(value, bool)
   if number and math.isfinite(value) and least <= value <= most:  # type: ignore[arg-type]
     if not above or value > least:  # type: ignore[operator]
-      return
+      return value
   if most < math.inf:
     wanted = f"a number from {least:g} to {most:g}"
   elif least == -math.inf:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmoe import restrict
 from jmoe.assign import renormalise
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig, MoEConfig
 from jmoe.presets import emo
@@ -27,6 +28,8 @@ _NORMS = {
 _EXPERT = {"gate_EDF": "gate_proj", "up_EDF": "up_proj", "down_EFD": "down_proj"}
 _DENSE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _OF_TRAINING = {"moe.state.counted", "moe.state.batches"}
+# Where no choice is dropped these are one, `norm_topk_prob`.
+_NORMALISING = ("before_dropping", "after_dropping", "over_chosen")
 # What the code has beside the released models, and this does not.
 _PLAIN = {
   "hidden_act": "silu",
@@ -91,8 +94,9 @@ def to_released(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """(config.json, tensors) of a model; the inverse of `from_released`.
 
   Raises:
-    ValueError: a layer that the released code cannot compute.
+    ValueError: a layer or a final norm that the released code cannot compute.
   """
+  _known({"norm of the model": (model.config.norm, "rms")})
   tensors: dict[str, np.ndarray] = {
     "model.embed_tokens.weight": np.asarray(model.params["embed.embedding"]),
     "model.norm.weight": np.asarray(model.params["norm.scale"]),
@@ -117,8 +121,9 @@ def to_released(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
       f"convert.emo: k={[ff.k for ff in sparse]} differs from layer to layer; the "
       "released code has one for all, so keep as many experts in each."
     )
-  rule = _one({ff.renormalise.name for ff in sparse}, "renormalise")
-  if rule == "before_dropping":
+  rules = {ff.renormalise.name in _NORMALISING for ff in sparse}
+  normalised = _one(rules, "norm_topk_prob")
+  if normalised:
     _renormalises(shared)
   own_width = {} if attention.head_dim is None else {"head_dim": attention.head_dim}
   return {
@@ -139,7 +144,7 @@ def to_released(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     "num_shared_experts": int(shared),
     "num_experts_per_tok": k + shared,
     "num_experts_per_layer": each if len(set(each)) > 1 else None,
-    "norm_topk_prob": rule == "before_dropping",
+    "norm_topk_prob": normalised,
     **own_width,
   }, tensors
 
@@ -242,7 +247,13 @@ def _check(block: Block) -> None:
     plain = emo.layer(d_model=ff.d_model, d_ff=1, num_experts=ff.num_experts, k=1)
     for field in ("gate", "score", "router", "experts", "join"):
       facts[field] = getattr(ff, field).name, getattr(plain, field).name
+    # The pool of training; outside it there is none, as in the released code.
+    pools = [each for each in ff.restrict if each.function is restrict.document_pool]
+    pools = tuple(pool for pool in pools[:1] if pool.get("evaluation") is None)
+    rule = ff.renormalise.name
     facts |= {
+      "restrict": (ff.restrict, pools),
+      "renormalise": (rule, rule if rule in _NORMALISING else "never"),
       "activation": (ff.experts.get("activation"), jax.nn.silu),
       "scale": (ff.scale, "output"),
       "router.scale": (ff.router.get("scale"), 1.0),
@@ -253,7 +264,12 @@ def _check(block: Block) -> None:
       "state": (sorted(set(block.state) - _OF_TRAINING), []),
     }
   bias = [name for name in block.params if "bias" in name]
-  for field, (own, known) in (facts | {"biases": (bias, [])}).items():
+  _known(facts | {"biases": (bias, [])})
+
+
+def _known(facts: Mapping[str, tuple[Any, Any]]) -> None:
+  """Raises unless each is (own, known) of equal values."""
+  for field, (own, known) in facts.items():
     if own != known:
       raise ValueError(
         f"convert.emo: {field}={shown(own)}; the released code knows {shown(known)} "

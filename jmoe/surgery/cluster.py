@@ -137,12 +137,15 @@ def stacked(
   Args:
     matrices: as `split` takes them.
     order_F: i[F] the dense hidden unit of each, group by group.
-    num_experts: N.
+    num_experts: N, which divides F.
+
+  Raises:
+    ValueError: F is not divisible.
   """
-  found = {}
+  size, found = _size(len(order_F), num_experts), {}
   for name, x in matrices.items():
     axis = _hidden(name)
-    shape = x.shape[:axis] + (num_experts, -1) + x.shape[axis + 1 :]
+    shape = x.shape[:axis] + (num_experts, size) + x.shape[axis + 1 :]
     found[name] = x.take(order_F, axis).reshape(shape).swapaxes(0, axis)
   return dense.as_experts(found)
 

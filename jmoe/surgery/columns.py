@@ -56,22 +56,28 @@ def together(layers: Sequence[Layer], *, k: int | None = None) -> Layer:
     k: choices per token; None: the first one's.
 
   Raises:
-    ValueError: layers that differ in more than their number of experts.
+    ValueError: layers that differ in more than their numbers of experts and k.
   """
-  first = layers[0].config
   for layer in layers:
     check(layer.config)
+  first = layers[0].config
+  # What numbers of experts bound, as a pool, is least bounded in the layer of most.
+  widest = max((layer.config for layer in layers), key=lambda own: own.num_experts)
+  for n, layer in enumerate(layers):
     own = layer.config
-    alike = resized(first, own.num_experts, own.k or 1)
-    if own.restrict == first.restrict:  # of few experts it may be less
+    alike = resized(widest, own.num_experts, own.k or 1)
+    if own.restrict == widest.restrict:  # of few experts it may be less
       own = dataclasses.replace(own, restrict=alike.restrict)
-    if own != alike:
-      raise ValueError(
-        f"together: {shown(layer.config)} is not like {shown(first)}; only numbers of "
-        "experts and k may differ."
-      )
+    for field in dataclasses.fields(own):
+      given, wanted = getattr(own, field.name), getattr(alike, field.name)
+      if given != wanted:
+        raise ValueError(
+          f"together: layer {n} has {field.name}={shown(given)}; like the one of most "
+          f"experts it would have {shown(wanted)}, and only numbers of experts and k "
+          "may differ."
+        )
   total = sum(layer.config.num_experts for layer in layers)
-  config = resized(first, total, first.k or 1 if k is None else k)
+  config = resized(widest, total, first.k or 1 if k is None else k)
   return _each(layers, config, lambda axis, *xs: concatenated(xs, axis))
 
 

@@ -58,9 +58,9 @@ def grow(
   """
   if number < 1:
     raise ValueError(f"grow: number={number}; give 1 or more.")
-  in_range("grow: noise", noise)
+  noise = in_range("grow: noise", noise)
   if bias is not None:
-    in_range("grow: bias", bias, least=-math.inf)
+    bias = in_range("grow: bias", bias, least=-math.inf)
   if directions is not None and (columns is not None or bias is not None):
     raise ValueError(
       f"grow: directions beside columns or bias={bias}; give one of the two."
@@ -207,7 +207,7 @@ def apart(
   Raises:
     ValueError: no samples, or a margin that is not over 0.
   """
-  in_range("apart: margin", margin, above=True)
+  margin = in_range("apart: margin", margin, above=True)
   if not old:
     raise ValueError("apart: old=[] holds no kind of old text; give one or more.")
   found = []

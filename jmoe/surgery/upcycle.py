@@ -119,9 +119,9 @@ def copied(
       f"upcycle: num_experts={E} and k={k} with granularity={g}; give multiples of it, "
       "k at most num_experts."
     )
-  in_range("upcycle: noise", noise)
-  in_range("upcycle: reinit", reinit, most=1)
-  if set(matrices) - {"up", "down", "gate"}:
+  noise = in_range("upcycle: noise", noise)
+  reinit = in_range("upcycle: reinit", reinit, most=1)
+  if set(matrices) | {"gate"} != {"up", "down", "gate"}:
     raise ValueError(
       f"upcycle: matrices={sorted(matrices)}; give up, down and maybe gate, no biases."
     )
@@ -205,7 +205,7 @@ def expand(
   """
   if times < 1:
     raise ValueError(f"expand: times={times}; give 1 or more.")
-  in_range("expand: noise", noise)
+  noise = in_range("expand: noise", noise)
   random = np.random.default_rng(seed)
 
   def change(number: int, layer: Layer) -> Layer:

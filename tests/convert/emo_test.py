@@ -5,11 +5,13 @@ a time, one expert after the other.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from jmoe import balance, gates, score, surgery, use
+from jmoe import balance, gates, renormalise, restrict, score, surgery, use
 from jmoe.convert import emo
 from jmoe.experts import glu
 from tests import _cases
@@ -166,6 +168,21 @@ def test_an_extracted_model_is_published_in_the_same_layout():
   assert again.config == small.config
 
 
+NORMALISING = (
+  renormalise.before_dropping,
+  renormalise.after_dropping,
+  renormalise.over_chosen,
+)
+POOL = use(restrict.document_pool, least=2)
+
+
+def test_rules_that_coincide_without_drops_are_published_as_one():
+  for rule, expected in ((renormalise.never, False), *((r, True) for r in NORMALISING)):
+    ff = cases.layer(shared=None, renormalise=use(rule), restrict=(POOL,))
+    config, _ = emo.to_released(cases.model(cases.config(ff)))
+    assert config["norm_topk_prob"] is expected
+
+
 def refuses(match, tensors=TENSORS, **changed):
   with pytest.raises(ValueError, match=match):
     emo.from_released(CONFIG | changed, tensors)
@@ -187,6 +204,10 @@ def test_what_is_not_known_is_refused():
     ("state=", dict(balance=use(balance.update))),
     ("shared=False", dict(shared=use(glu, d_ff=7))),
     ("biases=", dict(gate=use(gates.linear, bias=True))),
+    ("restrict=.*subset", dict(restrict=(use(restrict.subset, experts=(0, 1)),))),
+    ("restrict=.*document", dict(restrict=2 * (POOL,))),
+    ("evaluation=3", dict(restrict=(POOL.replace(evaluation=3),))),
+    *(("beside a shared", dict(renormalise=use(rule))) for rule in NORMALISING),
   ):
     model = cases.model(cases.config(cases.layer(**changed)))
     with pytest.raises(ValueError, match=field):
@@ -194,3 +215,7 @@ def test_what_is_not_known_is_refused():
   few = surgery.cut_model(emo.from_released(CONFIG, TENSORS), [[0, 1], [2]])
   with pytest.raises(ValueError, match=r"k=\[2, 1\] differs"):
     emo.to_released(few)
+  whole = emo.from_released(CONFIG, TENSORS)
+  layered = dataclasses.replace(whole.config, norm="layer")
+  with pytest.raises(ValueError, match="norm of the model='layer'"):
+    emo.to_released(whole._replace(config=layered))

@@ -148,3 +148,5 @@ def test_mistakes_are_named():
     given: dict = dict(num_experts=3, k=2, blocks_changed=[1]) | fields
     with pytest.raises(ValueError, match=message):
       clustering.cluster(model(True), **given)
+  with pytest.raises(ValueError, match="num_experts=5 does not divide d_ff=12"):
+    clustering.stacked({"up": np.zeros((6, 12))}, np.arange(12), 5)

@@ -85,6 +85,10 @@ def test_partial_reinitialisation_leaves_the_other_hidden_units():
   assert len({tuple(row) for row in same}) > 1  # not the same ones in all
   down = surgery.blocks(PARENT)[0].params["ff.down.kernel"]
   np.testing.assert_array_equal(np.all(layer["down_EFD"] == down, axis=2), same)
+  array = jnp.asarray(0.5)
+  chex.assert_trees_all_equal(
+    upcycling.upcycle(PARENT, num_experts=3, reinit=array).params, made.params
+  )
   gone = upcycling.upcycle(PARENT, num_experts=3, noise=0.1)
   noisy = surgery.layers(gone)[0].params["experts"]["up_EDF"] - old
   np.testing.assert_allclose(noisy.std() / old.std(), 0.1, rtol=0.25)
@@ -234,6 +238,12 @@ def test_mistakes_are_named():
       lambda: upcycling.copied({"up_bias": 0}, num_experts=2, k=1, activation=abs),
       "no biases",
     ),
+    (
+      lambda: upcycling.copied({"up": 0}, num_experts=2, k=1, activation=abs),
+      r"matrices=\['up'\]; give up, down",
+    ),
+    (lambda: upcycling.expand(MODEL, times=2, noise=np.asarray(-1.0)), "noise=-1.0"),
+    (lambda: growing.apart(MODEL, [], [], margin=np.asarray(0.0)), "margin=0.0 must"),
     (lambda: surgery.cut_model(MODEL, [[0, 0], [1]]), "must be distinct"),
     (lambda: surgery.cut_model(MODEL, [[0, 6], [1]]), "in 0..5"),
     (lambda: to_dense(MODEL, how="sum"), "how='sum'"),

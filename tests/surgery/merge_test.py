@@ -5,6 +5,7 @@ import dataclasses
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -26,6 +27,7 @@ ONE, TWO = (
     ).reshape(x.shape) for n, x in cases.model(CONFIG, seed).params.items()})
   for seed in (0, 1)
 )  # fmt: skip
+PLAIN = cases.model(cases.config(repeat=1))
 DENSE = cases.model(
   ModelConfig(
     cases.V,
@@ -153,6 +155,15 @@ def test_pools_of_documents_go_with_more_experts():
     equal(surgery.cut_model(both, [range(cases.E)]), one)
     grown = surgery.layers(grow(one, 2))[0].config  # fewer than a pool's
     assert (grown.restrict, grown.num_experts) == ((rule,), cases.E + 2)
+  # A cut's pools are bounded by its experts; those of both are as in the whole.
+  rule = use(restrict.document_pool, least=2, most=4)
+  whole = cases.model(cases.config(cases.layer(restrict=(rule,)), repeat=1))
+  cut = surgery.cut_model(whole, [[0, 2, 5]])
+  for pair in ([cut, whole], [whole, cut]):
+    both = merge.concatenate(pair, rest="first")
+    assert surgery.layers(both)[0].config.restrict == (rule,)
+    for model, (own,) in zip(pair, zip(*merge.offsets(pair)), strict=True):
+      assert surgery.cut_model(both, [own]).config == model.config
   subset = use(restrict.subset, experts=(0, 1))
   numbered = cases.model(cases.config(cases.layer(restrict=(subset,)), repeat=1))
   with pytest.raises(ValueError, match="numbers the experts"):
@@ -180,6 +191,9 @@ def test_new_experts_start_as_copies_or_with_nothing_to_say():
   np.testing.assert_array_equal(gate["bias_E"], [0] * cases.E + [-0.5] * 2)
   drawn = gate["kernel_DE"][:, -2:] - 3 * columns[0][:, None]
   assert 0 < np.abs(drawn).max() < 0.1 and np.ptp(drawn, axis=1).all()
+  biased = [grow(ONE, 2, bias=x, noise=y) for x, y in
+    ((-1.0, 0.5), (np.asarray(-1.0), jnp.float32(0.5)))]  # fmt: skip
+  equal(*biased)
   noisy = surgery.layers(grow(ONE, 8, noise=0.1))[0].params["experts"]["up_EDF"]
   assert len(noisy) == cases.E + 8
   copies = noisy[cases.E : 2 * cases.E] - noisy[: cases.E]
@@ -242,11 +256,13 @@ def test_mistakes_are_named():
     (lambda: merge.average([ONE, other]), "model 1 is"),
     (lambda: merge.concatenate([ONE, TWO], rest="last"), "rest='last'"),
     (lambda: merge.concatenate([DENSE, DENSE]), "no sparse layer"),
+    (lambda: merge.concatenate([ONE, PLAIN]), r"renormalise=never\(\);.*over_chosen"),
     (lambda: merge.mix([ONE, TWO]), "sparse; give a dense block"),
     (lambda: merge.mix([DENSE, DENSE], k=3), "k=3 of 2"),
     (lambda: grow(ONE, 0), "number=0"),
     (lambda: grow(ONE, 1, noise=np.nan), "noise=nan"),
     (lambda: grow(ONE, 1, bias=np.nan), "bias=nan"),
+    (lambda: grow(ONE, 1, bias=np.zeros(2)), r"bias=array\(\[0., 0.\]\)"),  # type: ignore[arg-type]
     (lambda: grow(ONE, 1, bias=1.0, directions=[]), "one of the two"),
     (lambda: flex.join([ONE]), "that `begin` made"),
     (lambda: flex.without(ONE, 6), "number=6"),
