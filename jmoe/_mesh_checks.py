@@ -5,11 +5,18 @@ first of them waits for another.
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+
+from jmoe._call_checks import activations
+from jmoe.contexts import with_rows
 from jmoe.parallel import mesh as meshes
 from jmoe.parallel.rules import letters, product, split_dims
+from jmoe.types import Context
 from jmoe.use import fact, shown
 
 
@@ -20,13 +27,7 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
   if rules is None or mesh is None:
     return
   sizes = mesh.shape
-  named = rules.named
-  if not set(named) & set(sizes):
-    raise ValueError(
-      f"sharding={shown(rules)} names no axis of the mesh {tuple(sizes)}; rename the "
-      "table's axes, or use sharding=None."
-    )
-  manual = [a for a in meshes.manual_axes(mesh) if a in named]
+  manual = [a for a in meshes.manual_axes(mesh) if a in rules.named]
   if manual:
     raise ValueError(
       f"sharding={shown(rules)} inside shard_map over {manual[0]!r}: the layer makes "
@@ -42,12 +43,29 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
 
 def fits(config: Any, x: Any, context: Any, train: bool, sizes: Any) -> None:
   """Raises if a mesh of such sizes cannot split a layer as its table says."""
+  if not set(config.sharding.named) & set(sizes):
+    raise ValueError(
+      f"sharding={shown(config.sharding)} names no axis of the mesh {tuple(sizes)}; "
+      "rename the table's axes, or use sharding=None."
+    )
   _experts(config, sizes)
   _matrices(config, sizes)
   _tokens(config, x, context, sizes)
   check = fact(config.dispatch, "fits_mesh")
   if check is not None:
     check(config, x.shape, context, train, sizes)
+
+
+def of_shape(config: Any, shape: Sequence[int], dtype: Any, sizes: Any) -> Context:
+  """What a call in training knows by its shape alone; raises as the call would."""
+  x = jax.ShapeDtypeStruct(tuple(shape), dtype)
+  activations(x, config)
+  lead, size = x.shape[:-1], config.group_size
+  if size == "row":
+    size = math.prod(lead) // math.prod(lead[:-1])
+  context = dataclasses.replace(with_rows(None, lead), group_size=size)
+  fits(config, x, context, True, sizes)
+  return context
 
 
 def _axes(config: Any, name: str, sizes: Any) -> tuple[str, ...]:
@@ -58,10 +76,15 @@ def _said(axes: tuple[str, ...], sizes: Any) -> str:
   return ", ".join(f"{a}={sizes[a]}" for a in axes)
 
 
-def near(value: int, parts: int) -> str:
-  """The nearest multiples of a number of parts."""
+def multiples(value: int, parts: int) -> list[int]:
+  """The nearest multiples of a number of parts, but for zero."""
   below, above = value // parts * parts, -(-value // parts) * parts
-  return f"{below} or {above}" if below else str(above)
+  return [below, above] if below else [above]
+
+
+def near(value: int, parts: int) -> str:
+  """The same in words."""
+  return " or ".join(map(str, multiples(value, parts)))
 
 
 def _experts(config: Any, sizes: Any) -> None:
@@ -149,6 +172,11 @@ def _leaves(tree: Any):
 def _tokens(config: Any, x: Any, context: Any, sizes: Any) -> None:
   """Shards are whole: equal numbers of tokens, and whole groups where they count."""
   lead = x.shape[:-1]
+  if not lead:
+    raise ValueError(
+      f"x has shape {x.shape}: one token, which no mesh splits; expected [T, "
+      f"{x.shape[-1]}] or [..., S, {x.shape[-1]}], or use sharding=None."
+    )
   parts = _axes(config, "tokens", sizes), _axes(config, "sequence", sizes)
   dims = [(lead[0], parts[0]), (lead[-1], parts[1])]
   if len(lead) == 1:

@@ -9,13 +9,15 @@ same for all.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jmoe import dispatch
+from jmoe._mesh_checks import multiples, of_shape
 from jmoe.parallel import costs as costs_of
 from jmoe.parallel.rules import Rules, product
 from jmoe.use import Use, fact, use
@@ -64,21 +66,25 @@ def costs(
     num_rows: B of activations `[B,S,D]`, whose rows are split whole; None: any tokens.
 
   Returns:
-    A choice for each way and strategy that the table allows, and that can divide the
-    tokens, their rows and groups of `group_size`.
+    A choice for each way and strategy that the table allows, and with which the layer
+    takes such activations: it divides the tokens, their rows, sequences and groups.
 
   Raises:
-    ValueError: none can.
+    ValueError: there is none.
   """
   rules: Rules = config.sharding
-  experts, tensor = rules.axes("expert", sizes), rules.axes("d_ff", sizes)
+  experts, sequence = rules.axes("expert", sizes), rules.axes("sequence", sizes)
+  features = rules.axes("d_ff", sizes)
+  # Where an axis splits sequences too, hidden layers are gathered over it in all ways.
+  tensor = tuple(a for a in features if a not in sequence)
   rest = tuple(
-    a for a in rules.axes("tokens", sizes) if a not in (*experts, *tensor)
-  ) + rules.axes("sequence", sizes)
+    a for a in rules.axes("tokens", sizes) + sequence if a not in (*experts, *tensor)
+  )
   E, D, F, matrices = _widths(config)
   item = jnp.dtype(dtype).itemsize
   n, t = product(experts, sizes), product(tensor, sizes)
   fsdp = product(rules.axes("d_model", sizes), sizes)
+  fsdp *= product([a for a in features if a in sequence], sizes)
   k, factor = float(config.k or 1), 1.0
   if config.capacity is not None:
     factor = config.capacity.kwargs.get("factor", 1.0)
@@ -110,33 +116,85 @@ def costs(
   if t > 1:
     carriers = strategies(config, sizes) if n > 1 else [local]
     found += [choice("expert_tensor", (), used) for used in carriers]
-  fitting = [c for c in found if _divides(c, config, num_tokens, num_rows, sizes)]
+  given = num_tokens, num_rows, config.group_size
+  refused = {c: _refused(config, c, sizes, *given) for c in found}
+  fitting = [c for c in found if refused[c] is None]
   if not fitting:
-    least = min(product(c.tokens, sizes) for c in found)
-    raise ValueError(
-      f"adaptive: num_tokens={num_tokens}, num_rows={num_rows} and group_size="
-      f"{config.group_size!r} cannot be divided over {dict(sizes)}; use multiples of "
-      f"{least} or fewer devices."
-    )
+    last = found[-1]  # has the fewest shards of tokens, so it asks the least
+    raise ValueError(_remedy(config, last, sizes, given, refused[last]))
   return sorted(fitting, key=lambda c: c.seconds)
 
 
-def _divides(
-  choice: Choice,
+def _refused(
   config: Any,
+  choice: Choice,
+  sizes: Mapping[str, int],
   num_tokens: int,
   num_rows: int | None,
+  group_size: int | str | None,
+) -> str | None:
+  """What a layer says to activations of such sizes; None: it takes them."""
+  if num_tokens % (num_rows or 1):
+    return f"num_rows={num_rows} does not divide num_tokens={num_tokens}."
+  lead = (num_tokens,) if num_rows is None else (num_rows, num_tokens // num_rows)
+  try:
+    config = dataclasses.replace(config, group_size=group_size)
+    shape = (*lead, config.d_model)
+    of_shape(as_chosen(config, choice, sizes), shape, "float32", sizes)
+  except ValueError as error:
+    return str(error)
+  return None
+
+
+def _remedy(
+  config: Any,
+  choice: Choice,
   sizes: Mapping[str, int],
-) -> bool:
-  """Whether shards are whole, as a layer over a mesh wants them."""
-  parts = product(choice.tokens, sizes)
+  given: tuple[Any, ...],
+  reason: str | None,
+) -> str:
+  """Which sizes a way cannot take, and the nearest that it can."""
+  names = "num_tokens", "num_rows", "group_size"
+  fits = [new for new in _near(config, choice, sizes, *given)
+          if _refused(config, choice, sizes, *new) is None]  # fmt: skip
+  changes = [{n: v for n, v, w in zip(names, new, given, strict=True) if v != w}
+             for new in fits]  # fmt: skip
+  if not changes:
+    return f"adaptive: no way can run over {dict(sizes)}: {reason}"
+  least = [c for c in changes if len(c) == min(map(len, changes))]
+  texts = [" with ".join(f"{n}={v}" for n, v in c.items()) for c in least]
+  texts = list(dict.fromkeys(texts))[:4]
+  failing = [f"{n}={v!r}" for n, v in zip(names, given, strict=True)
+             if any(n in c for c in least)]  # fmt: skip
+  return (
+    f"adaptive: {' and '.join(failing)} cannot be divided over {dict(sizes)}; use "
+    f"{' or '.join(texts)}, or fewer devices."
+  )
+
+
+def _near(
+  config: Any,
+  choice: Choice,
+  sizes: Mapping[str, int],
+  num_tokens: int,
+  num_rows: int | None,
+  group_size: int | str | None,
+) -> Iterator[tuple[int, int | None, int | str | None]]:
+  """Sizes near those of a call, which may fit: tokens, rows and a group's tokens."""
   sequence = config.sharding.axes("sequence", sizes)
-  of_rows = product([a for a in choice.tokens if a not in sequence], sizes)
-  if num_tokens % parts or (num_rows is not None and num_rows % of_rows):
-    return False
-  size = config.group_size
-  limited = config.capacity is not None and isinstance(size, int)
-  return not limited or num_tokens // parts % size == 0
+  parts = product(choice.tokens, sizes)
+  of_row = 1 if num_rows is None else product(sequence, sizes)
+  near_rows = [] if num_rows is None else multiples(num_rows, parts // of_row)
+  for rows in dict.fromkeys([num_rows, *near_rows]):
+    whole = math.lcm(parts, (rows or 1) * of_row)
+    group = group_size if isinstance(group_size, int) else 1
+    near = multiples(num_tokens, whole) + multiples(num_tokens, whole * group)
+    for tokens in dict.fromkeys([num_tokens, *near]):
+      yield tokens, rows, group_size
+      run = tokens // (rows or 1) // of_row if of_row > 1 else tokens // parts
+      most = min(run, group_size) if isinstance(group_size, int) else run
+      if most > 0:
+        yield tokens, rows, next(d for d in range(most, 0, -1) if run % d == 0)
 
 
 def strategies(config: Any, sizes: Mapping[str, int]) -> list[Use]:
@@ -175,6 +233,8 @@ def as_chosen(config: Any, choice: Choice, sizes: Mapping[str, int]) -> Any:
   """The configuration that runs in a certain way."""
   sequence = config.sharding.axes("sequence", sizes)
   tokens = tuple(a for a in choice.tokens if a not in sequence)
+  # A mesh's axes of size 1 stay named: the layer refuses a table that names no axis.
+  tokens += tuple(a for a in config.sharding.tokens if sizes.get(a) == 1)
   rules = dataclasses.replace(config.sharding, tokens=tokens)
   return dataclasses.replace(config, sharding=rules, dispatch=choice.dispatch)
 

@@ -20,7 +20,6 @@ from jmoe.parallel.rules import (
   product,
   spec,
 )
-from jmoe.types import Context
 from jmoe.use import fact, shown
 
 
@@ -54,10 +53,10 @@ def explain(
       lists them.  None: not known.
 
   Raises:
-    ValueError: a configuration without a table, a mesh that cannot be parsed, or one
-      that does not divide the layer.
+    ValueError: a configuration without a table, a mesh that cannot be parsed, one that
+      does not divide the layer or has none of its axes, or a shape of no activations.
   """
-  from jmoe._mesh_checks import fits
+  from jmoe._mesh_checks import of_shape
   from jmoe.parameters import param_shapes
 
   rules = config.sharding
@@ -70,9 +69,8 @@ def explain(
     sizes = dict(sizes.shape)
   else:
     sizes = meshes.parse(sizes, axes=axes or (*meshes.AXES, *rules.named))
+  context = of_shape(config, shape, dtype, sizes)
   T = math.prod(shape[:-1])
-  context = _context(config, shape)
-  fits(config, jax.ShapeDtypeStruct(tuple(shape), dtype), context, True, sizes)
   at = activation_spec(len(shape), rules, sizes)
   parts = rules.axes("tokens", sizes) + rules.axes("sequence", sizes)
   shards = product(parts, sizes)
@@ -115,14 +113,6 @@ def explain(
       activations.append(hidden)
   lines += [_line(*given, sizes=sizes)[0] for given in activations]
   return "\n".join(lines + _warnings(config, sizes, devices_per_node))
-
-
-def _context(config: Any, shape: Sequence[int]) -> Context:
-  """What is known of a call by its shape: its rows, and tokens of a group."""
-  size, row = config.group_size, shape[-2] if len(shape) > 2 else None
-  T = math.prod(shape[:-1])
-  num_rows = 1 if row is None else T // row
-  return Context(group_size=T // num_rows if size == "row" else size, num_rows=num_rows)
 
 
 def _line(
@@ -187,12 +177,14 @@ def _warnings(
   """Groups of experts that lie on several nodes, whatever a sender's other axes say."""
   if devices_per_node is None:
     return []
-  node_nM = _nodes(config.sharding, sizes, devices_per_node)
   expert_S = np.array(config.sharding.placement or range(config.num_experts))
-  node_SM = np.repeat(node_nM, len(expert_S) // len(node_nM), axis=0)
+  experts = config.sharding.axes("expert", sizes)
+  last = {a: sizes[a] for a in (*(a for a in sizes if a not in experts), *experts)}
 
-  def cut(owned: int, count: int) -> int:
+  def cut(owned: int, count: int, sizes: Mapping[str, int] = sizes) -> int:
     """How many of so many equal groups do."""
+    node_nM = _nodes(config.sharding, sizes, devices_per_node)
+    node_SM = np.repeat(node_nM, len(expert_S) // len(node_nM), axis=0)
     groups = np.arange(owned).reshape(count, -1)
     on = [node_SM[np.isin(expert_S, group)] for group in groups]
     return sum(bool((nodes != nodes[0]).any()) for nodes in on)
@@ -203,7 +195,8 @@ def _warnings(
     if found := cut(owned, count):
       more = [n for n in range(count + 1, owned + 1) if owned % n == 0]
       fitting = [f"{name}={n}" for n in more if not cut(owned, n)][:1]
-      remedies = [*fitting, "a mesh with the expert axes last"]
+      moved = [] if cut(owned, count, last) else ["a mesh with the expert axes last"]
+      remedies = fitting + moved or ["fewer devices on the expert axes"]
       lines.append(
         f"warning: {used!r}: {found} of {count} groups of {owned // count} experts lie "
         f"on several nodes of {devices_per_node} devices; use {' or '.join(remedies)}."

@@ -8,8 +8,8 @@ import pytest
 
 import jmoe
 from jmoe import dispatch, use
-from jmoe.layer import moe, moe_init, param_shapes
-from jmoe.parallel import EXPERT_TENSOR, adaptive, mesh, param_specs
+from jmoe.layer import apply, moe, moe_init, param_shapes
+from jmoe.parallel import DATA, EXPERT_TENSOR, Rules, adaptive, mesh, param_specs
 from tests._cases import quickly
 from tests.tolerance import assert_close
 
@@ -29,7 +29,8 @@ def test_many_tokens_fetch_matrices_and_few_go_to_them():
   assert few[0].name == "expert_tensor"
   names = {"data", "expert", "expert_tensor"}
   assert {c.name for c in many} == {c.name for c in few} == names
-  limited = adaptive.costs(wide(capacity_factor=1.0), 512, SIZES, RATES)
+  config = dataclasses.replace(wide(capacity_factor=1.0), group_size=64)
+  limited = adaptive.costs(config, 512, SIZES, RATES)
   carriers = {c.dispatch for c in limited if c.name == "expert"}
   assert use(dispatch.all_to_all) in carriers and use(dispatch.all_gather) in carriers
   assert not any(c.dispatch == use(dispatch.all_to_all) for c in few)  # it would drop
@@ -60,8 +61,72 @@ def test_ways_that_cannot_divide_rows_or_groups_are_left_out():
   assert adaptive.choose(wide(), many, SIZES, RATES, num_rows=4).sharding.tokens == (
     "data", "expert",
   )  # fmt: skip
-  with pytest.raises(ValueError, match="num_rows=3 .* use multiples of 4 or fewer"):
-    adaptive.costs(wide(), 512, SIZES, RATES, num_rows=3)
+
+
+BY_SEQUENCE = jmoe.simple(
+  8,
+  4,
+  num_experts=4,
+  k=2,
+  sharding=Rules(tokens=("data",), sequence=("expert",), expert=("expert",)),
+)
+IN_TWO = {"data": 2, "expert": 4}
+
+
+@pytest.mark.parametrize(
+  "fields, sizes, num_tokens, num_rows, said",
+  [
+    (dict(), SIZES, 512, 3, "num_rows=3 cannot .*; use num_rows=4, or fewer"),
+    (dict(), SIZES, 30, None, "num_tokens=30 cannot .*; use num_tokens=28 or num_tokens"
+     "=32, or"),
+    (None, IN_TWO, 12, 2, "num_tokens=12 cannot .*; use num_tokens=8 or num_tokens=16"),
+    (None, IN_TWO, 15, 3, "num_tokens=15 and num_rows=3 cannot .*; use num_tokens=8 "
+     "with num_rows=2 or"),
+    (dict(group_size=None), SIZES, 512, None, "group_size=None cannot .*; use "
+     "group_size=128, or"),
+    (dict(group_size="row"), SIZES, 512, None, "group_size='row' cannot .*; use "
+     "group_size=128, or"),
+    (dict(group_size=32), {"context": 2}, 256, 8, "num_tokens=256 and group_size=32 "
+     "cannot .*; use group_size=16 or num_tokens=512, or fewer"),
+    (dict(num_experts=6, group_size=1), {"expert": 4}, 512, None, "no way can run over "
+     ".*: num_experts=6 is not divisible"),
+  ],
+)  # fmt: skip
+def test_the_error_names_what_fails_and_what_would_do(
+  fields, sizes, num_tokens, num_rows, said
+):
+  config = wide(capacity_factor=1.0) if fields else wide()
+  config = dataclasses.replace(config, **fields) if fields is not None else BY_SEQUENCE
+  with pytest.raises(ValueError, match=said):
+    adaptive.costs(config, num_tokens, sizes, RATES, num_rows=num_rows)
+
+
+def test_expert_axes_that_split_sequences_split_tokens_once():
+  params, x = param_shapes(BY_SEQUENCE), jax.ShapeDtypeStruct((2, 8, 8), "float32")
+  found = adaptive.costs(BY_SEQUENCE, 16, IN_TWO, RATES, num_rows=2)
+  assert {c.tokens for c in found} == {("data", "expert")}
+  assert {c.name for c in found} == {"data", "expert"}
+  with jax.set_mesh(mesh.make(IN_TWO)):
+    for way in found:  # it runs; traced alone, since numbers are of other tests
+      chosen = adaptive.as_chosen(BY_SEQUENCE, way, IN_TWO)
+      y, _ = jax.eval_shape(lambda p, x, c=chosen: apply(p, x, c), params, x)
+      assert y.shape == x.shape
+
+
+def test_hidden_layers_are_whole_where_their_axis_splits_sequences():
+  both = Rules(tokens=("data",), sequence=("tensor",), d_ff=("tensor",))
+  config, sizes = dataclasses.replace(wide(), sharding=both), {"data": 2, "tensor": 4}
+  (way,) = adaptive.costs(config, 4096, sizes, RATES, num_rows=2)
+  assert way.name == "data" and way.tokens == ("data", "tensor")
+  by_tokens = Rules(tokens=("data", "tensor"), d_ff=("tensor",))
+  config = dataclasses.replace(wide(), sharding=by_tokens)
+  same = adaptive.costs(config, 4096, sizes, RATES, num_rows=8)
+  assert way.seconds == next(c.seconds for c in same if c.name == "data")
+
+
+def test_a_table_still_names_axes_of_one_device():
+  config = dataclasses.replace(wide(), sharding=DATA)
+  assert adaptive.choose(config, 7, {"data": 1}, RATES).sharding == DATA
 
 
 def test_the_cost_of_gathering_is_the_bytes_of_the_matrices():

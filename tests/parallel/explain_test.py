@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import re
 
 import jax
 import pytest
@@ -18,6 +19,7 @@ WIDE = dataclasses.replace(
   jmoe.simple(4096, 14336, num_experts=8, k=2, sharding=EXPERT_TENSOR),
   dispatch=use(dispatch.ragged_all_to_all),
 )
+LAST = "a mesh with the expert axes last"
 
 
 def grouped(num_groups, **fields):
@@ -57,26 +59,31 @@ def test_slots_are_rows_too():
 
 
 @pytest.mark.parametrize(
-  "sizes, devices_per_node, num_groups, fits",
+  "sizes, devices_per_node, num_groups, remedies",
   [
     ("expert=4", 2, 2, None),
-    ("expert=4", 2, 1, "num_groups=2 or"),
+    ("expert=4", 2, 1, "num_groups=2."),
     ("data=2,expert=4", 2, 2, None),
     ("expert=4,data=2", 4, 2, None),  # a node holds every second device of an expert
-    ("expert=4,data=2", 2, 2, "num_groups=4 or"),
-    ("expert=4,tensor=2", 2, 2, "num_groups=4 or"),  # a node is one shard of experts
+    ("expert=4,data=2", 2, 2, f"num_groups=4 or {LAST}."),
+    (
+      "expert=4,tensor=2",
+      2,
+      2,
+      f"num_groups=4 or {LAST}.",
+    ),  # a node is one shard of experts
     ("expert=4,tensor=2", 4, 2, None),
     ("data=2,expert=4", 3, 4, None),  # a shard is on one device
-    ("data=2,expert=4", 3, 2, "num_groups=4 or"),  # the second copy is cut
+    ("data=2,expert=4", 3, 2, "num_groups=4."),  # the second copy is cut
   ],
 )
 def test_groups_on_several_nodes_are_warned_of(
-  sizes, devices_per_node, num_groups, fits
+  sizes, devices_per_node, num_groups, remedies
 ):
   text = explain(grouped(num_groups), sizes, SHAPE, devices_per_node=devices_per_node)
-  assert ("warning" in text) == (fits is not None)
-  if fits is not None:
-    assert f"use {fits} a mesh with the expert axes last" in text
+  assert ("warning" in text) == (remedies is not None)
+  if remedies is not None:
+    assert text.endswith(f"devices; use {remedies}")
 
 
 def test_groups_of_copies_and_of_domains_are_looked_at_too():
@@ -84,11 +91,12 @@ def test_groups_of_copies_and_of_domains_are_looked_at_too():
   copies = dataclasses.replace(EXPERT_TENSOR, placement=busy)
   text = explain(grouped(2, sharding=copies), "expert=4", SHAPE, devices_per_node=2)
   assert "warning: expert_groups" in text
+  assert text.endswith("use fewer devices on the expert axes.")  # copies are far apart
   domains = use(restrict.domain, num_domains=2)
   config = dataclasses.replace(WIDE, restrict=(domains,))
   assert "warning" not in explain(config, "expert=4", SHAPE, devices_per_node=2)
   text = explain(config, "expert=4", SHAPE, devices_per_node=1)
-  assert "warning: domain" in text and "use num_domains=4 or" in text
+  assert "warning: domain" in text and text.endswith("use num_domains=4.")
 
 
 def test_axes_of_the_table_are_known_and_meshes_are_taken():
@@ -105,3 +113,21 @@ def test_what_cannot_be_split_is_an_error():
     explain(WIDE, "expert=3", (6, 512, 4096))
   with pytest.raises(ValueError, match="8 is not divisible by data=3"):
     explain(WIDE, "data=3", SHAPE)
+  with pytest.raises(ValueError, match=r"names no axis of the mesh \('foo',\)"):
+    explain(WIDE, jax.make_mesh((8,), ("foo",)), SHAPE)
+
+
+@pytest.mark.parametrize(
+  "shape, said",
+  [
+    ((8, 512, 4097), "x has shape (8, 512, 4097); expected [..., 4096]"),
+    ((8,), "x has shape (8,); expected [..., 4096]"),
+    (
+      (4096,),
+      "x has shape (4096,): one token, which no mesh splits; expected [T, 4096]",
+    ),
+  ],
+)
+def test_a_shape_is_of_activations(shape, said):
+  with pytest.raises(ValueError, match=re.escape(said)):
+    explain(WIDE, "data=8", shape)
