@@ -29,7 +29,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,17 +177,29 @@ def _plan(arguments: argparse.Namespace, **more: Any) -> Any:
 
 
 def _jobs(
-  arguments: argparse.Namespace, plan: Any, tasks: Sequence[str], material: Any
+  arguments: argparse.Namespace,
+  plan: Any,
+  tasks: Sequence[str],
+  material: Any,
+  begin: float,
 ) -> int:
-  """Does the jobs of a command line."""
+  """Does the jobs of a command line that began then."""
   from experiments.emoe import jobs, run
 
   tunings = arguments.tunings.split(",")
   _known(tunings, ("full", "lora"), "--tunings")
   names = arguments.arms.split(",")
   wanted = list(jobs.jobs(plan, tasks, tunings, names, arguments.grid))
-  given = dict(seconds=arguments.seconds, ahead=arguments.ahead)
-  return 3 if run.run(material, arguments.out, plan, wanted, **given) else 0
+  left = run.run(
+    material,
+    arguments.out,
+    plan,
+    wanted,
+    begin=begin,
+    seconds=arguments.seconds,
+    ahead=arguments.ahead,
+  )
+  return 3 if left else 0
 
 
 def _known(given: Sequence[str], known: Iterable[str], name: str) -> None:
@@ -196,6 +209,7 @@ def _known(given: Sequence[str], known: Iterable[str], name: str) -> None:
 
 def _ran(arguments: argparse.Namespace, argv: list[str]) -> int:
   del argv
+  begin = time.perf_counter()
   extras.check("optax", "train", needed_by="experiments.emoe run")
   from experiments.emoe import jobs, pack, texts
 
@@ -203,12 +217,13 @@ def _ran(arguments: argparse.Namespace, argv: list[str]) -> int:
   _known(tasks, jobs.TASKS, "--tasks")
   plan = _plan(arguments, layers=arguments.layers)
   return _jobs(
-    arguments, plan, tasks, lambda: texts.material(pack.read(arguments.pack))
+    arguments, plan, tasks, lambda: texts.material(pack.read(arguments.pack)), begin
   )
 
 
 def _tuned(arguments: argparse.Namespace, argv: list[str]) -> int:
   del argv
+  begin = time.perf_counter()  # reading model and text takes its time too
   needed = {"orbax.checkpoint": "train", "optax": "train", "grain": "data"}
   for module, extra in needed.items():
     extras.check(module, extra, needed_by="experiments.emoe lm")
@@ -222,7 +237,7 @@ def _tuned(arguments: argparse.Namespace, argv: list[str]) -> int:
   found = lm.given(folder, arguments.cache, **of)
   layers = arguments.layers or lm.layers(found.material)
   plan = plan._replace(layers=layers, source=found.source)
-  return _jobs(arguments, plan, [found.domain], lambda: found.material)
+  return _jobs(arguments, plan, [found.domain], lambda: found.material, begin)
 
 
 def _table(add) -> None:
@@ -234,27 +249,16 @@ def _table(add) -> None:
 
 def _shown(arguments: argparse.Namespace, argv: list[str]) -> int:
   del argv
-  from experiments.emoe import jobs, table
+  from experiments.emoe import again, jobs, table
 
   found = table.rows(jobs.records(arguments.dir / jobs.FILE))
   print("\n".join(table.lines(found)))
   if arguments.results is not None:
-    words = arguments.run_command or _command(found[0].about["plan"].get("source"))
-    table.claim(found, arguments.results, arguments.name, words)
+    makers = {"run": _run, "lm": _lm}
+    for some in again.commands(found):
+      words = arguments.run_command or again.command(some, makers)
+      table.claim(some, arguments.results, arguments.name, words)
   return 0
-
-
-def _command(source: Mapping[str, Any] | None) -> str:
-  """The command that made records, wherever folders were."""
-  words = ["python", "-m", "experiments.emoe"]
-  if source is None:
-    return shlex.join(
-      [*words, "run", "--pack", "data/minilm.npz", "--out", "runs/emoe"]
-    )
-  given = {"workdir": "runs/dense", "corpus": source["corpus"], "out": "runs/emoe-lm"}
-  return shlex.join(
-    [*words, "lm", *(part for n, x in given.items() for part in (f"--{n}", x))]
-  )
 
 
 _COMMANDS = {

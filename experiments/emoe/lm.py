@@ -57,6 +57,11 @@ def given(
   new = tokens.load(cache, texts, source.words)
   number = _domain(new.domains, domain, of.corpus)
   name = new.domains[number]
+  if number not in new.held_out.domain:
+    raise BadData(
+      f"--corpus {of.corpus}: {name} has no held-out documents to test on; give it "
+      "some of another source, state held_out for some, or name another --domain."
+    )
   own = calibration.drawn(new.train, number, seed=0)
   if len(own) < 2:
     raise BadData(

@@ -20,6 +20,7 @@ def run(
   plan: Plan,
   wanted: Sequence[Job],
   *,
+  begin: float,
   seconds: float,
   ahead: int = 1,
 ) -> int:
@@ -30,11 +31,11 @@ def run(
     out: folder of results.jsonl.
     plan: common settings.
     wanted: jobs.
-    seconds: no job begins later than this, less what the longest one took.
+    begin: when the command did, by `time.perf_counter`.
+    seconds: from then on; no job begins later, less what the longest one took.
     ahead: programs that compile at a time, for later jobs too; they are found again in
       the compilation cache.
   """
-  begin = time.perf_counter()
   out.mkdir(parents=True, exist_ok=True)
   before = done(out / FILE, plan)
   left = [job for job in wanted if job not in before]
@@ -42,8 +43,10 @@ def run(
   if not left:
     return 0
   work = Work(material(), plan)
-  for job in left:
-    work.form(job)  # groups that do not fit are refused before anything is trained
+  for job in left:  # groups that do not fit are refused before anything is trained
+    work.form(job)
+    if not job.groups:  # it is cut when it is trained
+      work.form(job._replace(arm="emoe", groups=plan.groups, k=plan.k))
   with Ahead(work, left, ahead) as compiled:
     return _each(work, left, compiled, out / FILE, begin, seconds)
 

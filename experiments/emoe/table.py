@@ -59,17 +59,19 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     rates = groups.setdefault((job, plan), {})
     rates.setdefault(record["rate"], {})[record["seed"]] = record
   found: list[Row] = []
-  plans: dict[str, Any] = {}  # by tuning
+  plans: dict[Any, Any] = {}  # by tuning, and by job
   for (job, text), rates in groups.items():
     plan = json.loads(text)
     models = sum(map(len, rates.values()))
     if models < len(plan["rates"]) * len(plan["seeds"]):
       continue
-    if apart := workdir.differences(plans.setdefault(job.tuning, plan), plan):
-      raise BadData(
-        f"{FILE} has {job.tuning} tuning under different settings ({job.arm}: "
-        f"{workdir.listed(apart)}); keep those of one in it."
-      )
+    shared = {n: x for n, x in plan.items() if n != "cut"}  # which dense arms have
+    for key, own in ((job.tuning, shared), (job, plan)):
+      if apart := workdir.differences(plans.setdefault(key, own), own):
+        raise BadData(
+          f"{FILE} has {job.tuning} tuning under different settings ({job.arm}: "
+          f"{workdir.listed(apart)}); keep those of one in it."
+        )
     some = next(iter(next(iter(rates.values())).values()))
     what = next(name for name in MEASURES if name in some)
     means = {r: _mean(rates[r], what) for r in rates}

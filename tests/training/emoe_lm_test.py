@@ -3,14 +3,17 @@
 
 import dataclasses
 import json
+import shlex
+import types
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from experiments import checkpoint, evaluate, opening, workdir
-from experiments.emoe import __main__ as command, arms, jobs, lm, table, train
+from experiments import calibration, checkpoint, evaluate, opening, tokens, workdir
+from experiments.emoe import __main__ as command, arms, jobs, lm, run, table, train
+from experiments.errors import BadData
 from experiments.operations._source import Source
 from experiments.program import program
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
@@ -157,7 +160,30 @@ def test_what_was_done_is_not_done_again_and_is_shown_and_claimed(
   found = claim["arms"]["emoe to dense, 1 of 4"]
   values = bits(records, "bits_as_dense", k=1)[:, 2:].mean(1)
   np.testing.assert_allclose(list(found["values"].values()), values)
-  assert claim["unit"] == "bits per byte" and " lm --workdir " in found["command"]
+  assert claim["unit"] == "bits per byte"
+  words = shlex.split(found["command"])[3:]
+  assert "--rates" in words and "--tunings" not in words  # which is a default
+  assert command.main([*words, *given[1:7]]) == 0  # in the folders of these records
+  assert "0 of 3 jobs to do" in capsys.readouterr().err
+
+
+def test_the_clock_runs_while_model_and_text_are_read(
+  tuned, tmp_path, monkeypatch, capsys
+):
+  """Of what is left: a dense model is cut as the plan says, and so is another one."""
+  now, read = [0.0], lm.given
+
+  def slow(*args, **more):
+    now[0] += 600
+    return read(*args, **more)
+
+  monkeypatch.setattr(lm, "given", slow)
+  for module in (command, run):
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(module, "time", clock)
+  assert command.main([*tuned[0], "--groups", "2", "--k", "2"]) == 3
+  said = capsys.readouterr().err
+  assert "2 of 3 jobs to do" in said and "600 s: 2 jobs are left" in said
 
 
 def test_dense_weights_are_cut_as_those_of_an_arm_were(parent, cache):
@@ -185,8 +211,9 @@ def test_the_lowest_bits_that_are_numbers_choose_a_rate():
 
 
 def test_what_does_not_fit_is_said_before_anything_is_trained(
-  parent, trained, cache, texts, tmp_path, capsys
+  parent, trained, cache, texts, tmp_path, capsys, monkeypatch
 ):
+  monkeypatch.setattr(train, "trained", None)
   given = ["lm", "--workdir", str(parent), "--out", str(tmp_path), "--tiny"]
   given += ["--cache", str(cache)]
   own = ["--domain", texts.domains[0]]
@@ -194,9 +221,24 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(
     ([], "give --domain"),
     (["--domain", "cod"], "did you mean 'code'"),
     ([*own, "--groups", "5"], "num_experts=5 does not divide d_ff=12"),
+    ([*own, "--groups", "5", "--arms", "dense"], "num_experts=5 does not divide"),
     ([*own, "--layers", "2"], "blocks_changed=[2]"),
     ([*own, "--workdir", str(trained)], "has sparse layers; give a dense run"),
   ):
     assert command.main([*given, *more]) == 2
     assert said in capsys.readouterr().err
   assert not (tmp_path / jobs.FILE).exists()
+
+
+def test_a_domain_without_held_out_text_is_named(parent, cache, texts, monkeypatch):
+  load = tokens.load
+
+  def partly(*args):
+    found = load(*args)
+    (others,) = np.nonzero(found.held_out.domain)  # domain 0 is all in training
+    return found._replace(held_out=calibration.part(found.held_out, others))
+
+  monkeypatch.setattr(tokens, "load", partly)
+  said = f"--corpus .*: {texts.domains[0]} has no held-out .* another --domain"
+  with pytest.raises(BadData, match=said):
+    read(parent, cache, texts, few=FEW)

@@ -3,6 +3,7 @@
 
 import io
 import json
+import shlex
 import tarfile
 import zipfile
 
@@ -13,6 +14,7 @@ import pytest
 
 from experiments.emoe import (
   __main__ as command,
+  again,
   arms,
   jobs,
   material,
@@ -257,6 +259,10 @@ def test_jobs_are_kept_and_not_done_again(packed, tmp_path, capsys):
   claim = json.loads((claims / "emoe-film-full-tweets.json").read_text())
   values = [100 * r["accuracy"]["tweets"] for r in records]
   assert list(claim["arms"]["dense"]["values"].values()) == values
+  words = shlex.split(claim["arms"]["dense"]["command"])[3:]
+  assert "--tiny" in words
+  assert command.main([*words, *given[1:7]]) == 0  # in the folders of these records
+  assert "0 of 1 jobs to do" in capsys.readouterr().err
   assert command.main([*given, "--tunings", "half"]) == 2
 
 
@@ -287,3 +293,29 @@ def test_a_rate_is_chosen_without_the_tests_and_seeds_are_paired():
     table.rows([*records, *other])
   with pytest.raises(BadData, match="all models of no arm"):
     table.rows(records[:1])
+  cut = [r | {"plan": r["plan"] | {"cut": [4, 2]}} for r in records[:4]]
+  assert [row.label for row in table.rows([*cut, *records[4:8]])] == ["dense", "emoe"]
+  with pytest.raises(BadData, match="dense: cut"):
+    table.rows([*cut, *records[:4]])
+  size = dict(arm="random", k=2)
+  two = [r | size | {"groups": groups} for groups in (4, 8) for r in records[:4]]
+  with pytest.raises(BadData, match="give --run-command"):
+    again.command(table.rows(two), {"run": command._run})
+
+
+def test_dense_records_count_under_the_groups_they_are_cut_into(tmp_path):
+  """Of encoders those that do not say theirs had 64 and 16."""
+  plan = jobs.Plan((0,), {"full": (1e-4,)}, 64, 16, LAYERS, 8, 4, 1, "float32")
+  job = jobs.Job("film", "full", "dense", 0, 0)
+
+  def counts(record, plan):
+    (tmp_path / jobs.FILE).write_text(json.dumps(record))
+    return jobs.done(tmp_path / jobs.FILE, plan) == {job}
+
+  other, text = plan._replace(groups=32, k=8), {"corpus": "new"}
+  for each, old in ((plan, True), (plan._replace(source=text), False)):
+    told = jobs.told(each, job)
+    record = job._asdict() | {"rate": 1e-4, "seed": 0, "plan": told}
+    assert counts(record, each) and not counts(record, other)
+    record["plan"] = {n: x for n, x in told.items() if n != "cut"}
+    assert counts(record, each) == old and not counts(record, other)
