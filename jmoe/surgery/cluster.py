@@ -112,6 +112,8 @@ def split(
     raise ValueError(f"cluster: partition={partition!r}; give 'keys' or 'random'.")
   if gate not in GATES:
     raise ValueError(f"cluster: gate={gate!r}; give one of {', '.join(GATES)}.")
+  if not {"up", "down"} <= set(matrices):
+    raise ValueError(f"cluster: matrices={sorted(matrices)}; give up and down.")
   keys_FD = np.asarray(matrices.get("gate", matrices["up"]), np.float32).T
   if partition == "keys":
     label_F = balanced(keys_FD, num_experts, seed=seed)

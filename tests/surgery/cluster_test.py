@@ -150,3 +150,5 @@ def test_mistakes_are_named():
       clustering.cluster(model(True), **given)
   with pytest.raises(ValueError, match="num_experts=5 does not divide d_ff=12"):
     clustering.stacked({"up": np.zeros((6, 12))}, np.arange(12), 5)
+  with pytest.raises(ValueError, match=r"matrices=\['down'\]; give up and down"):
+    clustering.split({"down": np.zeros((12, 6))}, num_experts=3, k=2, activation=abs)
