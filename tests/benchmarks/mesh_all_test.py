@@ -15,6 +15,7 @@ from experiments.benchmarks.mesh import __main__ as mesh, layer
 from experiments.benchmarks.mesh_all import __main__ as command, compare, together
 from experiments.benchmarks.mesh_all.parts import LAYER, SHAPES, parts
 from experiments.benchmarks.mesh_all.together import Part
+from experiments.benchmarks.mesh_train import __main__ as train
 
 # Asks for its turn after a while, and writes when it had it.
 WORKER = """
@@ -107,13 +108,16 @@ def test_an_end_from_outside_takes_the_children_along(tmp_path, worker, monkeypa
     os.kill(int(pid.read_text()), 0)
 
 
-@pytest.mark.parametrize("gpus", [2, 8])
+@pytest.mark.parametrize("gpus", [2, 4, 8])
 def test_every_command_of_the_list_is_understood(gpus, tmp_path):
   found = parts(gpus, tmp_path, liger_site=tmp_path)
   names = [part.name for part in found]
   for shape in SHAPES:
     assert {f"each-{shape}", f"all-{shape}", f"liger-{shape}"} <= set(names)
-  assert ("qwen3-fsdp" in names) == (gpus == 8) and "checkpoint" in names
+  assert {"qwen3-fsdp", "olmoe-expert", "checkpoint"} <= set(names)
+  large = next(part for part in found if part.name == "qwen3-fsdp")
+  layers = train.parser().parse_args(large.words[1:]).layers
+  assert layers == {2: 12, 4: 24, 8: None}[gpus]  # as many on a GPU
   without = [part for part in found if not part.name.startswith("liger")]
   assert sum(part.seconds for part in without) < 505  # beside compilation
   for part in found:
@@ -123,15 +127,16 @@ def test_every_command_of_the_list_is_understood(gpus, tmp_path):
       assert asked.turn == tmp_path / f"{part.name}.turn"
 
 
-def test_what_was_planned_is_what_would_be_planned_now():
+@pytest.mark.parametrize("gpus", [4, 8])
+def test_what_was_planned_is_what_would_be_planned_now(gpus):
   from experiments.benchmarks.mesh_all import planned
   from experiments.planning import topology
 
-  kept = json.loads(compare.PLANNED.read_text())
+  kept = json.loads(compare.PLANNED.with_name(f"mesh_{gpus}_h200.json").read_text())
   assert "PREDICTED" in kept["what"]
   chips = topology.parse(kept["chips"])
-  listed = {part.name: part for part in parts(8, Path("DIR"))}
-  for name in ("links", "olmoe-fsdp", "all-dsv3"):
+  listed = {part.name: part for part in parts(gpus, Path("DIR"))}
+  for name in ("links", "qwen3-fsdp", "all-dsv3"):
     now = planned.of_part(listed[name].words, chips)
     assert json.loads(json.dumps(now)) == kept["parts"][name]
 

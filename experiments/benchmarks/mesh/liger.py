@@ -49,7 +49,9 @@ class Peer:
     found += [str(site / "tvm_ffi" / "lib")]
     known = filter(None, [before.get("LD_LIBRARY_PATH")])
     os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([*found, *known])
-    # NVLink multicast stays off; the heap of rows is made once.
+    # NVLink multicast stays off; the heap of rows is made once.  Nothing leaves the
+    # host, and a library for that which is missing would end NVSHMEM.
+    os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(_heap(shape)))

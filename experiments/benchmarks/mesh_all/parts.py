@@ -49,11 +49,13 @@ def parts(
   layers("links", 35, "--shape", "qwen3", "--parts", "links")
   for shape in SHAPES:
     layers(f"each-{shape}", 38, "--shape", shape, "--parts", "layer", "--no-all")
-  if gpus >= 8 or dry:  # its state alone is 107 GB on each of four
-    training("qwen3-fsdp", 27, "qwen3-30b-a3b", "--mesh", whole, "--rows", "4", *steps)
-    if gpus > 2:
-      mixed = ("--mesh", f"fsdp={gpus // 2},expert=2", "--strategy", "deduplicated")
-      training("qwen3-mixed", 27, "qwen3-30b-a3b", *mixed, "--rows", "4", *steps)
+  large = ("--rows", "4", *steps)
+  if gpus < 8 and not dry:  # as many on a GPU as of all its 48 layers over eight
+    large += ("--layers", str(6 * gpus))
+  training("qwen3-fsdp", 27, "qwen3-30b-a3b", "--mesh", whole, *large)
+  if gpus > 2:
+    mixed = ("--mesh", f"fsdp={gpus // 2},expert=2", "--strategy", "deduplicated")
+    training("qwen3-mixed", 27, "qwen3-30b-a3b", *mixed, *large)
   training("olmoe-fsdp", 20, "olmoe-1b-7b", "--mesh", whole, *steps)
   training("olmoe-expert", 20, "olmoe-1b-7b", "--strategy", "deduplicated", *steps)
   for shape in SHAPES:

@@ -89,7 +89,8 @@ def of_part(words: tuple[str, ...], chips: Topology) -> dict[str, Any]:
       return {"links": list(_links(shape, asked.gpus, chips))}
     return {"layers": list(_layers(asked, shape, chips))}
   asked = train.parser().parse_args(given)
-  return {} if asked.layers else {"training": [_training(asked, chips)]}
+  # One layer whose checkpoint is wanted is no model.
+  return {} if asked.checkpoint_layers else {"training": [_training(asked, chips)]}
 
 
 def _layers(asked: Any, shape: Shape, chips: Topology) -> Iterator[dict[str, Any]]:
@@ -129,7 +130,7 @@ def _links(shape: Shape, gpus: int, chips: Topology) -> Iterator[dict[str, Any]]
 
 def _training(asked: Any, chips: Topology) -> dict[str, Any]:
   sizes = meshes.parse(asked.mesh or f"expert={asked.gpus}")
-  made = measure.run_of(asked, sizes, None)
+  made = measure.run_of(asked, sizes, asked.layers)
   rows = made.data.batch
   plan = ask.planned(
     made.model, rows=rows, seq=asked.seq, sizes=sizes, strategy=asked.strategy,
