@@ -24,6 +24,8 @@ from pathlib import Path
 from experiments.benchmarks.turns import turn
 name, wait, code, folder = sys.argv[1:5]
 (Path(folder) / f"{name}.pid").write_text(str(os.getpid()))
+with (Path(folder) / "begun").open("a") as file:
+  file.write(name)
 time.sleep(float(wait))
 with turn(Path(sys.argv[6])):
   begin = time.monotonic()
@@ -66,6 +68,33 @@ def test_all_begin_at_once_and_are_measured_in_order(tmp_path, worker):
   assert found[0][1] > begin + 1.2  # one was still in compilation, and it is said
   assert [e.beside for e in ended] == [1, 1, 1]
   assert all(one[2] <= other[1] for one, other in zip(found, found[1:]))
+
+
+def test_few_wait_with_their_memory_and_the_others_begin_again(tmp_path, worker):
+  asked = [worker(name) for name in "abcd"]
+  most, pids = [], [tmp_path / f"{name}.pid" for name in "abcd"]
+  until, ended = time.monotonic() + 30, []
+  for one in together.together(
+    asked, tmp_path, at_once=3, kept=1, patience=20, until=until
+  ):
+    ended.append(one)
+    alive = [p.stem for p in pids if p.exists() and _runs(int(p.read_text()))]
+    most.append(len(alive))
+  assert [(e.part.name, e.code, e.beside) for e in ended] == [
+    (name, 0, 0) for name in "abcd"
+  ]
+  assert [name for name, *_ in spans(tmp_path)] == list("abcd")
+  begun = (tmp_path / "begun").read_text()
+  assert [begun.count(name) for name in "abcd"] == [1, 2, 2, 2]
+  assert max(most) <= 1  # after the first of them has ended, when all have compiled
+
+
+def _runs(pid):
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  return True
 
 
 def test_what_is_done_is_not_done_again(tmp_path, worker, monkeypatch, capsys):

@@ -7,11 +7,12 @@
 The commands of `--list`: links; layers of five shapes by every strategy, with as many
 tokens on each GPU at EP=1, 2, 4, ... and with as many in all; training steps of
 OLMoE-1B-7B and Qwen3-30B-A3B; a checkpoint from all GPUs to half of them and to a
-quarter; liger-cute-kernels' layer, from `--liger-site`.  All compile at once, and are
-measured one after another, the most wanted first.  Each writes DIR/PART.json and
-DIR/PART.log; how it ended is appended to DIR/ended.jsonl.  What is not done by
-`--limit` is stopped, and the same command goes on with it.  `mesh_all.planned` writes
-what the planner expects, `mesh_all.compare` prints it beside the figures.
+quarter; liger-cute-kernels' layer, from `--liger-site`.  They compile side by side,
+into a cache in DIR, and are then measured one after another, the most wanted first.
+Each writes DIR/PART.json and DIR/PART.log; how it ended is appended to DIR/ended.jsonl.
+What is not done by `--limit` is stopped, and the same command goes on with it.
+`mesh_all.planned` writes what the planner expects, `mesh_all.compare` prints it beside
+the figures.
 
 Exit codes: 0 done, 2 bad arguments, 3 a result was wrong, 4 not all is done.
 """
@@ -47,16 +48,18 @@ def main(argv: list[str] | None = None) -> int:
   add("--parts", metavar="A,B", help="some of the list, whole names or beginnings")
   add("--liger-site", type=Path, metavar="DIR", help="an unpacked liger-cute-kernels")
   add("--limit", type=float, default=590, help="seconds that all of it may take")
-  add("--patience", type=float, default=150, help="seconds in which nobody measures")
-  add("--at-once", type=int, help="processes; all, or two on host devices")
+  add("--patience", type=float, default=200, help="seconds in which nobody measures")
+  add("--at-once", type=int, help="processes; ten, or two on host devices")
+  add("--kept", type=int, default=4, help="of these, how many wait with their memory")
   add("--dry", action="store_true", help="host devices and tiny sizes, no GPU")
   add("--list", action="store_true", help="print the commands, and run none")
   arguments = parser.parse_args(argv)
   gpus, folder = arguments.gpus, arguments.out or Path("DIR")
   if gpus < 2 or gpus & (gpus - 1):
     parser.error(f"--gpus {gpus}: give a power of two, 2 at least")
-  if arguments.at_once is not None and arguments.at_once < 1:
-    parser.error(f"--at-once {arguments.at_once}: give 1 at least")
+  for option, number in (("at-once", arguments.at_once), ("kept", arguments.kept)):
+    if number is not None and number < 1:
+      parser.error(f"--{option} {number}: give 1 at least")
   found = parts(gpus, folder, dry=arguments.dry, liger_site=arguments.liger_site)
   if arguments.parts:
     wanted = tuple(arguments.parts.split(","))
@@ -89,7 +92,8 @@ def _run(arguments: argparse.Namespace, found: list[Part]) -> int:
   all_ended = together.together(
     left,
     folder,
-    at_once=arguments.at_once or (2 if arguments.dry else len(found)),
+    at_once=arguments.at_once or (2 if arguments.dry else 10),
+    kept=arguments.kept,
     patience=arguments.limit if arguments.dry else arguments.patience,
     until=begin + arguments.limit,
   )

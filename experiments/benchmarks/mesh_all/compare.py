@@ -63,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
   folder = arguments.measured
   if folder is not None and not folder.is_dir():
     parser.error(f"{folder}: there is no such folder")
-  for line in [] if folder is None else endings(folder):
+  last = {} if folder is None else {line["part"]: line for line in endings(folder)}
+  for part, line in last.items():
     if line.get("beside"):
-      print(f"{line['part']}: taken while {line['beside']} others compiled, too slow")
+      print(f"{part}: taken while {line['beside']} others compiled, perhaps too slow")
   show(planned, {} if folder is None else read(folder))
   return 0
 

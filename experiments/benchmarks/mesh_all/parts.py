@@ -34,7 +34,7 @@ def parts(
 
   def layers(name: str, seconds: float, *words: str) -> None:
     threads = ("--threads", str(max(2, (os.cpu_count() or 1) // 8)))
-    spent = ("--limit", "240", "--measuring", str(seconds), "--rounds", "3", *threads)
+    spent = ("--limit", "400", "--measuring", str(seconds), "--rounds", "3", *threads)
     if dry:  # all that is asked for, however long a CPU takes
       spent = ("--limit", "3600", "--rounds", "1")
     add(name, seconds, LAYER, *words, *spent)

@@ -54,7 +54,7 @@ class Ended:
 
 
 class _Process:
-  def __init__(self, part: Part, folder: Path):
+  def __init__(self, part: Part, folder: Path, env: dict[str, str]):
     self.part, self.given, self.beside = part, False, 0
     self.gate = Gate(folder / f"{part.name}.turn")
     self.begin = time.monotonic()
@@ -64,13 +64,9 @@ class _Process:
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | env,
         start_new_session=True,  # with all its children, to end them together
       )
-
-  @property
-  def compiles(self) -> bool:
-    return not self.given and not self.gate.asked
 
   def give(self, beside: int) -> None:
     self.given, self.begin, self.beside = True, time.monotonic(), beside
@@ -92,31 +88,69 @@ class _Process:
 
 
 def together(
-  parts: Sequence[Part], folder: Path, *, at_once: int, patience: float, until: float
+  parts: Sequence[Part],
+  folder: Path,
+  *,
+  at_once: int,
+  patience: float,
+  until: float,
+  kept: int | None = None,
 ) -> Generator[Ended, None, None]:
   """How each part ended, as they end; what has not by then is stopped, and left out.
 
   Args:
     parts: the first are measured first.
-    folder: for logs and locks.
+    folder: for logs, locks and, with `kept`, compiled programs.
     at_once: processes.
     patience: seconds of compilation after which those that are ready measure.
     until: of `time.monotonic`.
+    kept: processes that may wait for their turn, each with its memory.  Others end when
+      they have compiled, and begin again, from jax's cache, when their turn is near.
+      None: all may wait.
   """
-  waiting, active = list(parts), []
+  few = kept is not None and kept < at_once
+  room = kept if few and kept is not None else at_once
+  order = {part.name: i for i, part in enumerate(parts)}
+  env = {} if not few else {
+    "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").resolve()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }  # fmt: skip
+  waiting, active, compiled = list(parts), [], set()
   begin = time.monotonic()
+
+  def before(part: Part) -> int:
+    """How many of those that are left are measured before it."""
+    left = [*waiting, *(one.part for one in active)]
+    return sum(order[other.name] < order[part.name] for other in left)
+
   try:
     while (waiting or active) and time.monotonic() < until:
-      while waiting and len(active) < at_once:
-        active.append(_Process(waiting.pop(0), folder))
+      late = time.monotonic() > begin + patience
+      new = [p for p in waiting if p.name not in compiled] if few and not late else []
+      for part in (new or list(waiting))[
+        : max(0, (at_once if new else room) - len(active))
+      ]:
+        waiting.remove(part)
+        active.append(_Process(part, folder, env))
+      active.sort(key=lambda one: order[one.part.name])
       for one in list(active):
         if ended := one.ended():
           active.remove(one)
           yield ended
-      compiling = sum(one.compiles for one in active)
-      late = time.monotonic() > begin + patience
+        elif one.gate.asked and not one.given:
+          compiled.add(one.part.name)
+          if few and before(one.part) >= room:
+            one.stop()
+            active.remove(one)
+            waiting.append(one.part)
+            waiting.sort(key=lambda part: order[part.name])
+      compiling = sum(not one.given and one.part.name not in compiled for one in active)
       ready = [one for one in active if one.gate.asked and not one.given]
-      if ready and not any(one.given for one in active) and (late or not compiling):
+      if (
+        ready
+        and not any(one.given for one in active)
+        and (late or not (compiling or new))
+      ):
         ready[0].give(compiling)
       time.sleep(0.05)
   finally:

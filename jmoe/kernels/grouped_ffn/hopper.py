@@ -9,9 +9,6 @@
              dx = sum of dh_n w_n^T                           one kernel, one sum
              dx of tokens = sums of their rows
 
-Inside `shard_map` the last two lines come before d w_n: sums that travel home to other
-devices can do so beside its products.
-
 So `a`, `da` and a second `dx` never make a way to memory and back of their own, `y` is
 not kept, and at no time do two arrays [R,D] stand beside the hidden ones.  Kept for the
 backward pass are the tokens and the h_n (`keep="hidden"`), the rows too ("rows"), or
@@ -49,7 +46,6 @@ from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
 from jmoe.kernels.hopper import BLOCK
 from jmoe.kernels.pieces import after, columns, parts, put
 from jmoe.kernels.row_blocks import expert_of_rows, sums
-from jmoe.kernels.varying import differs
 from jmoe.types import Groups, Layout
 
 
@@ -171,14 +167,6 @@ def _backward(form, kept, dy):
     hidden, dy = after(_hidden(form, again, hidden=True, product=False), dy)
   dy_RD = permute_rows.spread(dy, given.layout) if form.sums else dy
   dhs_RF, d_weight, d_down = _through_down(form, kept, hidden, dy_RD)
-  if given.layout is not None and differs(given.x):
-    # Over a mesh these sums travel home: beside the gradients of `ups`, if before them.
-    _, dhs_RF = after(d_down, dhs_RF)  # `a` is done with
-    dx = _of_x(form, given, dhs_RF)
-    _, dhs_RF, x = after(dx, dhs_RF, given.x)
-    kept = dataclasses.replace(kept, given=dataclasses.replace(given, x=x))
-    d_ups, _ = _of_ups(form, kept, dhs_RF, d_down[0])
-    return dx, None, d_ups, d_down, None, d_weight
   d_ups, dhs_RF = _of_ups(form, kept, dhs_RF, d_down[0])
   dx = _of_x(form, given, dhs_RF)
   return dx, None, d_ups, d_down, None, d_weight
