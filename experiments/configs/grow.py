@@ -6,11 +6,18 @@ token dropped, so that what is added takes no place from what was there.  On the
 
   python -m experiments.grow --config grow --domain ko --seeds 0,1,2 --out runs/grow
 
+Expected of `--arms grown=0.5,held=0.5`: Korean at 1.18 and 1.21 bits per byte, and the
+other domains within 1 % of what they were; five minutes on one H200.
+
 `experiments.branch` trains its dense model of equal active FLOPs apart on groups of
 domains, and joins what becomes of it:
 
   python -m experiments.branch --config grow --seeds 0,1 --out runs/branch \
-      --groups de,en,es,fr:ja,ko,ru,zh:python-code,python-docs:kernel-docs,man-pages
+      --groups de,en,es,fr:ja,ko,ru,zh:python-code,python-docs:\
+kernel-docs,man-pages,dictionary
+
+Expected over all held-out text: the parent 1.416, trained on for as long as a branch
+1.354, joined 1.287, with the gate alone trained 1.505; seven minutes on one H200.
 """
 # SPDX-License-Identifier: Apache-2.0
 
