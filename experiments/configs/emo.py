@@ -17,7 +17,7 @@ read that domain's held-out text:
 Expected: what the paper says of larger ones (arXiv 2605.06663): whole models
 within 2 %, and at a quarter of the experts EMO loses a third of what the other loses.
 Models this small need larger pools for the first, of 16 or more (`pool=16+`); with the
-paper's rule (`sparse`) EMO is 3.7 % behind, and loses a fortieth (`docs/training.md`).
+paper's rule (`sparse`) EMO is 3.7 % behind, and loses a fortieth (`docs/findings.md`).
 """
 # SPDX-License-Identifier: Apache-2.0
 
