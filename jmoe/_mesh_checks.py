@@ -134,7 +134,8 @@ def _matrices(config: Any, sizes: Any) -> None:
 
   for part, tree in param_shapes(config).items():
     for name, leaf in _leaves(tree):
-      for at, axes in split_dims(part, name, config.sharding, sizes).items():
+      dims = split_dims(part, name, leaf.shape, config.sharding, sizes)
+      for at, axes in dims.items():
         size, n = leaf.shape[at], product(axes, sizes)
         if size % n and letters(name)[at] != "E":
           raise ValueError(

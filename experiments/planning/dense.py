@@ -32,10 +32,11 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
   calls, scatters = 0, 0
   for name, x in params.items():
     spec = sharding.spec(name, x.shape, sizes)
+    axes = sharding.axes(spec)
     own = math.prod(x.shape) * x.dtype.itemsize * sharding.share(spec, sizes)
     in_block = name.startswith("segments.")
     layers = x.shape[0] if in_block else 1
-    if "fsdp" in spec:
+    if "fsdp" in axes:
       # Blocks that are made again need their parameters again.
       times = 2 if in_block and run.model.remat is not False else 1
       narrow = min(1.0, itemsize / x.dtype.itemsize)  # they come in the dtype of use
@@ -46,7 +47,7 @@ def of_parameters(run: Run, mesh: Mesh, params: Mapping[str, Any]) -> list[Excha
     elif mesh.fsdp > 1:
       summed += 2 * own * (mesh.fsdp - 1) / mesh.fsdp
     for axis in reduced:
-      if sizes[axis] > 1 and axis not in spec:
+      if sizes[axis] > 1 and axis not in axes:
         reduced[axis] += 2 * own * (sizes[axis] - 1) / sizes[axis]
         segment = name.split(".")[1] if in_block else ""
         summed_calls[axis][segment, x.dtype] = layers

@@ -30,10 +30,14 @@ def spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Partiti
   return found
 
 
+def axes(spec: PartitionSpec) -> list[str]:
+  """The mesh axes that split an array."""
+  return [a for dim in spec for a in ((dim,) if isinstance(dim, str) else dim or ())]
+
+
 def share(spec: PartitionSpec, sizes: Mapping[str, int]) -> float:
   """Part of an array that a device holds."""
-  axes = [a for dim in spec for a in ((dim,) if isinstance(dim, str) else dim or ())]
-  return 1.0 / math.prod(sizes.get(axis, 1) for axis in axes)
+  return 1.0 / math.prod(sizes.get(axis, 1) for axis in axes(spec))
 
 
 def like(name: str, shape: tuple[int, ...], params: Mapping[str, Any]) -> str | None:

@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from jmoe.kernels.varying import over
 from jmoe.parallel import rules as tables
 from jmoe.parallel.rules import letters
 
 
-def whole(params: Any, config: Any, split: Any) -> Any:
-  """The parameters that one shard computes with.
+def whole(params: Any, specs: Any, config: Any, split: Any) -> Any:
+  """The parameters that one shard computes with, of its share by their specs.
 
   Experts stay split where the dispatch exchanges rows, and hidden layers where tensor
   axes split them; all else is gathered.  Biases after a split hidden layer are kept by
@@ -25,23 +26,24 @@ def whole(params: Any, config: Any, split: Any) -> Any:
   """
   from jmoe.parallel.spmd import exchanges
 
-  def one(path: Any, leaf: Array) -> Array:
+  def one(path: Any, leaf: Array, at_leaf: PartitionSpec) -> Array:
     names = [str(getattr(step, "key", step)) for step in path]
     part, name = names[0], names[-1]
     if part == "experts" and split.rules.placement is not None:
       return _dealt(over(leaf, split.token_axes), name, split)
     # Differing before it is gathered: its gradient is split first and summed then.
     leaf = over(leaf, split.token_axes)
-    for at, axes in tables.split_dims(part, name, split.rules, split.sizes).items():
-      letter = letters(name)[at]
+    for at, axes in enumerate(at_leaf, -len(at_leaf)):
+      axes = (axes,) if isinstance(axes, str) else axes or ()
+      letter = letters(name)[at] if axes else ""
       if letter == "E" and exchanges(config):
-        continue
+        axes = tuple(a for a in axes if a not in split.axes("expert"))
       axes = tuple(a for a in axes if letter != "F" or a not in split.features)
       if axes:
         leaf = lax.all_gather(leaf, axes, axis=leaf.ndim + at, tiled=True)
     return _once(leaf, name, split) if part in ("experts", "shared") else leaf
 
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(one, params, specs)
 
 
 def _once(leaf: Array, name: str, split: Any) -> Array:
@@ -59,7 +61,7 @@ def _dealt(leaf: Array, name: str, split: Any) -> Array:
   on the way back the gradients of an expert's copies are added up.
   """
   axes, placement = split.axes("expert"), jnp.asarray(split.rules.placement, jnp.int32)
-  dims = tables.split_dims("experts", name, split.rules, split.sizes)
+  dims = tables.split_dims("experts", name, leaf.shape, split.rules, split.sizes)
   at = next((d for d in dims if letters(name)[d] == "D"), None)
   if at is None:  # a bias, which all devices have whole
     local = placement.shape[0] // tables.product(axes, split.sizes)

@@ -44,7 +44,9 @@ class Rules:
   table serves meshes of many shapes.
 
   Where a mesh axis splits a matrix and the tokens too, the matrix is gathered before it
-  is used and its gradient is summed and split again (FSDP).  Where it splits d_ff but
+  is used and its gradient is summed and split again (FSDP).  Matrices of experts rest
+  as whole experts where these divide (`split_dims`): parts of d_model would come in
+  another order than kernels read, and be copied each time.  Where it splits d_ff but
   not the tokens, each device has a part of the hidden layer, and the outputs are summed
   (tensor parallelism).
   """
@@ -130,13 +132,21 @@ def letters(name: str) -> str:
 
 
 def split_dims(
-  part: str, name: str, rules: Rules, sizes: Mapping[str, int]
+  part: str,
+  name: str,
+  shape: Sequence[int],
+  rules: Rules,
+  sizes: Mapping[str, int],
 ) -> dict[int, Axes]:
   """Dimension, counted from the end, -> the mesh axes that split it.
+
+  Axes of d_model split experts instead, after their own axes, where all of them
+  together divide the experts: what is gathered then lies as kernels read it.
 
   Args:
     part: "experts", "shared", or another part of a layer, which is whole everywhere.
     name: of the parameter.
+    shape: of the whole parameter.
     rules: the table.
     sizes: of the mesh.
   """
@@ -155,6 +165,12 @@ def split_dims(
         axes += rules.axes("expert", sizes)
     if axes:
       found[i - len(dims)] = axes
+  at_E, at_D = (dims.find(letter) - len(dims) for letter in "ED")
+  if part == "experts" and rules.placement is None and at_D in found:
+    axes = found.get(at_E, ()) + found[at_D]
+    if shape[at_E] % product(axes, sizes) == 0:
+      del found[at_D]
+      found[at_E] = axes
   return found
 
 
@@ -175,7 +191,7 @@ def param_specs(params: Any, rules: Rules, sizes: Mapping[str, int]) -> Any:
     names = [str(step.key) for step in path if hasattr(step, "key")]
     dims: list[Axes] = [()] * len(leaf.shape)
     part = next((name for name in reversed(names) if name in _SPLIT), "")
-    split = split_dims(part, names[-1], rules, sizes)
+    split = split_dims(part, names[-1], leaf.shape, rules, sizes)
     for i, name in enumerate(logical := _MODEL.get(tuple(names[-2:]), ())):
       split[i - len(logical)] = rules.axes(name, sizes)
     for at, axes in split.items():

@@ -123,7 +123,7 @@ def run(
   def body(params, x, context, state, key, arrays):
     from jmoe.parallel.gathering import whole
 
-    params = whole(params, config, split)
+    params = whole(params, at_params, config, split)
     residual, previous_logits, forced = arrays
     local = x.shape[:-1]
     context = _of_shard(context, local, split, len(lead))

@@ -228,10 +228,24 @@ def test_parameters_may_rest_where_the_table_says():
   )  # fmt: skip
   spread = shard_params(params, EXPERT_TENSOR, made)
   shard = spread["experts"]["up_EDF"].addressable_shards[0].data
-  assert shard.shape == (E // 2, D // 2, F // 2)
+  assert shard.shape == (E // 4, D, F // 2)  # whole experts, as far as they divide
   assert spread["gate"]["kernel_DE"].is_fully_replicated
   with jax.set_mesh(made):
     y, _ = apply(spread, X, config)
+  alone, _ = apply(params, X, dataclasses.replace(config, sharding=None))
+  assert_close(jax.device_get(y), jax.device_get(alone))
+
+
+@pytest.mark.parametrize(
+  "num_experts, at", [(E, ("fsdp", None, None)), (E - 2, (None, "fsdp", None))]
+)
+def test_experts_rest_whole_where_they_divide(num_experts, at):
+  config = dataclasses.replace(BASE, num_experts=num_experts, sharding=FSDP)
+  params = moe_init(KEY, config)
+  specs = param_specs(params, FSDP, {"fsdp": 4})
+  assert tuple(specs["experts"]["up_EDF"]) == at
+  with jax.set_mesh(mesh.make({"fsdp": 4}, devices=jax.devices()[:4])):
+    y, _ = apply(params, X, config)
   alone, _ = apply(params, X, dataclasses.replace(config, sharding=None))
   assert_close(jax.device_get(y), jax.device_get(alone))
 
@@ -279,7 +293,7 @@ def test_a_whole_model_has_specs_by_the_same_table():
     (one,) = {v for k, v in found.items() if all(f"[{n!r}]" in k for n in names)}
     return one
 
-  assert of("experts", "down_EFD") == (None, "expert", "tensor", "fsdp")
+  assert of("experts", "down_EFD") == (None, ("expert", "fsdp"), "tensor", None)
   assert of("moe", "kernel_DE") == (None, None, None)
   assert of("query", "kernel") == (None, "fsdp", "tensor")
   assert of("out", "kernel") == (None, "tensor", "fsdp")
