@@ -64,7 +64,7 @@ def test_one_host_has_no_hierarchy():
 
 
 def test_a_host_taken_for_two_nodes_exchanges_over_its_own_links():
-  one = dataclasses.replace(layer(devices=8), inside=4)
+  one = dataclasses.replace(layer(tokens=2**20, devices=8), inside=4)
   host = topology.parse("gpu:8xH200")
   _, took = alone.seconds(one, "hierarchical", host)
   _, between = alone.seconds(one, "hierarchical", topology.parse("gpu:2x4xH200"))
@@ -97,12 +97,12 @@ def rows_of(shape, group):
 # Qwen3 and OLMoE's skewed loads away.
 OUTLIERS = {
   ("qwen3", "skewed", "gather experts"): 0.05,
-  ("mixtral_balanced", "balanced", "ragged_all_to_all"): 0.04,
-  ("mixtral_balanced", "balanced", "deduplicated"): 0.09,
+  ("mixtral_balanced", "balanced", "ragged_all_to_all"): 0.05,
+  ("mixtral_balanced", "balanced", "deduplicated"): 0.10,
   ("olmoe", "skewed", "deduplicated"): 0.05,
   ("olmoe", "balanced", "all_gather"): 0.04,
-  ("dsv3", "skewed", "all_gather"): 0.04,
-  ("dsv3", "balanced", "all_gather"): 0.06,
+  ("dsv3", "skewed", "all_gather"): 0.05,
+  ("dsv3", "balanced", "all_gather"): 0.07,
 }
 # Not `mixtral_balanced_again`: other programs were in compilation on the same GPUs.
 NAMES = ["qwen3", "mixtral", "mixtral_balanced", "olmoe", "dsv3"]
