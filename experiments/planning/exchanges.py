@@ -8,6 +8,7 @@ devices a token goes to, and what the busiest one gets, follow from the skew.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -88,15 +89,16 @@ class Layer:
   def filled(self, devices: int, *, whole: bool = False) -> float:
     """Rows with those that an expert costs beside its own, over the mean.
 
-    Half of a last tile is empty, and the wait for matrices takes as long as some rows.
+    Half of a last tile is empty, and matrices are waited for; not where no row came.
 
     Args:
       devices: that bring their rows to an expert's one device.
       whole: its tiles are full, as of buckets.
     """
     rows = self.tokens * self.k * devices / self.config.num_experts
-    empty = 0.0 if whole or self.tile == 1 else self.tile / 2
-    return 1 + (empty + self.waited) / rows
+    full = whole or self.tile == 1
+    empty = 0.0 if full else max(self.tile / 2, self.tile - rows)
+    return 1 - math.expm1(-rows) * (empty + self.waited) / rows
 
   def copied(self, name: str, rows: float) -> float:
     """Bytes that memory moves for a strategy's exchanges, of all layers in a step.
