@@ -35,14 +35,14 @@ def seconds(
   config, reached = layer.config, rates.rates(topology.chip)
   flops = 3 * 2 * layer.tokens * layer.k * layer.matrices / config.num_experts
   share = rates.grouped(config.d_model, work.expert_width(config))
-  alone = flops / topology.flops / share
+  once = flops / topology.flops / share
   extents = _extents(layer, topology)
   away = sum(
     topologies.seconds(topology, extents[e.axis], e.collective, e.size, e.count)
     for e in outcome.exchanges
   )
   away += outcome.copied / (topology.chip.hbm_bandwidth * reached.memory)
-  return alone, alone * outcome.rows * outcome.filled + away
+  return once * layer.filled(1), once * outcome.rows * outcome.filled + away
 
 
 def _extents(layer: exchanges.Layer, topology: Topology) -> dict[str, Extent]:

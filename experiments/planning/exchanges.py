@@ -8,6 +8,7 @@ devices a token goes to, and what the busiest one gets, follow from the skew.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +16,10 @@ import jax.numpy as jnp
 
 from experiments.config import Run
 from experiments.planning import drops, rates, work
+from experiments.planning.chips import Chip
 from experiments.planning.mesh import Mesh
 from jmoe.config import MoEConfig
 from jmoe.parallel import costs
-
-_TILE = 128  # rows of Hopper's kernels
 
 
 class Exchange(NamedTuple):
@@ -50,6 +50,7 @@ class Layer:
   every_slot: bool = True  # whether empty slots are multiplied too, as on TPUs
   popularity: Any = None  # of the experts, f32[E] that sum to k; None: by the skew
   tile: int = 1  # rows that an expert's are filled up to a multiple of
+  waited: float = 0.0  # rows in whose time an expert's matrices come
 
   @property
   def slots(self) -> float:
@@ -85,16 +86,19 @@ class Layer:
     share = 1.0 if self.config.max_rows is None else self.config.max_rows
     return max(1.0, share * self.devices)
 
-  def filled(self, devices: int) -> float:
-    """Rows with those that fill half of an expert's last tile, over the mean.
+  def filled(self, devices: int, *, whole: bool = False) -> float:
+    """Rows with those that an expert costs beside its own, over the mean.
+
+    Half of a last tile is empty, and matrices are waited for; not where no row came.
 
     Args:
       devices: that bring their rows to an expert's one device.
+      whole: its tiles are full, as of buckets.
     """
     rows = self.tokens * self.k * devices / self.config.num_experts
-    if self.tile == 1:
-      return 1.0
-    return 1 + min(0.5, self.tile / 2 / rows)  # with fewer rows matrices are waited for
+    full = whole or self.tile == 1
+    empty = 0.0 if full else max(self.tile / 2, self.tile - rows)
+    return 1 - math.expm1(-rows) * (empty + self.waited) / rows
 
   def copied(self, name: str, rows: float) -> float:
     """Bytes that memory moves for a strategy's exchanges, of all layers in a step.
@@ -139,7 +143,7 @@ class Outcome(NamedTuple):
   note: str = ""
   room: float | None = None  # rows that buffers hold, over its share; None: as `rows`
   copied: float = 0.0  # bytes that memory moves for its exchanges, all layers together
-  filled: float = 1.0  # rows filled up to whole tiles, over those of one device alone
+  filled: float = 1.0  # rows with those that tiles and matrices cost (`Layer.filled`)
 
 
 Strategy = Callable[[Layer], Outcome | str]  # or why there is none
@@ -149,7 +153,7 @@ def gather(layer: Layer) -> Outcome | str:
   """Experts come to the tokens: each device gathers the matrices of a whole layer."""
   come = layer.matrices * min(layer.stored, layer.itemsize)
   found = costs.gathered(come, layer.matrices * layer.stored, layer.devices)
-  return Outcome(layer.sent(found), rows=1.0, buffer=0.0, own=1)
+  return Outcome(layer.sent(found), rows=1.0, buffer=0.0, own=1, filled=layer.filled(1))
 
 
 def all_gather(layer: Layer) -> Outcome | str:
@@ -162,7 +166,7 @@ def all_gather(layer: Layer) -> Outcome | str:
     own=layer.devices,
     room=layer.room,
     copied=layer.copied("all_gather", layer.rows_out * (layer.devices - 1)),
-    filled=layer.filled(layer.devices) / layer.filled(1),
+    filled=layer.filled(layer.devices),
   )
 
 
@@ -175,7 +179,7 @@ def all_to_all(layer: Layer) -> Outcome | str:
     own=layer.devices,
     note=f"buckets of factor {layer.factor:g}",
     copied=layer.copied("all_to_all", layer.factor * layer.rows_out),
-    filled=1 / layer.filled(1),
+    filled=layer.filled(layer.devices, whole=True),
   )
 
 
@@ -190,7 +194,7 @@ def ragged_all_to_all(layer: Layer) -> Outcome | str:
     room=layer.room,
     note=f"busiest device {busiest:.2f} of the mean",
     copied=layer.copied("ragged_all_to_all", busiest * layer.rows_out),
-    filled=layer.filled(layer.devices) / layer.filled(1),
+    filled=layer.filled(layer.devices),
   )
 
 
@@ -205,7 +209,7 @@ def hierarchical(layer: Layer) -> Outcome | str:
     own=layer.devices,
     note=f"buckets of factor {layer.factor:g}",
     copied=layer.copied("hierarchical", layer.factor * layer.rows_out),
-    filled=1 / layer.filled(1),
+    filled=layer.filled(layer.devices, whole=True),
   )
 
 
@@ -222,7 +226,7 @@ def deduplicated(layer: Layer) -> Outcome | str:
     room=layer.room,
     note=f"{sent:.2f} of {layer.k:g} rows a token are sent",
     copied=layer.copied("deduplicated", busiest * sent * sizes.token),
-    filled=layer.filled(n) / layer.filled(1),
+    filled=layer.filled(n),
   )
 
 
@@ -239,7 +243,7 @@ def expert_tensor(layer: Layer) -> Outcome | str:
     rows=layer.factor, buffer=4 * layer.factor * layer.rows_out, own=n,
     note=f"buckets of factor {layer.factor:g}, pairs of devices share experts",
     copied=layer.copied("all_to_all", 2 * layer.factor * layer.rows_out),
-    filled=1 / layer.filled(1),
+    filled=layer.filled(layer.devices, whole=True),
   )  # fmt: skip
 
 
@@ -255,7 +259,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def layer_of(
-  run: Run, mesh: Mesh, inside: int, *, factor: float, skew: float, kind: str
+  run: Run, mesh: Mesh, inside: int, *, factor: float, skew: float, chip: Chip
 ) -> Layer | None:
   """The sparse layer that a run has most of; None of a dense model.
 
@@ -265,7 +269,7 @@ def layer_of(
     inside: devices of the expert axis that share a host.
     factor: slots over mean rows, of a model without capacity.
     skew: of the question.
-    kind: of chip.
+    chip: whose kernels run.
   """
   found = work.sparse_blocks(run.model)
   if not found:
@@ -287,6 +291,7 @@ def layer_of(
     tensor=mesh.tensor,
     factor=factor,
     skew=skew,
-    every_slot=kind == "tpu",
-    tile=_TILE if kind == "gpu" else 1,
+    every_slot=chip.kind == "tpu",
+    tile=rates.TILE if chip.kind == "gpu" else 1,
+    waited=rates.waited(chip),
   )

@@ -41,6 +41,7 @@ def show(question: Question, chosen: Plan, batch: int) -> None:
   print("memory of a device, GiB")
   for name, size in (
     ("parameters", used.parameters),
+    ("parameters turned", used.turned),
     ("optimizer", used.optimizer),
     ("batch", used.batch),
     ("gradients", used.gradients),

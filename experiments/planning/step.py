@@ -46,9 +46,10 @@ class Times(NamedTuple):
   attention: float
   again: float
   between: float  # norms, positions and sums between products, by HBM's bandwidth
-  loops: float  # copies out of stacks of layers, zeros, sums of gradients
+  loops: float  # copies out of stacks of layers, zeros
   update: float  # of parameters and moments, by HBM's bandwidth
-  parameters: float  # gathers and gradients, which run behind products
+  parameters: float  # gathers and gradients
+  hidden: float  # of these, what runs behind products
   rows: float  # exchanges that products wait for, and copies of rows for them
 
   @property
@@ -58,8 +59,8 @@ class Times(NamedTuple):
 
   @property
   def step(self) -> float:
-    """Parameters come and gradients go behind products, rows do not."""
-    return max(self.compute, self.parameters) + self.rows + self.update
+    """All one after the other, but what is hidden."""
+    return self.compute + self.parameters - self.hidden + self.rows + self.update
 
 
 class Plan(NamedTuple):
@@ -148,7 +149,8 @@ def outcome_of(question: Question, strategy: str) -> Outcome | None:
     return None
   if strategy == LOCAL:
     buckets = layer.config.capacity is not None
-    return Outcome([], layer.slots if buckets else 1.0, 0.0, 1)
+    rows = layer.slots if buckets else 1.0
+    return Outcome([], rows, 0.0, 1, filled=layer.filled(1, whole=buckets))
   found = exchanges.STRATEGIES[strategy](layer)
   assert not isinstance(found, str), found
   return found
@@ -162,7 +164,7 @@ def _layer(question: Question) -> exchanges.Layer | None:
     extents["expert"].inside,
     factor=question.factor,
     skew=question.skew,
-    kind=question.topology.chip.kind,
+    chip=question.topology.chip,
   )
 
 
@@ -201,37 +203,39 @@ def _times(
     + flops.attention / reached.attention
   )
   hbm = topology.chip.hbm_bandwidth / topology.chip.devices * reached.memory
+  # With a mask, which a job's rows of documents have, cuDNN's output is made anew in
+  # the backward pass, whatever blocks keep.
+  masked = topology.chip.kind == "gpu" and jnp.dtype(run.model.dtype).itemsize == 2
+  attention = flops.attention / device / reached.attention
   tokens = run.data.batch * run.data.seq / (mesh.rows * mesh.context)
   array = tokens * run.model.d_model * jnp.dtype(run.model.dtype).itemsize
-  return Times(
+  times = Times(
     products=flops.products / device / reached.product,
     experts=flops.experts * pace / device / share,
-    attention=flops.attention / device / reached.attention,
+    attention=attention * (4 / 3 if masked else 1),
     again=flops.again / device / mixed,
     between=run.model.num_layers * rates.PASSES * array / hbm,
-    loops=_looped(question, used, parameters, hbm),
+    loops=_looped(question, used, hbm),
     # Read and written once, and gradients read.
     update=(2 * (used.parameters + used.optimizer) + used.gradients) / hbm,
     parameters=sum(seconds(question, e) for e in parameters),
+    hidden=0.0,
     rows=sum(seconds(question, e) for e in rows) + copied / hbm,
   )
+  share = 1 - used.looped * (1 - reached.hidden)
+  return times._replace(hidden=share * min(times.compute, times.parameters))
 
 
-def _looped(
-  question: Question, used: memory.Memory, parameters: list[Exchange], hbm: float
-) -> float:
-  """Seconds that loops over layers cost, by the compiler for H200s.
+def _looped(question: Question, used: memory.Memory, hbm: float) -> float:
+  """Seconds of copies that loops over layers cost, by the compiler for H200s.
 
   What blocks keep and their gradients begin as stacks of zeros.  The backward pass
   copies what a layer kept, and its parameters, out of theirs; kernels write straight
-  into them, and other copies are made beside products.  Sums of a layer's gradients
-  end with its turn, beside a product or two.
+  into them, and other copies are made beside products.  Parameters are turned once.
   """
   if question.topology.chip.kind != "gpu":
     return 0.0
-  copied = 3 * (used.kept + used.parameters) / hbm
-  sums = [e for e in parameters if e.collective == "all_reduce"]
-  return used.looped * (copied + sum(seconds(question, e) for e in sums))
+  return (used.looped * 3 * (used.kept + used.parameters) + 2 * used.turned) / hbm
 
 
 def drop_probability(question: Question) -> tuple[float, int, int] | None:

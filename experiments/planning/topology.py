@@ -131,7 +131,8 @@ def seconds(
   A torus: gathers go round in rings, both ways, in all dimensions of the axis at once;
   in an all_to_all a byte crosses a quarter of each ring on average, half of a line.
   Hosts: what stays inside goes by NVLink, the rest by the network, one after the other.
-  A call costs something beside its bytes, and for each further device a message.
+  A call costs something beside its bytes and for each other device; a device's own part
+  may be copied too (`rates.Link`).
 
   Args:
     topology: the chips.
@@ -149,8 +150,10 @@ def seconds(
   reached = rates.rates(chip)
   moving = _on_torus if chip.kind == "tpu" else _between_hosts
   link = reached.of(collective)
-  begun = calls * (link.call + (extent.size - 1) * reached.message)
-  return begun + size * moving(topology, extent, collective) / link.share
+  others = extent.size - 1
+  begun = calls * (link.call + others * link.further)
+  own = link.own * size / others / chip.link
+  return begun + size * moving(topology, extent, collective) / link.share + own
 
 
 def _between_hosts(topology: Topology, extent: Extent, collective: str) -> float:

@@ -29,7 +29,8 @@ class Rates(NamedTuple):
   flops: float
   link: float
   # Collective ("all_gather", "reduce_scatter", "all_reduce", "all_to_all",
-  # "ragged_all_to_all") -> the share of the links that it reaches; 1 if not listed.
+  # "ragged_all_to_all") -> the share of the links that it reaches; 1 if not listed.  A
+  # gather's or scatter's grows with the devices: each copies its own part as well.
   shares: Mapping[str, float] = types.MappingProxyType({})
 
 

@@ -133,7 +133,8 @@ def seconds(
   Args:
     sent: collectives.
     link: bytes a second that leave a device.
-    shares: collective -> the part of it that it reaches; 1 where it is not listed.
+    shares: collective -> the part of it that it reaches over as many devices; 1 where
+      it is not listed.
     again: whether the forward pass is made again.
   """
   return sum(s.total(again) / (link * shares.get(s.collective, 1.0)) for s in sent)

@@ -64,7 +64,7 @@ def test_one_host_has_no_hierarchy():
 
 
 def test_a_host_taken_for_two_nodes_exchanges_over_its_own_links():
-  one = dataclasses.replace(layer(devices=8), inside=4)
+  one = dataclasses.replace(layer(tokens=2**20, devices=8), inside=4)
   host = topology.parse("gpu:8xH200")
   _, took = alone.seconds(one, "hierarchical", host)
   _, between = alone.seconds(one, "hierarchical", topology.parse("gpu:2x4xH200"))
@@ -97,12 +97,12 @@ def rows_of(shape, group):
 # Qwen3 and OLMoE's skewed loads away.
 OUTLIERS = {
   ("qwen3", "skewed", "gather experts"): 0.05,
-  ("mixtral_balanced", "balanced", "ragged_all_to_all"): 0.04,
-  ("mixtral_balanced", "balanced", "deduplicated"): 0.09,
+  ("mixtral_balanced", "balanced", "ragged_all_to_all"): 0.05,
+  ("mixtral_balanced", "balanced", "deduplicated"): 0.10,
   ("olmoe", "skewed", "deduplicated"): 0.05,
   ("olmoe", "balanced", "all_gather"): 0.04,
-  ("dsv3", "skewed", "all_gather"): 0.04,
-  ("dsv3", "balanced", "all_gather"): 0.06,
+  ("dsv3", "skewed", "all_gather"): 0.05,
+  ("dsv3", "balanced", "all_gather"): 0.07,
 }
 # Not `mixtral_balanced_again`: other programs were in compilation on the same GPUs.
 NAMES = ["qwen3", "mixtral", "mixtral_balanced", "olmoe", "dsv3"]
@@ -120,21 +120,30 @@ def test_shares_of_one_gpu_are_those_that_were_measured(name):
 
 
 @pytest.mark.parametrize(
-  ("collective", "gigabytes", "rate"),
-  [  # of two H200s, in GB/s
-    ("all_to_all", 0.537, 328),
-    ("all_to_all", 0.134, 278),
-    ("ragged_all_to_all", 0.537, 199),
-    ("ragged_all_to_all", 0.134, 193),
-    ("all_gather", 0.537, 265),
-    ("all_gather", 0.134, 241),
-    ("reduce_scatter", 0.537, 259),
-    ("reduce_scatter", 0.134, 226),
+  ("n", "collective", "gigabytes", "rate"),
+  [  # of H200s of one host, in GB/s
+    (2, "all_to_all", 0.537, 328),
+    (2, "all_to_all", 0.134, 278),
+    (2, "ragged_all_to_all", 0.537, 199),
+    (2, "ragged_all_to_all", 0.134, 193),
+    (2, "all_gather", 0.537, 265),
+    (2, "all_gather", 0.134, 241),
+    (2, "reduce_scatter", 0.537, 259),
+    (2, "reduce_scatter", 0.134, 226),
+    (4, "all_to_all", 0.805, 329),
+    (4, "all_to_all", 0.403, 308),
+    (4, "ragged_all_to_all", 0.805, 228),
+    (4, "ragged_all_to_all", 0.403, 227),
+    (4, "all_gather", 0.805, 321),
+    (4, "all_gather", 0.403, 309),
+    (4, "reduce_scatter", 0.805, 316),
+    (4, "reduce_scatter", 0.403, 306),
   ],
 )
-def test_exchanges_take_as_long_as_they_did(collective, gigabytes, rate):
-  extent = topology.extents(TWO, Mesh(expert=2).sizes)["expert"]
-  took = topology.seconds(TWO, extent, collective, 1e9 * gigabytes)
+def test_exchanges_take_as_long_as_they_did(n, collective, gigabytes, rate):
+  host = topology.parse(f"gpu:{n}xH200")
+  extent = topology.extents(host, Mesh(expert=n).sizes)["expert"]
+  took = topology.seconds(host, extent, collective, 1e9 * gigabytes)
   assert gigabytes / took == pytest.approx(rate, rel=0.015)
 
 

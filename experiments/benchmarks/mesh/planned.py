@@ -8,10 +8,9 @@ import numpy as np
 
 from experiments.benchmarks import shapes
 from experiments.benchmarks.shapes import Shape
-from experiments.planning import exchanges
+from experiments.planning import exchanges, rates
+from experiments.planning.chips import CHIPS
 from jmoe.presets import mixtral
-
-_TILE = 128  # rows of a kernel's tile, which balanced loads fill
 
 
 def layer_of(
@@ -34,7 +33,8 @@ def layer_of(
     devices=n, inside=n // 2 if n >= 4 else n, tensor=1, factor=factor, skew=0.0,
     every_slot=False,
     popularity=load_E / load_E.sum() * shape.k,
-    tile=1 if balanced else _TILE,
+    tile=1 if balanced else rates.TILE,  # balanced loads fill theirs
+    waited=rates.waited(CHIPS["H200"]),
   )  # fmt: skip
 
 

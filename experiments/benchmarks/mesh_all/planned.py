@@ -6,7 +6,7 @@ Written before a run, so that the run can judge the planner (`mesh_all.compare`)
 layers: milliseconds forward and backward, and a GPU's rate over that of the same layer
 on one GPU; loads are those that the benchmark draws, and nothing is hidden behind
 products.  Of links: GB/s.  Of training steps: milliseconds, tokens a second, GB of a
-GPU.  `planning.rates` holds what it knows, all of it from one and two H200s.
+GPU.  `planning.rates` holds what it knows, all of it from one, two and four H200s.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
   except ValueError as error:
     parser.error(str(error))
   lines = {
-    "what": "PREDICTED by the planner for commands of mesh_all; nothing was measured",
+    "what": "PREDICTED by the planner for commands of mesh_all, from rates of up to "
+    "four H200s; no figure of this file was measured",
     "command": command(_NAME, words, without=("--out",)),
     "chips": chips.name,
     "parts": {},

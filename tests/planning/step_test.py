@@ -1,0 +1,86 @@
+"""Planned steps beside those that were measured over two and four H200s."""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+import math
+
+import pytest
+
+from experiments.benchmarks.mesh import planned as layers
+from experiments.benchmarks.mesh.layer import SHAPES
+from experiments.benchmarks.mesh_train import model as mesh_train
+from experiments.planning import alone, ask, models, step, topology
+from experiments.planning.mesh import Mesh
+from jmoe.models import unrolled
+
+HOST = topology.parse("gpu:4xH200")
+
+
+@pytest.mark.parametrize(
+  ("name", "sizes", "strategy", "loop", "ms", "gb"),
+  [
+    ("qwen3-30b-a3b", {"fsdp": 4}, "", True, 948.2, 82.36),
+    ("qwen3-30b-a3b", {"fsdp": 2, "expert": 2}, "deduplicated", True, 932.2, 86.58),
+    ("olmoe-1b-7b", {"fsdp": 4}, "", True, 469.1, 51.09),
+    ("olmoe-1b-7b", {"expert": 4}, "deduplicated", True, 472.0, 62.13),
+    ("olmoe-1b-7b", {"expert": 2}, "all_gather", True, 423.7, 88.17),
+    ("olmoe-1b-7b", {"expert": 2}, "all_gather", False, 378.8, 80.41),
+  ],
+)
+def test_steps_take_what_they_took(name, sizes, strategy, loop, ms, gb):
+  """The job's step, 4 rows of 4096 tokens a GPU, in documents; 24 layers of Qwen3."""
+  made, devices = mesh_train.MODELS[name], math.prod(sizes.values())
+  model = mesh_train.configured(
+    made.config, keep=made.keep, loop=loop, layers=24 if "qwen3" in name else None,
+    room=0.5 if sizes.get("expert") == 4 else None,
+  )  # fmt: skip
+  found = ask.planned(
+    model, rows=4 * devices, seq=4096, sizes=sizes, strategy=strategy,
+    chips=f"gpu:{devices}xH200",
+  )  # fmt: skip
+  assert found["ms"] == pytest.approx(ms, rel=0.07)
+  assert found["gb"] == pytest.approx(gb, rel=0.04)
+
+
+@pytest.mark.parametrize(
+  ("name", "tokens", "balanced", "ms"),
+  [
+    ("dsv3", 8192, True, 28.1),
+    ("dsv3", 8192, False, 29.0),
+    ("dsv3", 2048, False, 8.68),
+    ("dsv3-256", 8192, True, 33.7),  # 256 rows an expert
+    ("dsv3-256", 8192, False, 39.9),
+    ("dsv3-256", 2048, False, 21.1),
+    ("qwen3", 32768, True, 14.2),
+    ("qwen3", 8192, False, 4.11),
+    ("olmoe", 8192, False, 4.72),
+    ("mixtral", 4096, False, 15.1),
+  ],
+)
+def test_few_rows_an_expert_cost_more_than_their_products(name, tokens, balanced, ms):
+  """A layer alone on an H200, forward and backward."""
+  shape = dataclasses.replace(SHAPES[name], tokens=tokens)
+  one = layers.layer_of(shape, 1, balanced=balanced)
+  found, over = alone.seconds(one, "all_gather", HOST)
+  assert found == over
+  assert 1e3 * found == pytest.approx(ms, rel=0.1)
+
+
+def test_loops_on_gpus_hide_no_exchange_and_turn_what_is_gathered_along_a_later_dim():
+  run = models.load("olmoe:1b-7b", rows=4)
+  apart = dataclasses.replace(run, model=unrolled(run.model))
+
+  def plan(run, chips):
+    question = step.Question(run, Mesh(fsdp=4), topology.parse(chips), 1.25, 0.3)
+    return step.plan(question, step.LOCAL)
+
+  loop, free = plan(run, "gpu:4xH200"), plan(apart, "gpu:4xH200")
+  tpu = plan(run, "v5e:2x2")
+  assert loop.times.hidden == 0
+  for one in (free, tpu):
+    least = min(one.times.compute, one.times.parameters)
+    assert one.times.hidden == pytest.approx(least)
+  # 64 experts of three matrices, and what attention gives is multiplied by.
+  turned = 16 * (64 * 3 * 2048 * 1024 + 2048**2) * 2 / 4
+  assert loop.memory.turned == turned
+  assert free.memory.turned == tpu.memory.turned == 0
