@@ -72,7 +72,8 @@ CASES = [
    "expert axes (expert=4); use 4 or 8 experts, axes of 2 or 3 or 6"),
   (dict(experts=use(experts.glu, d_ff=6)), "tensor=4,data=2",
    "is split by tensor=4 over 6; use 4 or 8, or other axes"),
-  (dict(d_model=6), "fsdp=4,data=2", "is split by fsdp=4 over 6; use 4 or 8"),
+  (dict(d_model=6, num_experts=6), "fsdp=4,data=2",
+   "is split by fsdp=4 over 6; use 4 or 8"),
   (dict(), "data=8", "4 is not divisible by data=8; use 8, or other axes"),
   (dict(), "data=2,context=4", "6 is not divisible by context=4; use 4 or 8"),
   (SLOTS, "data=4,tensor=2", "group_size=None: groups of 24 tokens straddle shards of "

@@ -35,7 +35,7 @@ def line(text, start):
 def test_every_array_has_its_spec_and_the_bytes_of_one_device():
   text = explain(WIDE, SIZES, SHAPE)
   up = line(text, "experts up_EDF")
-  assert "PartitionSpec('expert', 'fsdp', 'tensor')" in up
+  assert "PartitionSpec(('expert', 'fsdp'), None, 'tensor')" in up
   assert f"{8 * 4096 * 14336 * 4 // 16:,} bytes" in up
   x = line(text, "x ")
   assert "PartitionSpec(('fsdp', 'expert'), None)" in x
