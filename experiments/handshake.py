@@ -1,0 +1,151 @@
+"""What the processes of a job tell each other before jax joins them.
+
+jaxlib aborts a process whose number it does not expect, or that has waited too long,
+and nothing of jax stops it.  So each says first who it is, at the coordinator's
+address, where process 0 listens until it gives all of them one answer; the port is
+then free for jax.  Every wait has an end.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import time
+import uuid
+
+from experiments.errors import PeerFailed, Unreachable
+
+GRACE = 5.0  # seconds in which those that come late still hear why others ended
+_HELLO = re.compile(rb"jmoe (\d+) of (\d+), (\w+)\n")  # the last tells twins apart
+_ANSWER = b"jmoe: "
+
+
+def agree(address: str, count: int, index: int, seconds: float) -> None:
+  """Returns once all processes of a job have come, each with a number of its own.
+
+  Args:
+    address: HOST:PORT of process 0.
+    count: of processes.
+    index: of this one.
+    seconds: that the first ones wait for the last.
+
+  Raises:
+    PeerFailed: their counts or numbers do not go together, or some did not come.
+    Unreachable: process 0 does not answer, or cannot listen.
+  """
+  if answer := asyncio.run(_agreed(address, count, index, seconds)):
+    raise PeerFailed(f"--distributed: {answer}")
+
+
+async def _agreed(address: str, count: int, index: int, seconds: float) -> str:
+  ours, server = _Guests(count, address, seconds), None
+  hello = f"jmoe {index} of {count}, {uuid.uuid4().hex}\n"
+  end, answer = time.monotonic() + seconds, None
+  while answer is None:
+    if index == 0 and server is None:
+      server = await _listening(ours, address)
+    try:
+      answer = await _asked(address, hello, seconds + 2 * GRACE)  # 0 may come later
+      why = "its job has begun without this process, or another program has the port"
+      end = min(end, time.monotonic() + GRACE)  # a former job may be about to end
+    except (OSError, EOFError) as error:  # what stands between may accept, and close
+      why = str(error) or type(error).__name__
+    if answer is None and time.monotonic() >= end:
+      raise Unreachable(
+        f"--distributed: no process 0 answers at --coordinator {address} ({why}); "
+        "start it there, or give a longer --wait."
+      )
+    await asyncio.sleep(0.1)
+  end = time.monotonic() + GRACE
+  while server is not None and time.monotonic() < end and (answer or ours.here):
+    await asyncio.sleep(0.01)
+  if server is not None:
+    server.close()
+  return answer
+
+
+class _Guests:
+  """Who has come to process 0."""
+
+  def __init__(self, count: int, address: str, seconds: float):
+    self._count, self._answer = count, None
+    self.here: dict[bytes, tuple[int, int, asyncio.StreamWriter]] = {}
+    self._late = f"did not come to --coordinator {address} in {seconds:.0f} s"
+    asyncio.get_running_loop().call_later(seconds, self._look, True)
+
+  async def greet(
+    self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+  ) -> None:
+    """Keeps a connection until its guest closes it, or says nothing to the point."""
+    strange = OSError, ValueError, asyncio.CancelledError  # lost, too long, silent
+    with contextlib.closing(writer), contextlib.suppress(*strange):
+      if said := _HELLO.fullmatch(await reader.readline()):
+        self.here[said[3]] = int(said[1]), int(said[2]), writer
+        self._look()
+        await reader.read()
+        if self.here[said[3]][2] is writer:  # it may have come again
+          del self.here[said[3]]
+
+  def _look(self, late: bool = False) -> None:
+    """Answers everyone, once there is an answer."""
+    if self._answer is None:
+      self._answer = self._found(late)
+    if self._answer is not None:
+      for _, _, writer in self.here.values():
+        writer.write(_ANSWER + self._answer.encode() + b"\n")
+
+  def _found(self, late: bool) -> str | None:
+    numbers = [number for number, _, _ in self.here.values()]
+    missing = [str(n) for n in range(self._count) if n not in numbers]
+    for number, count, _ in self.here.values():
+      if count != self._count:
+        return (
+          f"--processes {count} of process {number} is not --processes {self._count} "
+          "of process 0; give every process the same number."
+        )
+      if numbers.count(number) > 1:
+        return (
+          f"--process {number} was given to {numbers.count(number)} processes; give "
+          f"each its own, 0 to {count - 1}."
+        )
+    if late and missing:
+      more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+      return (
+        f"process {', '.join(missing[:8])}{more} of {self._count} {self._late}; start "
+        "all of them, or give a longer --wait."
+      )
+    return None if missing else ""
+
+
+async def _listening(ours: _Guests, address: str) -> asyncio.Server | None:
+  """Where jax will listen; None if another has the port, and this one is a guest."""
+  port = address.rpartition(":")[2]
+  place = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{port}")
+  host, _, port = place.rpartition(":")
+  host = None if host == "[::]" else host.strip("[]")
+  try:
+    return await asyncio.start_server(ours.greet, host, int(port), backlog=1024)
+  except OSError as error:
+    if error.errno == errno.EADDRINUSE:
+      return None
+    raise Unreachable(
+      f"--coordinator {address}: process 0 cannot listen at {place} "
+      f"({error.strerror}); give an address and a free port of its host."
+    ) from error
+
+
+async def _asked(address: str, hello: str, seconds: float) -> str | None:
+  """What process 0 answers: nothing, if all may go on; None if another program does."""
+  host, _, port = address.rpartition(":")
+  async with asyncio.timeout(GRACE):
+    reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+  with contextlib.closing(writer):
+    if writer.get_extra_info("sockname") == writer.get_extra_info("peername"):
+      raise OSError("nobody listens")  # TCP lets one call oneself
+    writer.write(hello.encode())
+    async with asyncio.timeout(seconds):
+      if await reader.readexactly(len(_ANSWER)) != _ANSWER:
+        return None
+      return (await reader.readuntil()).decode().strip()
