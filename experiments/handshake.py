@@ -17,7 +17,8 @@ import uuid
 
 from experiments.errors import PeerFailed, Unreachable
 
-GRACE = 5.0  # seconds in which those that come late still hear why others ended
+GRACE = 3.0  # seconds in which those that come late still hear why others ended
+_CALL = 30.0  # seconds that one try to reach process 0 takes at most
 _HELLO = re.compile(rb"jmoe (\d+) of (\d+), (\w+)\n")  # the last tells twins apart
 _ANSWER = b"jmoe: "
 
@@ -42,37 +43,40 @@ def agree(address: str, count: int, index: int, seconds: float) -> None:
 async def _agreed(address: str, count: int, index: int, seconds: float) -> str:
   ours, server = _Guests(count, address, seconds), None
   hello = f"jmoe {index} of {count}, {uuid.uuid4().hex}\n"
-  end, answer = time.monotonic() + seconds, None
-  while answer is None:
+  end = time.monotonic() + seconds
+  while True:
     if index == 0 and server is None:
       server = await _listening(ours, address)
     try:
-      answer = await _asked(address, hello, seconds + 2 * GRACE)  # 0 may come later
+      answer = await _asked(address, hello, end - time.monotonic(), seconds)
       why = "its job has begun without this process, or another program has the port"
       end = min(end, time.monotonic() + GRACE)  # a former job may be about to end
     except (OSError, EOFError) as error:  # what stands between may accept, and close
-      why = str(error) or type(error).__name__
-    if answer is None and time.monotonic() >= end:
+      answer, why = None, str(error) or type(error).__name__
+    if answer is not None:
+      break
+    if time.monotonic() >= end:
       raise Unreachable(
         f"--distributed: no process 0 answers at --coordinator {address} ({why}); "
         "start it there, or give a longer --wait."
       )
     await asyncio.sleep(0.1)
-  end = time.monotonic() + GRACE
-  while server is not None and time.monotonic() < end and (answer or ours.here):
-    await asyncio.sleep(0.01)
   if server is not None:
+    end = time.monotonic() + GRACE
+    while time.monotonic() < end and (answer or ours.here):
+      await asyncio.sleep(0.01)
     server.close()
   return answer
 
 
 class _Guests:
-  """Who has come to process 0."""
+  """Who has come to process 0, itself included."""
 
   def __init__(self, count: int, address: str, seconds: float):
-    self._count, self._answer = count, None
     self.here: dict[bytes, tuple[int, int, asyncio.StreamWriter]] = {}
-    self._late = f"did not come to --coordinator {address} in {seconds:.0f} s"
+    self._count, self._address, self._seconds = count, address, seconds
+    self._answer: str | None = None
+    self._heard: set[bytes] = set()  # those whom the answer is for
     asyncio.get_running_loop().call_later(seconds, self._look, True)
 
   async def greet(
@@ -82,19 +86,30 @@ class _Guests:
     strange = OSError, ValueError, asyncio.CancelledError  # lost, too long, silent
     with contextlib.closing(writer), contextlib.suppress(*strange):
       if said := _HELLO.fullmatch(await reader.readline()):
-        self.here[said[3]] = int(said[1]), int(said[2]), writer
-        self._look()
+        self.here[said[3]] = guest = int(said[1]), int(said[2]), writer
+        if self._answer is None:
+          self._look()
+        else:
+          self._tell(said[3])
         await reader.read()
-        if self.here[said[3]][2] is writer:  # it may have come again
+        if self.here.get(said[3]) is guest:  # it may have come again
           del self.here[said[3]]
 
   def _look(self, late: bool = False) -> None:
     """Answers everyone, once there is an answer."""
-    if self._answer is None:
-      self._answer = self._found(late)
-    if self._answer is not None:
-      for _, _, writer in self.here.values():
-        writer.write(_ANSWER + self._answer.encode() + b"\n")
+    if self._answer is None and (found := self._found(late)) is not None:
+      self._answer, self._heard = found, set(self.here)
+      for guest in self.here:
+        self._tell(guest)
+
+  def _tell(self, guest: bytes) -> None:
+    said = self._answer or ""
+    if not said and guest not in self._heard:
+      said = (
+        f"the job at --coordinator {self._address} has begun without this process; "
+        "give each its own number, and all the same --processes."
+      )
+    self.here[guest][2].write(_ANSWER + said.encode() + b"\n")
 
   def _found(self, late: bool) -> str | None:
     numbers = [number for number, _, _ in self.here.values()]
@@ -113,8 +128,9 @@ class _Guests:
     if late and missing:
       more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
       return (
-        f"process {', '.join(missing[:8])}{more} of {self._count} {self._late}; start "
-        "all of them, or give a longer --wait."
+        f"process {', '.join(missing[:8])}{more} of {self._count} did not come to "
+        f"--coordinator {self._address} in {self._seconds:.0f} s; start all of them, "
+        "or give a longer --wait."
       )
     return None if missing else ""
 
@@ -136,16 +152,16 @@ async def _listening(ours: _Guests, address: str) -> asyncio.Server | None:
     ) from error
 
 
-async def _asked(address: str, hello: str, seconds: float) -> str | None:
+async def _asked(address: str, hello: str, rest: float, wait: float) -> str | None:
   """What process 0 answers: nothing, if all may go on; None if another program does."""
   host, _, port = address.rpartition(":")
-  async with asyncio.timeout(GRACE):
+  async with asyncio.timeout(min(max(rest, 1), _CALL)):
     reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
   with contextlib.closing(writer):
     if writer.get_extra_info("sockname") == writer.get_extra_info("peername"):
       raise OSError("nobody listens")  # TCP lets one call oneself
     writer.write(hello.encode())
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(wait + 2 * GRACE):  # process 0 may have come later
       if await reader.readexactly(len(_ANSWER)) != _ANSWER:
         return None
       return (await reader.readuntil()).decode().strip()

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     "--wait",
     type=int,
     metavar="SECONDS",
-    help="of the first of them for the last, then all end; 300 if not given",
+    help="that the first ones wait for the last before all end; 300 if not given",
   )
   arguments = parser.parse_args(argv)
   if arguments.config not in (None, *(known := configs.names())):
