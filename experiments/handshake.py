@@ -10,6 +10,7 @@ then free for jax.  Every wait has an end.
 import asyncio
 import contextlib
 import errno
+import importlib
 import os
 import re
 import time
@@ -21,6 +22,7 @@ GRACE = 3.0  # seconds in which those that come late still hear why others ended
 _CALL = 30.0  # seconds that one try to reach process 0 takes at most
 _HELLO = re.compile(rb"jmoe (\d+) of (\d+), (\w+)\n")  # the last tells twins apart
 _ANSWER = b"jmoe: "
+_BEGUN = "its job has begun without this process, or another program has the port"
 
 
 def agree(address: str, count: int, index: int, seconds: float) -> None:
@@ -43,28 +45,30 @@ def agree(address: str, count: int, index: int, seconds: float) -> None:
 async def _agreed(address: str, count: int, index: int, seconds: float) -> str:
   ours, server = _Guests(count, address, seconds), None
   hello = f"jmoe {index} of {count}, {uuid.uuid4().hex}\n"
-  end = time.monotonic() + seconds
+  end, why = time.monotonic() + seconds, ""
   while True:
     if index == 0 and server is None:
       server = await _listening(ours, address)
     try:
       answer = await _asked(address, hello, end - time.monotonic(), seconds)
-      why = "its job has begun without this process, or another program has the port"
+      why = _BEGUN
       end = min(end, time.monotonic() + GRACE)  # a former job may be about to end
     except (OSError, EOFError) as error:  # what stands between may accept, and close
-      answer, why = None, str(error) or type(error).__name__
+      answer, why = None, why if why == _BEGUN else str(error) or type(error).__name__
     if answer is not None:
       break
     if time.monotonic() >= end:
       raise Unreachable(
-        f"--distributed: no process 0 answers at --coordinator {address} ({why}); "
-        "start it there, or give a longer --wait."
+        f"--distributed: no process 0 waits at --coordinator {address} ({why}); start "
+        "all of the job, or give a longer --wait."
       )
     await asyncio.sleep(0.1)
   if server is not None:
     end = time.monotonic() + GRACE
     while time.monotonic() < end and (answer or ours.here):
       await asyncio.sleep(0.01)
+    if not answer:  # slow, and so before another process 0 can take the port
+      importlib.import_module("jax")
     server.close()
   return answer
 

@@ -63,7 +63,7 @@ def start(job: Job) -> None:
   """
   if job.coordinator and job.processes and job.process is not None:  # else they agree
     handshake.agree(job.coordinator, job.processes, job.process, job.wait)
-  import jax  # slow, and of no use before
+  import jax  # slow, and of no use to those that end before
 
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
