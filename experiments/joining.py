@@ -8,9 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import jax
-
-from experiments import hosts
+from experiments import handshake, hosts
 from experiments.errors import PeerFailed, Unreachable
 
 _REMEDY = (
@@ -29,8 +27,11 @@ class Job:
   coordinator: str | None = None  # HOST:PORT of process 0
   processes: int | None = None
   process: int | None = None
+  wait: int = hosts.PATIENCE  # seconds, of the first ones for the last
 
   def __post_init__(self):
+    if self.wait < 1:
+      raise ValueError(f"--wait {self.wait} is no time to wait; give seconds, from 1.")
     given = [self.coordinator, self.processes, self.process]
     if None in given:
       if given != [None] * 3:
@@ -58,16 +59,20 @@ def start(job: Job) -> None:
 
   Raises:
     Unreachable: the others did not come, or nothing tells who they are.
-    PeerFailed: they are not as many as was said.
+    PeerFailed: their counts or numbers do not go together, or some did not come.
   """
+  if job.coordinator and job.processes and job.process is not None:  # else they agree
+    handshake.agree(job.coordinator, job.processes, job.process, job.wait)
+  import jax  # slow, and of no use to those that end before
+
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
-    with _in_time(job, hosts.PATIENCE):
+    with _in_time(job, job.wait):
       jax.distributed.initialize(
         job.coordinator,
         job.processes,
         job.process,
-        initialization_timeout=2 * hosts.PATIENCE,
+        initialization_timeout=2 * job.wait,
       )
   except (RuntimeError, ValueError) as error:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -93,6 +93,12 @@ def main(argv: list[str] | None = None) -> int:
   add("--coordinator", metavar="HOST:PORT", help="of process 0")
   add("--processes", type=int, metavar="N", help="how many there are")
   add("--process", type=int, metavar="I", help="which one this is, from 0")
+  add(
+    "--wait",
+    type=int,
+    metavar="SECONDS",
+    help="that the first ones wait for the last before all end; 300 if not given",
+  )
   arguments = parser.parse_args(argv)
   if arguments.config not in (None, *(known := configs.names())):
     close = difflib.get_close_matches(arguments.config, known, n=1) or known
@@ -103,10 +109,12 @@ def main(argv: list[str] | None = None) -> int:
   except extras.MissingExtra as error:
     return _refused(error)
 
-  from experiments import errors, hosts, recorded, workdir
+  from experiments import errors, hosts
 
   try:
     _joined(arguments)
+    from experiments import recorded, workdir
+
     with hosts.together("the command"):
       folder = workdir.opened(arguments.workdir)
       name = arguments.config
@@ -175,8 +183,10 @@ def _joined(arguments: argparse.Namespace) -> None:
   """
   address = arguments.coordinator, arguments.processes, arguments.process
   if not arguments.distributed:
-    if address != (None, None, None):
-      raise ValueError("--coordinator, --processes and --process need --distributed.")
+    if address != (None, None, None) or arguments.wait is not None:
+      raise ValueError(
+        "--coordinator, --processes, --process and --wait need --distributed."
+      )
     if arguments.strategy is not None and arguments.mesh is None:
       raise ValueError(
         f"--strategy {arguments.strategy} needs --mesh, as in --mesh expert=8."
@@ -189,7 +199,8 @@ def _joined(arguments: argparse.Namespace) -> None:
     )
   from experiments import hosts, joining
 
-  joining.start(joining.Job(*address))
+  wait = hosts.PATIENCE if arguments.wait is None else arguments.wait
+  joining.start(joining.Job(*address, wait))
   if not hosts.is_first():  # one speaks for all; errors are said by each
     sys.stdout = open(os.devnull, "w")
 

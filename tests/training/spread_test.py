@@ -247,6 +247,8 @@ def test_layers_that_do_not_fit_are_named_before_anything_is_compiled(
   [
     (["--distributed"], "--distributed needs --mesh"),
     (["--processes", "2"], "need --distributed"),
+    (["--wait", "5"], "need --distributed"),
+    (["--distributed", "--mesh", "data=8", "--wait", "0"], "--wait 0 is no time"),
     (["--strategy", "all_gather"], "needs --mesh"),
     (["--distributed", "--mesh", "data=8", "--processes", "2"], "go together"),
     (
