@@ -24,7 +24,10 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
   """Raises if a layer with a table cannot run over the current mesh."""
   rules = config.sharding
   mesh = meshes.current()
-  if rules is None or mesh is None:
+  if mesh is None:
+    return
+  if rules is None:
+    _by_type(config, x, mesh)
     return
   sizes = mesh.shape
   manual = [a for a in meshes.manual_axes(mesh) if a in rules.named]
@@ -39,6 +42,19 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
       "the tokens; use axes=None."
     )
   fits(config, x, context, train, sizes)
+
+
+def _by_type(config: Any, x: Any, mesh: Any) -> None:
+  """Raises where the types of a layer without a table split its tokens."""
+  if not meshes.has_explicit(mesh) or fact(config.router, "dense"):
+    return
+  at = jax.typeof(x).sharding.spec
+  if any(at[: x.ndim - 1]):
+    raise ValueError(
+      f"x is split over the current mesh by its type, {at}, but sharding=None does not "
+      "say how to route over devices; use MoEConfig(sharding=jmoe.parallel.EXPERT_FSDP)"
+      ", or a mesh with axes of type Auto."
+    )
 
 
 def fits(config: Any, x: Any, context: Any, train: bool, sizes: Any) -> None:
@@ -90,6 +106,7 @@ def near(value: int, parts: int) -> str:
 def _experts(config: Any, sizes: Any) -> None:
   axes, rules = _axes(config, "expert", sizes), config.sharding
   E, n = config.num_experts, product(axes, sizes)
+  _tokens_split_too(config, axes, sizes)
   if rules.placement is not None:
     _placement(config, axes, n)
     return
@@ -100,9 +117,13 @@ def _experts(config: Any, sizes: Any) -> None:
       f"use {near(E, n)} experts, axes of {' or '.join(divisors[E > 1 :])}, or "
       "experts.layout.replicate."
     )
+
+
+def _tokens_split_too(config: Any, axes: tuple[str, ...], sizes: Any) -> None:
+  """Raises where devices of the expert axes would have the same tokens."""
   whole = "tokens", "sequence"
   outside = [a for a in axes if not any(a in _axes(config, n, sizes) for n in whole)]
-  if outside and fact(config.dispatch, "exchanges"):
+  if outside and not fact(config.dispatch, "gspmd"):
     raise ValueError(
       f"sharding: expert axis {outside[0]!r} does not split the tokens, so there is "
       "nothing to exchange; add it to Rules(tokens=...)."

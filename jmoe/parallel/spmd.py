@@ -162,9 +162,7 @@ def run(
   y, info = jax.shard_map(
     body, mesh=split.mesh, in_specs=specs, out_specs=(at, at_info), check_vma=True
   )(*args)
-  if meshes.has_explicit(split.mesh) and y.shape == x.shape:
-    y = jax.sharding.reshard(y, jax.typeof(x).sharding.spec)
-  return y, info
+  return meshes.typed_like(y, x) if meshes.has_explicit(split.mesh) else y, info
 
 
 def tokens_of_call(token_N: Array, lead: tuple[int, ...], config: Any) -> Array:
@@ -216,7 +214,8 @@ def constrained(
     return body(params, x, *rest)
   typed = meshes.of_types(at), P()
   automatic: Any = jax.sharding.auto_axes(body, out_sharding=typed)
-  return automatic(params, x, *rest)
+  y, info = automatic(params, x, *rest)
+  return meshes.typed_like(y, x), info
 
 
 def _is_spec(x: Any) -> bool:
@@ -255,6 +254,8 @@ def _of_call(context: Context, lead: tuple[int, ...], split: Over) -> Context:
       continue
     if name == "segment" and len(lead) > 1 and array.shape == lead:
       # Here, where whole rows are at hand: a document may lie on several shards.
+      if meshes.has_explicit(split.mesh):  # and may not be cut by types either
+        array = _put(tables.spec(split.axes("tokens")), array)
       array = unique_segments(array.reshape(-1, lead[-1]))
       changed["row_segments"] = lead[-1]
       if context.num_segments is None:
