@@ -6,6 +6,7 @@ first of them waits for another.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -132,10 +133,12 @@ def _tokens_split_too(config: Any, axes: tuple[str, ...], sizes: Any) -> None:
 
 def _placement(config: Any, axes: tuple[str, ...], n: int) -> None:
   placement, E = config.sharding.placement, config.num_experts
-  if not fact(config.dispatch, "exchanges"):
+  taken = inspect.signature(config.dispatch.function).parameters
+  if not fact(config.dispatch, "exchanges") or "placement" not in taken:
+    why = "knows no copies" if "axis" in taken else "exchanges no rows"
     raise ValueError(
-      f"sharding.placement with dispatch={config.dispatch!r}, which exchanges no rows; "
-      "use placement=None, or a strategy such as dispatch.all_to_all."
+      f"sharding.placement with dispatch={config.dispatch!r}, which {why}; use "
+      "placement=None, or a strategy such as dispatch.all_to_all."
     )
   if config.max_rows is not None:
     raise ValueError(
@@ -233,6 +236,12 @@ def _groups(config: Any, T: int, context: Any, run: int) -> None:
   size = T if size is None else size
   if run % size == 0:
     return
+  if fact(config.router, "dense"):
+    raise ValueError(
+      f"router={config.router!r} mixes whole rows: those of {size} tokens straddle "
+      f"shards of {run} tokens in a row; split tokens by rows, with no axis of "
+      "Rules(sequence=...) in the mesh, or use fewer axes."
+    )
   fits = [str(d) for d in range(run, 0, -1) if run % d == 0]
   raise ValueError(
     f"group_size={config.group_size!r}: groups of {size} tokens straddle shards of "

@@ -3,13 +3,14 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jmoe
-from jmoe import MoEConfig, capacity, dispatch, experts, routers, use
+from jmoe import MoEConfig, capacity, dispatch, experts, gates, routers, use
 from jmoe.layer import apply, moe_init
 from jmoe.parallel import EXPERT, EXPERT_TENSOR, Rules, mesh
 
@@ -24,6 +25,12 @@ BASE = MoEConfig(
 )
 SLOTS = dict(
   dispatch=use(dispatch.all_to_all), capacity=use(capacity.by_factor, factor=2.0)
+)
+SOFT: dict[str, Any] = dict(
+  gate=use(gates.slots, slots_per_expert=1),
+  router=use(routers.soft),
+  dispatch=use(dispatch.mix),
+  losses=(),
 )
 FREE = use(experts.with_free, base=use(experts.glu, d_ff=F), copy=2)
 
@@ -103,6 +110,10 @@ CASES = [
    "data=2,expert=4", "must hold every expert of 8 and be a multiple of the 4 devices"),
   (dict(sharding=dataclasses.replace(EXPERT, placement=tuple(range(8))),
         dispatch=use(dispatch.sort)), "data=2,expert=4", "which exchanges no rows"),
+  (dict(SOFT, sharding=dataclasses.replace(EXPERT, placement=tuple(range(8)))),
+   "data=2,expert=4", "which knows no copies; use placement=None"),
+  (SOFT, "data=2,context=2,tensor=2", "mixes whole rows: those of 6 tokens straddle "
+   "shards of 3 tokens in a row; split tokens by rows"),
   (dict(sharding=dataclasses.replace(EXPERT, placement=tuple(range(8))), max_rows=0.5,
         dispatch=use(dispatch.ragged_all_to_all)), "data=2,expert=4",
    "not of their copies; use max_rows=None"),
