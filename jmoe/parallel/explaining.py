@@ -158,7 +158,8 @@ def _rows(config: Any, tokens: int, group_size: int | None, n: int) -> int | Non
     return max(1, int(entries * n * share))
   size, E = group_size or tokens, config.num_experts
   each = int(capacity.of_group(config.capacity, size, size, E, config.k, True).max())
-  slots = len(config.sharding.placement or range(E)) * each * max(1, tokens // size)
+  copies = config.sharding.placement if n > 1 else None
+  slots = len(copies or range(E)) * each * max(1, tokens // size)
   return (
     slots if fact(config.dispatch, "dropless") is False else min(entries * n, slots)
   )

@@ -66,7 +66,8 @@ class Rules:
   heads: Axes = ()  # of attention, in a model
   vocab: Axes = ()  # of the embedding, in a model
   # The expert that each slot of the expert axis holds, if some are there twice: from
-  # `experts.layout`.  Matrices then rest split over d_model instead of by experts.
+  # `experts.layout`.  Matrices then rest split over d_model instead of by experts.  On
+  # a mesh without expert axes each expert is there once.
   placement: tuple[int, ...] | None = None
 
   def __post_init__(self):
