@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 from jmoe.contexts import PER_TOKEN, unique_segments
 from jmoe.kernels.varying import over
-from jmoe.parallel import mesh as meshes, rules as tables
+from jmoe.parallel import mesh as meshes, replaying, rules as tables
 from jmoe.parallel.rules import Axes, Rules
 from jmoe.parallel.shards import Shards
 from jmoe.types import Context, Info
@@ -104,10 +104,9 @@ def run(
   context = _of_call(context, lead, split)
   at = tables.activation_spec(x.ndim, split.rules, sizes)
   flat = tables.spec(split.token_axes)  # an entry per token, group or shard
-  dims = list(at)
   if previous_logits is not None:
     previous_logits = previous_logits.reshape(*lead, -1)
-  forced, at_forced = _forced(forced, config, lead, dims, split)
+  forced, at_forced = replaying.of_call(forced, config, lead, at, split)
   at_context = jax.tree.map(lambda _: P(), context)
   per_token = {n: at for n in PER_TOKEN if getattr(context, n) is not None}
   at_context = dataclasses.replace(at_context, **per_token)
@@ -129,12 +128,7 @@ def run(
     context = _of_shard(context, local, split, len(lead))
     if previous_logits is not None:
       previous_logits = previous_logits.reshape(math.prod(local), -1)
-    if forced is not None and config.k is None:
-      first = jax.lax.axis_index(split.token_axes) * math.prod(local)
-      forced = jnp.where(forced < 0, forced, forced - first)
-    elif forced is not None:
-      layers = forced.shape[: forced.ndim - 1 - len(lead)]
-      forced = forced.reshape(*layers, -1, config.k)
+    forced = replaying.of_shard(forced, config, lead, local, split)
     arrays = residual, previous_logits, forced
     y, info = flow(
       params,
@@ -231,17 +225,6 @@ def _spread_specs(specs: Any, args: Any) -> Any:
 
 def _put(at: P, x: Array) -> Array:
   return jax.sharding.reshard(x, meshes.of_types(at))
-
-
-def _forced(forced: Any, config: Any, lead: tuple[int, ...], dims: list, split: Over):
-  """Recorded choices shaped like the tokens, and their spec."""
-  if forced is None:
-    return None, P()
-  if config.k is None:  # [G,E,C] tokens of the call, group by group
-    return forced, tables.spec(split.token_axes)
-  layers = forced.shape[:-2]
-  dims = dims + [None] * (len(lead) - len(dims))
-  return forced.reshape(*layers, *lead, config.k), P(*[None] * len(layers), *dims)
 
 
 def _of_call(context: Context, lead: tuple[int, ...], split: Over) -> Context:
