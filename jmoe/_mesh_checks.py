@@ -6,6 +6,7 @@ first of them waits for another.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,10 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
   """Raises if a layer with a table cannot run over the current mesh."""
   rules = config.sharding
   mesh = meshes.current()
-  if rules is None or mesh is None:
+  if mesh is None:
+    return
+  if rules is None:
+    _by_type(config, x, mesh)
     return
   sizes = mesh.shape
   manual = [a for a in meshes.manual_axes(mesh) if a in rules.named]
@@ -39,6 +43,19 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
       "the tokens; use axes=None."
     )
   fits(config, x, context, train, sizes)
+
+
+def _by_type(config: Any, x: Any, mesh: Any) -> None:
+  """Raises where the types of a layer without a table split its tokens."""
+  if not meshes.has_explicit(mesh) or fact(config.router, "dense"):
+    return
+  at = jax.typeof(x).sharding.spec
+  if any(at[: x.ndim - 1]):
+    raise ValueError(
+      f"x is split over the current mesh by its type, {at}, but sharding=None does not "
+      "say how to route over devices; use MoEConfig(sharding=jmoe.parallel.EXPERT_FSDP)"
+      ", or a mesh with axes of type Auto."
+    )
 
 
 def fits(config: Any, x: Any, context: Any, train: bool, sizes: Any) -> None:
@@ -90,6 +107,7 @@ def near(value: int, parts: int) -> str:
 def _experts(config: Any, sizes: Any) -> None:
   axes, rules = _axes(config, "expert", sizes), config.sharding
   E, n = config.num_experts, product(axes, sizes)
+  _tokens_split_too(config, axes, sizes)
   if rules.placement is not None:
     _placement(config, axes, n)
     return
@@ -100,9 +118,13 @@ def _experts(config: Any, sizes: Any) -> None:
       f"use {near(E, n)} experts, axes of {' or '.join(divisors[E > 1 :])}, or "
       "experts.layout.replicate."
     )
+
+
+def _tokens_split_too(config: Any, axes: tuple[str, ...], sizes: Any) -> None:
+  """Raises where devices of the expert axes would have the same tokens."""
   whole = "tokens", "sequence"
   outside = [a for a in axes if not any(a in _axes(config, n, sizes) for n in whole)]
-  if outside and fact(config.dispatch, "exchanges"):
+  if outside and not fact(config.dispatch, "gspmd"):
     raise ValueError(
       f"sharding: expert axis {outside[0]!r} does not split the tokens, so there is "
       "nothing to exchange; add it to Rules(tokens=...)."
@@ -111,10 +133,12 @@ def _experts(config: Any, sizes: Any) -> None:
 
 def _placement(config: Any, axes: tuple[str, ...], n: int) -> None:
   placement, E = config.sharding.placement, config.num_experts
-  if not fact(config.dispatch, "exchanges"):
+  taken = inspect.signature(config.dispatch.function).parameters
+  if not fact(config.dispatch, "exchanges") or "placement" not in taken:
+    why = "knows no copies" if "axis" in taken else "exchanges no rows"
     raise ValueError(
-      f"sharding.placement with dispatch={config.dispatch!r}, which exchanges no rows; "
-      "use placement=None, or a strategy such as dispatch.all_to_all."
+      f"sharding.placement with dispatch={config.dispatch!r}, which {why}; use "
+      "placement=None, or a strategy such as dispatch.all_to_all."
     )
   if config.max_rows is not None:
     raise ValueError(
@@ -213,6 +237,12 @@ def _groups(config: Any, T: int, context: Any, run: int) -> None:
   size = T if size is None else size
   if run % size == 0:
     return
+  if fact(config.router, "dense"):
+    raise ValueError(
+      f"router={config.router!r} mixes whole rows: those of {size} tokens straddle "
+      f"shards of {run} tokens in a row; split tokens by rows, with no axis of "
+      "Rules(sequence=...) in the mesh, or use fewer axes."
+    )
   fits = [str(d) for d in range(run, 0, -1) if run % d == 0]
   raise ValueError(
     f"group_size={config.group_size!r}: groups of {size} tokens straddle shards of "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from jmoe._value_checks import whole
 from jmoe.assign import capacity
 from jmoe.parallel import mesh as meshes
 from jmoe.parallel.rules import (
@@ -54,7 +55,9 @@ def explain(
 
   Raises:
     ValueError: a configuration without a table, a mesh that cannot be parsed, one that
-      does not divide the layer or has none of its axes, or a shape of no activations.
+      does not divide the layer or has none of its axes, a shape of no activations, or
+      devices of a node that are no positive whole number.
+    TypeError: sizes or a shape of another type.
   """
   from jmoe._mesh_checks import of_shape
   from jmoe.parameters import param_shapes
@@ -65,10 +68,18 @@ def explain(
       f"explain: sharding=None in {shown(config)}; give it a table, as "
       "jmoe.parallel.EXPERT_FSDP."
     )
+  if not isinstance(shape, Sequence):
+    raise TypeError(f"explain: shape={shown(shape)}; give that of x, as (8, 512, 64).")
+  if devices_per_node is not None and not whole(devices_per_node):
+    raise ValueError(
+      f"explain: devices_per_node={shown(devices_per_node)} must be a whole number of "
+      "at least 1, or None."
+    )
   if isinstance(sizes, Mesh | AbstractMesh):
     sizes = dict(sizes.shape)
   else:
-    sizes = meshes.parse(sizes, axes=axes or (*meshes.AXES, *rules.named))
+    known = dict.fromkeys((*meshes.AXES, *rules.named))
+    sizes = meshes.parse(sizes, axes=axes or tuple(known))
   context = of_shape(config, shape, dtype, sizes)
   T = math.prod(shape[:-1])
   at = activation_spec(len(shape), rules, sizes)
@@ -147,7 +158,8 @@ def _rows(config: Any, tokens: int, group_size: int | None, n: int) -> int | Non
     return max(1, int(entries * n * share))
   size, E = group_size or tokens, config.num_experts
   each = int(capacity.of_group(config.capacity, size, size, E, config.k, True).max())
-  slots = len(config.sharding.placement or range(E)) * each * max(1, tokens // size)
+  copies = config.sharding.placement if n > 1 else None
+  slots = len(copies or range(E)) * each * max(1, tokens // size)
   return (
     slots if fact(config.dispatch, "dropless") is False else min(entries * n, slots)
   )

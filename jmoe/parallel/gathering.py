@@ -29,7 +29,8 @@ def whole(params: Any, specs: Any, config: Any, split: Any) -> Any:
   def one(path: Any, leaf: Array, at_leaf: PartitionSpec) -> Array:
     names = [str(getattr(step, "key", step)) for step in path]
     part, name = names[0], names[-1]
-    if part == "experts" and split.rules.placement is not None:
+    copies = split.rules.placement is not None and split.axes("expert")
+    if part == "experts" and copies:  # of one device's experts there is no second copy
       return _dealt(over(leaf, split.token_axes), name, split)
     # Differing before it is gathered: its gradient is split first and summed then.
     leaf = over(leaf, split.token_axes)
@@ -65,12 +66,10 @@ def _dealt(leaf: Array, name: str, split: Any) -> Array:
   at = next((d for d in dims if letters(name)[d] == "D"), None)
   if at is None:  # a bias, which all devices have whole
     local = placement.shape[0] // tables.product(axes, split.sizes)
-    first = lax.axis_index(axes) * local if axes else 0
+    first = lax.axis_index(axes) * local
     leaf = leaf[lax.dynamic_slice_in_dim(placement, first, local)]
     return _once(leaf, name, split)
-  leaf = leaf[placement]
-  if axes:
-    leaf = lax.all_to_all(leaf, axes, 0, leaf.ndim + at, tiled=True)
+  leaf = lax.all_to_all(leaf[placement], axes, 0, leaf.ndim + at, tiled=True)
   for d, split_by in dims.items():
     if others := tuple(a for a in split_by if a not in (*axes, *split.features)):
       leaf = lax.all_gather(leaf, others, axis=leaf.ndim + d, tiled=True)

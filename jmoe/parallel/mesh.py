@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jmoe.use import nearest, shown
@@ -44,6 +45,7 @@ def make(
   Raises:
     ValueError: a name that is not known or stands twice, a size that is no positive
       whole number, or another product than there are devices.
+    TypeError: sizes that are neither.
   """
   sizes = parse(sizes, axes=axes)
   devices = list(jax.devices()) if devices is None else list(devices)
@@ -65,7 +67,11 @@ def parse(
   Raises:
     ValueError: as `make`, but for the number of devices.
   """
-  pairs = _split(sizes) if isinstance(sizes, str) else list(dict(sizes).items())
+  if not isinstance(sizes, str | Mapping):
+    raise TypeError(
+      f"mesh: {shown(sizes)} is no text and no mapping; write 'data=2,expert=4'."
+    )
+  pairs = _split(sizes) if isinstance(sizes, str) else list(sizes.items())
   found: dict[str, int] = {}
   for name, size in pairs:
     if name not in axes:
@@ -144,3 +150,10 @@ def of_types(at: PartitionSpec) -> PartitionSpec:
     return names[0] if len(names) == 1 else names or None
 
   return PartitionSpec(*map(kept, at))
+
+
+def typed_like(y: Array, x: Array) -> Array:
+  """An output that has the input's shape, with the sharding of the input's type."""
+  if y.shape != x.shape:
+    return y
+  return jax.sharding.reshard(y, jax.typeof(x).sharding.spec)

@@ -7,6 +7,7 @@ by the letters that end their names: `gate_EDF` is experts by d_model by d_ff.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,14 @@ _LETTERS = {"E": "expert", "D": "d_model", "F": "d_ff"}
 # Parts of a layer whose matrices are split; the others are small, and whole everywhere.
 _SPLIT = {"experts": "EDF", "shared": "DF"}
 _IN, _OUT = ("d_model", "heads"), ("heads", "d_model")
+# Dimensions of one matrix, each of which needs axes of its own.
+_TOGETHER = (
+  ("expert", "d_model"),
+  ("expert", "d_ff"),
+  ("d_model", "d_ff"),
+  ("d_model", "heads"),
+  ("d_model", "vocab"),
+)
 # The other parameters of a model: module, name -> the logical axes of the last
 # dimensions.  What is not listed, norms and gates, is whole everywhere.
 _MODEL: dict[tuple[str, ...], tuple[str, str]] = {
@@ -59,7 +68,8 @@ class Rules:
   heads: Axes = ()  # of attention, in a model
   vocab: Axes = ()  # of the embedding, in a model
   # The expert that each slot of the expert axis holds, if some are there twice: from
-  # `experts.layout`.  Matrices then rest split over d_model instead of by experts.
+  # `experts.layout`.  Matrices then rest split over d_model instead of by experts.  On
+  # a mesh without expert axes each expert is there once.
   placement: tuple[int, ...] | None = None
 
   def __post_init__(self):
@@ -77,6 +87,19 @@ class Rules:
       raise ValueError(
         f"Rules: {sorted(both)[0]!r} splits tokens and sequence; leave it in one."
       )
+    for one, other in _TOGETHER:
+      if both := set(getattr(self, one)) & set(getattr(self, other)):
+        raise ValueError(
+          f"Rules: {sorted(both)[0]!r} splits {one} and {other}, which are dimensions "
+          "of one matrix; leave it in one."
+        )
+    if (slots := self.placement) is not None:
+      if not (isinstance(slots, tuple | list) and all(map(_number, slots))):
+        raise TypeError(
+          f"Rules: placement={shown(slots)} must be a tuple of numbers of experts; "
+          "make it with experts.layout.replicate."
+        )
+      object.__setattr__(self, "placement", tuple(map(int, slots)))
 
   @property
   def named(self) -> Axes:
@@ -114,6 +137,10 @@ TABLES = {
   "expert_fsdp": EXPERT_FSDP,
   "expert_tensor": EXPERT_TENSOR,
 }
+
+
+def _number(value: Any) -> bool:
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def product(axes: Sequence[str], sizes: Mapping[str, int]) -> int:

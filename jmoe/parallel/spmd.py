@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 from jmoe.contexts import PER_TOKEN, unique_segments
 from jmoe.kernels.varying import over
-from jmoe.parallel import mesh as meshes, rules as tables
+from jmoe.parallel import mesh as meshes, replaying, rules as tables
 from jmoe.parallel.rules import Axes, Rules
 from jmoe.parallel.shards import Shards
 from jmoe.types import Context, Info
@@ -104,10 +104,9 @@ def run(
   context = _of_call(context, lead, split)
   at = tables.activation_spec(x.ndim, split.rules, sizes)
   flat = tables.spec(split.token_axes)  # an entry per token, group or shard
-  dims = list(at)
   if previous_logits is not None:
     previous_logits = previous_logits.reshape(*lead, -1)
-  forced, at_forced = _forced(forced, config, lead, dims, split)
+  forced, at_forced = replaying.of_call(forced, config, lead, at, split)
   at_context = jax.tree.map(lambda _: P(), context)
   per_token = {n: at for n in PER_TOKEN if getattr(context, n) is not None}
   at_context = dataclasses.replace(at_context, **per_token)
@@ -129,12 +128,7 @@ def run(
     context = _of_shard(context, local, split, len(lead))
     if previous_logits is not None:
       previous_logits = previous_logits.reshape(math.prod(local), -1)
-    if forced is not None and config.k is None:
-      first = jax.lax.axis_index(split.token_axes) * math.prod(local)
-      forced = jnp.where(forced < 0, forced, forced - first)
-    elif forced is not None:
-      layers = forced.shape[: forced.ndim - 1 - len(lead)]
-      forced = forced.reshape(*layers, -1, config.k)
+    forced = replaying.of_shard(forced, config, lead, local, split)
     arrays = residual, previous_logits, forced
     y, info = flow(
       params,
@@ -162,9 +156,7 @@ def run(
   y, info = jax.shard_map(
     body, mesh=split.mesh, in_specs=specs, out_specs=(at, at_info), check_vma=True
   )(*args)
-  if meshes.has_explicit(split.mesh) and y.shape == x.shape:
-    y = jax.sharding.reshard(y, jax.typeof(x).sharding.spec)
-  return y, info
+  return meshes.typed_like(y, x) if meshes.has_explicit(split.mesh) else y, info
 
 
 def tokens_of_call(token_N: Array, lead: tuple[int, ...], config: Any) -> Array:
@@ -216,7 +208,8 @@ def constrained(
     return body(params, x, *rest)
   typed = meshes.of_types(at), P()
   automatic: Any = jax.sharding.auto_axes(body, out_sharding=typed)
-  return automatic(params, x, *rest)
+  y, info = automatic(params, x, *rest)
+  return meshes.typed_like(y, x), info
 
 
 def _is_spec(x: Any) -> bool:
@@ -234,17 +227,6 @@ def _put(at: P, x: Array) -> Array:
   return jax.sharding.reshard(x, meshes.of_types(at))
 
 
-def _forced(forced: Any, config: Any, lead: tuple[int, ...], dims: list, split: Over):
-  """Recorded choices shaped like the tokens, and their spec."""
-  if forced is None:
-    return None, P()
-  if config.k is None:  # [G,E,C] tokens of the call, group by group
-    return forced, tables.spec(split.token_axes)
-  layers = forced.shape[:-2]
-  dims = dims + [None] * (len(lead) - len(dims))
-  return forced.reshape(*layers, *lead, config.k), P(*[None] * len(layers), *dims)
-
-
 def _of_call(context: Context, lead: tuple[int, ...], split: Over) -> Context:
   """The context of a whole call, its fields shaped like the tokens."""
   T = math.prod(lead)
@@ -255,6 +237,8 @@ def _of_call(context: Context, lead: tuple[int, ...], split: Over) -> Context:
       continue
     if name == "segment" and len(lead) > 1 and array.shape == lead:
       # Here, where whole rows are at hand: a document may lie on several shards.
+      if meshes.has_explicit(split.mesh):  # and may not be cut by types either
+        array = _put(tables.spec(split.axes("tokens")), array)
       array = unique_segments(array.reshape(-1, lead[-1]))
       changed["row_segments"] = lead[-1]
       if context.num_segments is None:

@@ -3,13 +3,14 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jmoe
-from jmoe import MoEConfig, capacity, dispatch, experts, routers, use
+from jmoe import MoEConfig, capacity, dispatch, experts, gates, routers, use
 from jmoe.layer import apply, moe_init
 from jmoe.parallel import EXPERT, EXPERT_TENSOR, Rules, mesh
 
@@ -24,6 +25,12 @@ BASE = MoEConfig(
 )
 SLOTS = dict(
   dispatch=use(dispatch.all_to_all), capacity=use(capacity.by_factor, factor=2.0)
+)
+SOFT: dict[str, Any] = dict(
+  gate=use(gates.slots, slots_per_expert=1),
+  router=use(routers.soft),
+  dispatch=use(dispatch.mix),
+  losses=(),
 )
 FREE = use(experts.with_free, base=use(experts.glu, d_ff=F), copy=2)
 
@@ -54,6 +61,13 @@ def test_tables():
     Rules(expert=("a", "a"))
   with pytest.raises(ValueError, match="'a' splits tokens and sequence"):
     Rules(tokens=("a",), sequence=("a",))
+  with pytest.raises(ValueError, match="'a' splits d_model and d_ff, which are dim"):
+    Rules(d_model=("a",), d_ff=("b", "a"))
+  with pytest.raises(TypeError, match="placement=.0, 1.5. must be a tuple of numbers"):
+    Rules(placement=(0, 1.5))  # type: ignore[arg-type]
+  assert hash(Rules(placement=[0, 1])) == hash(Rules(placement=(0, 1)))  # type: ignore
+  with pytest.raises(TypeError, match="mesh: 8 is no text and no mapping; write"):
+    mesh.make(8)  # type: ignore[arg-type]
   with pytest.raises(TypeError, match="is no table; use jmoe.parallel.Rules"):
     dataclasses.replace(BASE, sharding="expert")
   with pytest.raises(ValueError, match="overlap=0 must be a whole number"):
@@ -88,12 +102,19 @@ CASES = [
   (dict(sharding=Rules(tokens=("x",))), "data=4,tensor=2", "names no axis of the mesh"),
   (dict(sharding=Rules(tokens=("data",), expert=("tensor",))), "data=4,tensor=2",
    "expert axis 'tensor' does not split the tokens"),
+  (dict(sharding=Rules(tokens=("data",), expert=("tensor",)),
+        dispatch=use(dispatch.sort)), "data=4,tensor=2",
+   "'tensor' does not split the tokens, so there is nothing"),
   (dict(sharding=Rules(tokens=("data",), d_model=("tensor",))), "data=4,tensor=2",
    "d_model axis 'tensor' does not split the tokens"),
   (dict(sharding=dataclasses.replace(EXPERT, placement=(0, 1, 2, 3))),
    "data=2,expert=4", "must hold every expert of 8 and be a multiple of the 4 devices"),
   (dict(sharding=dataclasses.replace(EXPERT, placement=tuple(range(8))),
         dispatch=use(dispatch.sort)), "data=2,expert=4", "which exchanges no rows"),
+  (dict(SOFT, sharding=dataclasses.replace(EXPERT, placement=tuple(range(8)))),
+   "data=2,expert=4", "which knows no copies; use placement=None"),
+  (SOFT, "data=2,context=2,tensor=2", "mixes whole rows: those of 6 tokens straddle "
+   "shards of 3 tokens in a row; split tokens by rows"),
   (dict(sharding=dataclasses.replace(EXPERT, placement=tuple(range(8))), max_rows=0.5,
         dispatch=use(dispatch.ragged_all_to_all)), "data=2,expert=4",
    "not of their copies; use max_rows=None"),
@@ -107,6 +128,17 @@ def test_layers(fields, sizes, said):
   x = jnp.ones((4, 6, config.d_model))
   with jax.set_mesh(mesh.make(sizes)):
     with jax.log_compiles(False), pytest.raises(ValueError, match=re.escape(said)):
+      apply(params, x, config)
+
+
+def test_types_that_split_tokens_need_a_table():
+  config = dataclasses.replace(BASE, sharding=None, dispatch=use(dispatch.sort))
+  params = moe_init(jax.random.key(0), config)
+  made = mesh.make("data=8", explicit=True)
+  at = jax.sharding.NamedSharding(made, jax.sharding.PartitionSpec("data"))
+  with jax.set_mesh(made):
+    x = jax.device_put(jnp.ones((8, 2, D)), at)
+    with pytest.raises(ValueError, match="by its type, .*sharding=None does not say"):
       apply(params, x, config)
 
 

@@ -115,6 +115,13 @@ def test_what_cannot_be_split_is_an_error():
     explain(WIDE, "data=3", SHAPE)
   with pytest.raises(ValueError, match=r"names no axis of the mesh \('foo',\)"):
     explain(WIDE, jax.make_mesh((8,), ("foo",)), SHAPE)
+  with pytest.raises(ValueError, match="'foo'; known: context, data, expert, fsdp, t"):
+    explain(WIDE, "foo=8", SHAPE)
+  with pytest.raises(TypeError, match="shape=8; give that of x"):
+    explain(WIDE, "data=8", 8)  # type: ignore[arg-type]
+  for wrong in (0, 2.5, "8"):
+    with pytest.raises(ValueError, match=f"devices_per_node={wrong!r} must be a whole"):
+      explain(WIDE, "data=8", SHAPE, devices_per_node=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

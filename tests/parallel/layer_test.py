@@ -88,6 +88,15 @@ def test_copies_of_experts_change_nothing(used, slots):
   )
 
 
+def test_copies_are_left_out_where_one_device_has_all_experts():
+  rules = dataclasses.replace(EXPERT_TENSOR, placement=(5, 0, 1, 2, 3, 4, 5, 0))
+  used = use(dispatch.ragged_all_to_all)
+  config = dataclasses.replace(BASE, num_experts=6, dispatch=used, sharding=rules)
+  sort = dataclasses.replace(config, dispatch=use(dispatch.sort))
+  two = mesh.make("fsdp=2,expert=1", devices=jax.devices()[:2])
+  compare(config, two, alone=sort)
+
+
 @pytest.mark.parametrize("table", [FSDP, EXPERT_TENSOR], ids=["fsdp", "expert_tensor"])
 def test_masked_experts_are_those_of_one_device(table):
   """Their matrices come to the tokens; hidden units may stay split."""
