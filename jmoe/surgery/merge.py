@@ -12,6 +12,7 @@ from jmoe.config import MoEConfig
 from jmoe.surgery import dense
 from jmoe.surgery.columns import OF_EXPERTS, together
 from jmoe.surgery.frame import Block, Layer, Model, blocks, rebuilt
+from jmoe.types import wide
 from jmoe.use import shown, use
 
 _START = 0.02  # standard deviation of a new gate
@@ -164,8 +165,9 @@ def _mean(arrays: Sequence[Any]) -> Any:
     if any(not np.array_equal(first, x) for x in arrays[1:]):
       raise ValueError("average: tables differ; the models chose by different ones.")
     return first
-  total = sum((x - first for x in arrays[1:]), first * 0)
-  return (first + total / len(arrays)).astype(first.dtype)
+  start, *rest = (x.astype(wide(first)) for x in arrays)
+  total = sum((x - start for x in rest), start * 0)
+  return (start + total / len(arrays)).astype(first.dtype)
 
 
 def _averaged(each: Sequence[Block]) -> Block:

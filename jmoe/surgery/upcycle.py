@@ -14,6 +14,7 @@ from jmoe.config import Dense, MoEConfig
 from jmoe.surgery import dense
 from jmoe.surgery.columns import resized, take
 from jmoe.surgery.frame import Layer, Model, blocks, on_layers, rebuilt
+from jmoe.types import wide
 from jmoe.use import shown, use
 
 _START = 0.02  # of a new gate, as the paper's
@@ -125,6 +126,12 @@ def copied(
     raise ValueError(
       f"upcycle: matrices={sorted(matrices)}; give up, down and maybe gate, no biases."
     )
+  if k == 1 < E and renormalised:
+    raise ValueError(
+      f"upcycle: k=1 of num_experts={E} with renormalised weights, which are then all "
+      "one, so that the gate does not learn; use renormalised=False "
+      "(--plain-weights), or a larger k."
+    )
   random = np.random.default_rng(seed)
   d_model, width = matrices["up"].shape
   if width % g:
@@ -139,7 +146,8 @@ def copied(
   if reinit:
     slices = _partly_new(slices, reinit, random)
   if noise:
-    slices = {n: x + noise * _like(x, random) for n, x in slices.items()}
+    each = (1, 2)
+    slices = {n: _noisy(x, noise, random, axis=each) for n, x in slices.items()}
   gate_DE = _START * random.standard_normal((d_model, E // g)).astype(np.float32)
   params = {
     "gate": {"kernel_DE": np.repeat(gate_DE, g, axis=1)},
@@ -161,12 +169,6 @@ def copied(
   return Layer(sparse, params)
 
 
-def _like(x: np.ndarray, random: np.random.Generator) -> np.ndarray:
-  """Noise of the standard deviation of an array, expert by expert."""
-  drawn = random.standard_normal(x.shape).astype(x.dtype)
-  return drawn * x.std(axis=(1, 2), keepdims=True)
-
-
 def _partly_new(
   slices: dict[str, np.ndarray], share: float, random: np.random.Generator
 ) -> dict[str, np.ndarray]:
@@ -178,7 +180,8 @@ def _partly_new(
       at = (e, units) if name == "down" else (e, slice(None), units)
       old = x[at]
       if old.size:
-        drawn = random.standard_normal(old.shape) * old.std() + old.mean()
+        scale, middle = old.std(dtype=wide(x)), old.mean(dtype=wide(x))  # not bfloat16
+        drawn = random.standard_normal(old.shape) * scale + middle
         x[at] = drawn.astype(x.dtype)
   return made
 
@@ -239,6 +242,14 @@ def expand(
   return on_layers(model, change)
 
 
-def _noisy(x: np.ndarray, noise: float, random: np.random.Generator) -> np.ndarray:
-  drawn = random.standard_normal(x.shape).astype(x.dtype)
-  return (x + noise * x.std() * drawn).astype(x.dtype)
+def _noisy(
+  x: np.ndarray,
+  noise: float,
+  random: np.random.Generator,
+  axis: tuple[int, ...] | None = None,
+) -> np.ndarray:
+  """Noise added as a share of the deviation over all of an array, or over some dims."""
+  drawn = random.standard_normal(x.shape).astype(wide(x))
+  # Of bfloat16 NumPy would make sums in bfloat16, which stop growing.
+  scale = x.std(axis, dtype=wide(x), keepdims=axis is not None)
+  return (x + noise * scale * drawn).astype(x.dtype)

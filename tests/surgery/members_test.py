@@ -22,6 +22,7 @@ from jmoe import (
 )
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.surgery import grow as growing, prune as pruning, upcycle as upcycling
+from jmoe.surgery.shells import alone
 from jmoe.surgery.to_dense import to_dense
 from jmoe.use import use
 from tests import oracle
@@ -92,6 +93,32 @@ def test_partial_reinitialisation_leaves_the_other_hidden_units():
   gone = upcycling.upcycle(PARENT, num_experts=3, noise=0.1)
   noisy = surgery.layers(gone)[0].params["experts"]["up_EDF"] - old
   np.testing.assert_allclose(noisy.std() / old.std(), 0.1, rtol=0.25)
+
+
+def test_noise_and_means_of_bfloat16_are_those_of_float32():
+  """NumPy adds bfloat16 in bfloat16: of many numbers a sum stops growing."""
+  random = np.random.default_rng(0)
+  wide = {n: 0.02 * random.normal(size=(64, 256)) + 0.01 for n in ("up", "gate")}
+  wide |= {"down": wide["up"].T}
+  given = {n: x.astype(jnp.bfloat16) for n, x in wide.items()}
+  own = dict(num_experts=2, k=2, activation=jax.nn.silu)
+  noisy = upcycling.copied(given, noise=0.5, **own)
+  new = upcycling.copied(given, reinit=1.0, **own).params["experts"]["up_EDF"]
+  assert new.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.std(new.astype(np.float32)), 0.02, rtol=0.05)
+  np.testing.assert_allclose(np.mean(new.astype(np.float32)), 0.01, rtol=0.05)
+  grown = growing.grow(alone(noisy), 2, noise=0.5)
+  both = upcycling.expand(alone(noisy), times=2, noise=0.5)
+  parent = noisy.params["experts"]["up_EDF"].astype(np.float32)
+  for old, made in (
+    (wide["up"], parent),
+    (parent, surgery.layers(grown)[0].params["experts"]["up_EDF"][2:]),
+    (parent, surgery.layers(both)[0].params["experts"]["up_EDF"][1::2]),
+  ):
+    drawn = np.asarray(made, np.float32) - old
+    np.testing.assert_allclose(drawn.std() / old.std(), 0.5, rtol=0.05)
+  mean = to_dense(alone(noisy)).params["segments.0.0.ff.up.kernel"][0]
+  np.testing.assert_array_equal(mean, parent.mean(0).astype(jnp.bfloat16))
 
 
 def test_copies_of_experts_with_as_many_choices_change_nothing():
@@ -226,6 +253,15 @@ def test_side_by_side_experts_are_what_all_of_them_give():
   assert_close(logits(made), logits(model))
 
 
+MLP_SHARED, GELU_SHARED = (
+  cases.config(cases.layer(shared=shared))
+  for shared in (
+    use(experts.mlp, d_ff=5),
+    use(experts.glu, d_ff=5, activation=jax.nn.gelu),
+  )
+)
+
+
 def test_mistakes_are_named():
   for call, message in (
     (lambda: upcycling.upcycle(PARENT, num_experts=3, granularity=2), "granularity=2"),
@@ -247,6 +283,9 @@ def test_mistakes_are_named():
     (lambda: surgery.cut_model(MODEL, [[0, 0], [1]]), "must be distinct"),
     (lambda: surgery.cut_model(MODEL, [[0, 6], [1]]), "in 0..5"),
     (lambda: to_dense(MODEL, how="sum"), "how='sum'"),
+    (lambda: upcycling.upcycle(PARENT, num_experts=4, k=1), "renormalised=False"),
+    (lambda: to_dense(cases.model(MLP_SHARED)), r"shared=mlp\(d_ff=5\) beside"),
+    (lambda: to_dense(cases.model(GELU_SHARED)), "one kind and one activation"),
   ):
     with pytest.raises(ValueError, match=message):
       call()

@@ -260,11 +260,13 @@ def test_mistakes_are_named():
     (lambda: merge.mix([ONE, TWO]), "sparse; give a dense block"),
     (lambda: merge.mix([DENSE, DENSE], k=3), "k=3 of 2"),
     (lambda: grow(ONE, 0), "number=0"),
+    (lambda: grow(ONE, 1.5), "number=1.5"),  # type: ignore[arg-type]
     (lambda: grow(ONE, 1, noise=np.nan), "noise=nan"),
     (lambda: grow(ONE, 1, bias=np.nan), "bias=nan"),
     (lambda: grow(ONE, 1, bias=np.zeros(2)), r"bias=array\(\[0., 0.\]\)"),  # type: ignore[arg-type]
     (lambda: grow(ONE, 1, bias=1.0, directions=[]), "one of the two"),
     (lambda: flex.join([ONE]), "that `begin` made"),
+    (lambda: flex.join([part(0)], k=1), "k=1; give 2 or more"),
     (lambda: flex.without(ONE, 6), "number=6"),
   ):
     with pytest.raises(ValueError, match=message):
