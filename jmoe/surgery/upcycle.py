@@ -193,7 +193,8 @@ def expand(
 
   With `k` times as large too a token takes all copies of what it took, each at an equal
   share of its weight, so that without noise the outputs are the old ones; but where
-  `aggregate.dag` has learned to send messages, copies send them as well.
+  `aggregate.dag` has learned to send messages, copies send them as well.  A balance
+  bias is divided as a softmax's scores are.
 
   Args:
     model: with sparse layers; scores are a softmax, or weights are renormalised.
@@ -224,6 +225,10 @@ def expand(
     made = made._replace(
       config=resized(config, E * times, (config.k or 1) * times if k is None else k)
     )
+    bias = made.state.bias
+    if bias is not None and config.score.name == "softmax":
+      # It is added to scores, of which each copy has its share.
+      made = made._replace(state=dataclasses.replace(made.state, bias=bias / times))
     if not noise:
       return made
     new = np.arange(E * times) % times > 0  # not the first one of its copies

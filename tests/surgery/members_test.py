@@ -12,6 +12,7 @@ import pytest
 import jmoe
 from jmoe import (
   aggregate,
+  balance,
   combine,
   experts,
   losses,
@@ -123,8 +124,11 @@ def test_noise_and_means_of_bfloat16_are_those_of_float32():
 
 def test_copies_of_experts_with_as_many_choices_change_nothing():
   """Weights as they are: copies share a softmax; renormalised, they share more."""
-  ff = cases.layer(renormalise=use(renormalise.never))
+  ff = cases.layer(
+    renormalise=use(renormalise.never), balance=use(balance.update, rate=0.1)
+  )
   model = cases.model(cases.config(ff))
+  assert np.std(surgery.layers(model)[0].state.bias) > 0.5  # it decides who is chosen
   made = upcycling.expand(model, times=2)
   config = surgery.layers(made)[0].config
   assert (config.num_experts, config.k) == (12, 4)
