@@ -16,6 +16,7 @@ def to_dense(model: Model, *, how: str = "average") -> Model:
 
   What experts share comes back to the bit: an upcycled model that was not trained gives
   its parent.  A shared expert of the layer is hidden width beside that of the others.
+  What chooses experts is left out, and messages among them.
 
   Args:
     model: with experts that are glu or mlp without biases.
