@@ -5,12 +5,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jmoe import dispatch, experts, gates, routers
 from jmoe._ranges import in_range
 from jmoe.assign import renormalise
 from jmoe.config import Dense, MoEConfig
+from jmoe.layer import init_section, init_state, param_shapes
 from jmoe.surgery import dense
 from jmoe.surgery.columns import resized, take
 from jmoe.surgery.frame import Layer, Model, blocks, on_layers, rebuilt
@@ -61,7 +63,8 @@ def upcycle(
       with jmoe's losses.
 
   Raises:
-    ValueError: a block that is sparse, or numbers that do not divide.
+    ValueError: a block that is sparse, numbers that do not divide, or a `config` with a
+      shared expert.
   """
   parts = blocks(model)
   chosen = [n for n, block in enumerate(parts) if not block.sparse]
@@ -166,7 +169,17 @@ def copied(
     sparse = MoEConfig(dispatch=use(dispatch.sort), **made)  # type: ignore[arg-type]
   else:
     sparse = dataclasses.replace(config, **made)
-  return Layer(sparse, params)
+  new = set(param_shapes(sparse)) - set(params)
+  if new - {"aggregate"}:
+    raise ValueError(
+      f"upcycle: config has {' and '.join(sorted(new))} beside the experts, for which "
+      "a dense model has no weights; leave them out."
+    )
+  for part in new:
+    drawn = init_section(jax.random.key(int(random.integers(2**31))), sparse, part)
+    params[part] = {name: np.asarray(x) for name, x in drawn.items()}
+  state = jax.tree.map(np.asarray, init_state(sparse, params))
+  return Layer(sparse, params, state)
 
 
 def _partly_new(
@@ -215,10 +228,12 @@ def expand(
   def change(number: int, layer: Layer) -> Layer:
     del number
     config = layer.config
-    if config.score.name != "softmax" and config.renormalise.name == "never":
+    weighed, score = config.renormalise.name, config.score.name
+    if weighed == "ones" or (weighed == "never" and score != "softmax"):
       raise ValueError(
-        f"expand: score={config.score.name} without renormalised weights: copies would "
-        "add up; renormalise first."
+        f"expand: score={score} with renormalise={weighed}: copies would add "
+        "up; give a layer whose weights are shares, as under "
+        "renormalise.over_chosen."
       )
     E = config.num_experts
     made = take(layer, np.repeat(np.arange(E), times).tolist())

@@ -15,6 +15,7 @@ from jmoe import (
   balance,
   combine,
   experts,
+  gates,
   losses,
   renormalise,
   restrict,
@@ -62,6 +63,25 @@ def test_upcycled_with_renormalised_weights_begins_as_its_parent(fields):
     back = to_dense(made)
     assert back.config == PARENT.config
     chex.assert_trees_all_equal(dict(back.params), dict(PARENT.params))
+
+
+def test_upcycled_layers_have_what_their_configuration_asks_for():
+  given = dict(
+    router=use(routers.top_k, k=2),
+    experts=use(experts.glu, d_ff=5),
+    balance=use(balance.update, rate=0.1),
+    losses=(use(losses.load_balance, accumulate=4),),
+  )
+  config = jmoe.MoEConfig(
+    cases.D,
+    4,
+    combine=use(combine.stack),
+    aggregate=use(aggregate.dag, d_message=4),
+    **given,  # type: ignore[arg-type]
+  )
+  made = upcycling.upcycle(PARENT, num_experts=4, config=config)
+  assert set(surgery.layers(made)[0].params) == {"gate", "experts", "aggregate"}
+  assert_close(logits(made), logits(PARENT))  # messages begin at zero
 
 
 def test_upcycled_without_is_the_parent_times_the_sum_of_weights():
@@ -257,6 +277,10 @@ def test_side_by_side_experts_are_what_all_of_them_give():
   assert_close(logits(made), logits(model))
 
 
+ONES_LAYER = cases.layer(
+  gate=use(gates.keys), renormalise=use(renormalise.ones), losses=()
+)
+ONES = cases.config(ONES_LAYER)
 MLP_SHARED, GELU_SHARED = (
   cases.config(cases.layer(shared=shared))
   for shared in (
@@ -274,6 +298,8 @@ def test_mistakes_are_named():
     (lambda: upcycling.upcycle(PARENT, num_experts=4, noise=np.nan), "noise=nan"),
     (lambda: upcycling.upcycle(PARENT, num_experts=2, blocks_changed=[0, 0]), "once"),
     (lambda: upcycling.expand(MODEL, times=2, noise=np.inf), "noise=inf"),
+    (lambda: upcycling.expand(cases.model(ONES), times=2), "renormalise=ones"),
+    (lambda: upcycling.upcycle(PARENT, num_experts=4, config=ONES_LAYER), "has shared"),
     (
       lambda: upcycling.copied({"up_bias": 0}, num_experts=2, k=1, activation=abs),
       "no biases",
