@@ -3,9 +3,10 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from experiments.errors import Diverged, Stopped
 from experiments.extras import MissingExtra
@@ -13,6 +14,11 @@ from experiments.extras import MissingExtra
 
 class Parser(argparse.ArgumentParser):
   """Without the usage that argparse prints before an error."""
+
+  def __init__(self, *args: Any, **given: Any):
+    super().__init__(*args, **given)
+    # Python before 3.14 takes -1e9 for an option.
+    self._negative_number_matcher = re.compile(r"-\.?\d")
 
   def error(self, message: str) -> NoReturn:
     print(f"error: {message}; see --help.", file=sys.stderr)

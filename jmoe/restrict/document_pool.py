@@ -144,9 +144,9 @@ def document_pool(
     evaluation: experts of every pool outside training, as the authors' training code
       evaluates with 32; likelihoods are then of tokens that know of later ones, and no
       text can be generated.  None: no pools.  (`restrict.subset` is one pool for all.)
-    max_documents: of a row, where segments are shaped like the rows; memory and sorting
-      are of so many pools.  Later documents of a row share the pool of the last.  None:
-      as many as tokens.
+    max_documents: of a row, where segments are shaped like the rows, padding before or
+      between documents counted as one; memory and sorting are of so many pools.  Later
+      documents of a row share the pool of the last.  None: as many as tokens.
     mask: bool[T,E] what the other restrictions allow; the pool is of these.
     key: d is drawn from it and the document's number.
     train: whether pools are those of training.

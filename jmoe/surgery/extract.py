@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jmoe._value_checks import whole
 from jmoe.surgery.cut import cut, cut_model
 from jmoe.surgery.frame import Layer, Model, layer_configs
 from jmoe.surgery.receipt import Sample
@@ -123,13 +124,13 @@ def best(score_E: np.ndarray, count: int) -> list[int]:
 def _counts(model: Model, keep: int | Sequence[int]) -> list[int]:
   """Experts of each sparse layer."""
   sizes = [ff.num_experts for ff in layer_configs(model.config)]
-  each = [keep] * len(sizes) if isinstance(keep, int) else list(keep)
+  each = list(keep) if isinstance(keep, Sequence) else [keep] * len(sizes)
   if len(each) != len(sizes):
     raise ValueError(
       f"extract: keep={shown(keep)} holds {len(each)} numbers, but there are "
       f"{len(sizes)} sparse layers; give one a layer, or one for all."
     )
-  if not sizes or min(each) < 1:
+  if not sizes or not all(map(whole, each)):
     raise ValueError(
       f"extract: keep={shown(keep)} of {len(sizes)} sparse layers; keep 1 expert or "
       "more of 1 layer or more."

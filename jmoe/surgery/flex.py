@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jmoe._value_checks import whole
 from jmoe.surgery import dense
 from jmoe.surgery.columns import together
 from jmoe.surgery.cut import cut
@@ -63,14 +64,19 @@ def join(parts: Sequence[Model], *, k: int = 2) -> Model:
 
   Args:
     parts: of `begin` with one public model, each then trained under `FREEZE`.
-    k: choices per token, or as many as there are experts.
+    k: choices per token, 2 or more, or as many as there are experts.
 
   Raises:
     ValueError: no part, one that has no two experts, or one whose frozen arrays are not
-      those of the first one to the bit.
+      those of the first one to the bit; k below 2.
   """
   if not parts or any(layer.config.num_experts != 2 for layer in _layers(parts)):
     raise ValueError(f"join: {len(parts)} parts; give models that `begin` made.")
+  if not whole(k) or k < 2:
+    raise ValueError(
+      f"join: k={shown(k)}; give 2 or more, since one weight of a softmax over the "
+      "chosen is always one."
+    )
   first = parts[0]
   for n, part in enumerate(parts[1:], 1):
     public = [without(model, 1) for model in (first, part)]

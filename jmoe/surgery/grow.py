@@ -12,11 +12,14 @@ import numpy as np
 from jax import Array
 
 from jmoe._ranges import in_range
+from jmoe._value_checks import whole
 from jmoe.surgery.columns import check, take, together
 from jmoe.surgery.cut import WHOLE, of_domain, taken
 from jmoe.surgery.frame import Layer, Model, layers, on_layers
 from jmoe.surgery.receipt import Sample
 from jmoe.surgery.walk import Seen, walk
+from jmoe.types import wide
+from jmoe.use import shown
 
 _START = 0.02  # standard deviation of a new gate column
 _SHRUNK = 0.1  # share of the mean variance that a covariance gets more
@@ -56,8 +59,8 @@ def grow(
   Raises:
     ValueError: less than one, a gate of another kind, or both kinds of columns.
   """
-  if number < 1:
-    raise ValueError(f"grow: number={number}; give 1 or more.")
+  if not whole(number):
+    raise ValueError(f"grow: number={shown(number)}; give a whole number of 1 or more.")
   noise = in_range("grow: noise", noise)
   if bias is not None:
     bias = in_range("grow: bias", bias, least=-math.inf)
@@ -105,7 +108,9 @@ def grow(
       if not copied and name.startswith("down"):
         x = np.zeros_like(x)
       if copied and noise:
-        x = (x + noise * x.std() * random.standard_normal(x.shape)).astype(x.dtype)
+        # Of bfloat16 NumPy makes sums in bfloat16, which stop growing.
+        scale = noise * x.std(dtype=wide(x))
+        x = (x + scale * random.standard_normal(x.shape)).astype(x.dtype)
       made[name] = x
     return made
 

@@ -12,9 +12,11 @@ from jmoe.config import MoEConfig
 from jmoe.surgery import dense
 from jmoe.surgery.columns import OF_EXPERTS, together
 from jmoe.surgery.frame import Block, Layer, Model, blocks, rebuilt
+from jmoe.types import wide
 from jmoe.use import shown, use
 
 _START = 0.02  # standard deviation of a new gate
+_COUNTS = (".state.counted", ".state.batches")
 
 
 def average(models: Sequence[Model]) -> Model:
@@ -30,7 +32,7 @@ def average(models: Sequence[Model]) -> Model:
   _alike("average", models, [model.config for model in models])
   first = models[0]
   params, state = (
-    {name: _mean([getattr(m, field)[name] for m in models]) for name in arrays}
+    {name: _mean([getattr(m, field)[name] for m in models], name) for name in arrays}
     for field, arrays in (("params", first.params), ("state", first.state))
   )
   return Model(first.config, params, state)
@@ -153,19 +155,22 @@ def _alike(where: str, models: Sequence[Model], shapes: Sequence[Any]) -> None:
       )
 
 
-def _mean(arrays: Sequence[Any]) -> Any:
+def _mean(arrays: Sequence[Any], name: str) -> Any:
   """Their mean, exactly theirs where they are equal; equal integers stay as they are.
 
   Raises:
     ValueError: integers that differ.
   """
   first = arrays[0]
+  if name.endswith(_COUNTS):
+    return first * 0  # over the batches of an update; counted anew, as in `cut`
   if np.issubdtype(first.dtype, np.integer):
     if any(not np.array_equal(first, x) for x in arrays[1:]):
       raise ValueError("average: tables differ; the models chose by different ones.")
     return first
-  total = sum((x - first for x in arrays[1:]), first * 0)
-  return (first + total / len(arrays)).astype(first.dtype)
+  start, *rest = (x.astype(wide(first)) for x in arrays)
+  total = sum((x - start for x in rest), start * 0)
+  return (start + total / len(arrays)).astype(first.dtype)
 
 
 def _averaged(each: Sequence[Block]) -> Block:
@@ -175,7 +180,7 @@ def _averaged(each: Sequence[Block]) -> Block:
   def mean(field: str) -> dict[str, Any]:
     arrays = [getattr(block, field) for block in each]
     return {
-      n: _mean([a[n] for a in arrays])
+      n: _mean([a[n] for a in arrays], n)
       if all(a[n].shape == x.shape for a in arrays)
       else x
       for n, x in arrays[0].items()
@@ -188,7 +193,7 @@ def _outside(models: Sequence[Model]) -> Model:
   """The first model with embedding, norm and logits averaged."""
   first = models[0]
   params = {
-    n: x if n.startswith("segments.") else _mean([m.params[n] for m in models])
+    n: x if n.startswith("segments.") else _mean([m.params[n] for m in models], n)
     for n, x in first.params.items()
   }
   return first._replace(params=params)

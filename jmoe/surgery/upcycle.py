@@ -5,15 +5,18 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jmoe import dispatch, experts, gates, routers
 from jmoe._ranges import in_range
 from jmoe.assign import renormalise
 from jmoe.config import Dense, MoEConfig
+from jmoe.layer import init_section, init_state, param_shapes
 from jmoe.surgery import dense
 from jmoe.surgery.columns import resized, take
 from jmoe.surgery.frame import Layer, Model, blocks, on_layers, rebuilt
+from jmoe.types import wide
 from jmoe.use import shown, use
 
 _START = 0.02  # of a new gate, as the paper's
@@ -60,7 +63,8 @@ def upcycle(
       with jmoe's losses.
 
   Raises:
-    ValueError: a block that is sparse, or numbers that do not divide.
+    ValueError: a block that is sparse, numbers that do not divide, or a `config` with a
+      shared expert.
   """
   parts = blocks(model)
   chosen = [n for n, block in enumerate(parts) if not block.sparse]
@@ -125,6 +129,12 @@ def copied(
     raise ValueError(
       f"upcycle: matrices={sorted(matrices)}; give up, down and maybe gate, no biases."
     )
+  if k == 1 < E and renormalised:
+    raise ValueError(
+      f"upcycle: k=1 of num_experts={E} with renormalised weights, which are then all "
+      "one, so that the gate does not learn; use renormalised=False "
+      "(--plain-weights), or a larger k."
+    )
   random = np.random.default_rng(seed)
   d_model, width = matrices["up"].shape
   if width % g:
@@ -139,7 +149,8 @@ def copied(
   if reinit:
     slices = _partly_new(slices, reinit, random)
   if noise:
-    slices = {n: x + noise * _like(x, random) for n, x in slices.items()}
+    each = (1, 2)
+    slices = {n: _noisy(x, noise, random, axis=each) for n, x in slices.items()}
   gate_DE = _START * random.standard_normal((d_model, E // g)).astype(np.float32)
   params = {
     "gate": {"kernel_DE": np.repeat(gate_DE, g, axis=1)},
@@ -158,13 +169,17 @@ def copied(
     sparse = MoEConfig(dispatch=use(dispatch.sort), **made)  # type: ignore[arg-type]
   else:
     sparse = dataclasses.replace(config, **made)
-  return Layer(sparse, params)
-
-
-def _like(x: np.ndarray, random: np.random.Generator) -> np.ndarray:
-  """Noise of the standard deviation of an array, expert by expert."""
-  drawn = random.standard_normal(x.shape).astype(x.dtype)
-  return drawn * x.std(axis=(1, 2), keepdims=True)
+  new = set(param_shapes(sparse)) - set(params)
+  if new - {"aggregate"}:
+    raise ValueError(
+      f"upcycle: config has {' and '.join(sorted(new))} beside the experts, for which "
+      "a dense model has no weights; leave them out."
+    )
+  for part in new:
+    drawn = init_section(jax.random.key(int(random.integers(2**31))), sparse, part)
+    params[part] = {name: np.asarray(x) for name, x in drawn.items()}
+  state = jax.tree.map(np.asarray, init_state(sparse, params))
+  return Layer(sparse, params, state)
 
 
 def _partly_new(
@@ -178,7 +193,8 @@ def _partly_new(
       at = (e, units) if name == "down" else (e, slice(None), units)
       old = x[at]
       if old.size:
-        drawn = random.standard_normal(old.shape) * old.std() + old.mean()
+        scale, middle = old.std(dtype=wide(x)), old.mean(dtype=wide(x))  # not bfloat16
+        drawn = random.standard_normal(old.shape) * scale + middle
         x[at] = drawn.astype(x.dtype)
   return made
 
@@ -190,7 +206,8 @@ def expand(
 
   With `k` times as large too a token takes all copies of what it took, each at an equal
   share of its weight, so that without noise the outputs are the old ones; but where
-  `aggregate.dag` has learned to send messages, copies send them as well.
+  `aggregate.dag` has learned to send messages, copies send them as well.  A balance
+  bias is divided as a softmax's scores are.
 
   Args:
     model: with sparse layers; scores are a softmax, or weights are renormalised.
@@ -211,16 +228,22 @@ def expand(
   def change(number: int, layer: Layer) -> Layer:
     del number
     config = layer.config
-    if config.score.name != "softmax" and config.renormalise.name == "never":
+    weighed, score = config.renormalise.name, config.score.name
+    if weighed == "ones" or (weighed == "never" and score != "softmax"):
       raise ValueError(
-        f"expand: score={config.score.name} without renormalised weights: copies would "
-        "add up; renormalise first."
+        f"expand: score={score} with renormalise={weighed}: copies would add "
+        "up; give a layer whose weights are shares, as under "
+        "renormalise.over_chosen."
       )
     E = config.num_experts
     made = take(layer, np.repeat(np.arange(E), times).tolist())
     made = made._replace(
       config=resized(config, E * times, (config.k or 1) * times if k is None else k)
     )
+    bias = made.state.bias
+    if bias is not None and config.score.name == "softmax":
+      # It is added to scores, of which each copy has its share.
+      made = made._replace(state=dataclasses.replace(made.state, bias=bias / times))
     if not noise:
       return made
     new = np.arange(E * times) % times > 0  # not the first one of its copies
@@ -239,6 +262,14 @@ def expand(
   return on_layers(model, change)
 
 
-def _noisy(x: np.ndarray, noise: float, random: np.random.Generator) -> np.ndarray:
-  drawn = random.standard_normal(x.shape).astype(x.dtype)
-  return (x + noise * x.std() * drawn).astype(x.dtype)
+def _noisy(
+  x: np.ndarray,
+  noise: float,
+  random: np.random.Generator,
+  axis: tuple[int, ...] | None = None,
+) -> np.ndarray:
+  """Noise added as a share of the deviation over all of an array, or over some dims."""
+  drawn = random.standard_normal(x.shape).astype(wide(x))
+  # Of bfloat16 NumPy would make sums in bfloat16, which stop growing.
+  scale = x.std(axis, dtype=wide(x), keepdims=axis is not None)
+  return (x + noise * scale * drawn).astype(x.dtype)

@@ -179,6 +179,8 @@ def test_a_domains_model_gives_its_outputs_to_the_bit():
     (lambda m: surgery.layerwise(m, [], keep=2), "samples"),
     (lambda m: surgery.at_random(m, keep=[2], seed=0), "holds 1 numbers"),
     (lambda m: surgery.at_random(m, keep=0, seed=0), "keep 1 expert or more"),
+    (lambda m: surgery.at_random(m, keep=2.5, seed=0), "keep=2.5 of 2"),
+    (lambda m: surgery.at_random(m, keep=[2.0, 1], seed=0), "keep 1 expert or more"),
     (lambda m: surgery.cut_model(m, [[0, 6]] * 2), "in 0..5"),
     (lambda m: surgery.cut_model(m, [[1, 1]] * 2), "distinct"),
     (lambda m: surgery.of_domain(surgery.layers(m)[0], 0), "no restrict.domain"),

@@ -12,8 +12,10 @@ import pytest
 import jmoe
 from jmoe import (
   aggregate,
+  balance,
   combine,
   experts,
+  gates,
   losses,
   renormalise,
   restrict,
@@ -22,6 +24,7 @@ from jmoe import (
 )
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.surgery import grow as growing, prune as pruning, upcycle as upcycling
+from jmoe.surgery.shells import alone
 from jmoe.surgery.to_dense import to_dense
 from jmoe.use import use
 from tests import oracle
@@ -62,6 +65,25 @@ def test_upcycled_with_renormalised_weights_begins_as_its_parent(fields):
     chex.assert_trees_all_equal(dict(back.params), dict(PARENT.params))
 
 
+def test_upcycled_layers_have_what_their_configuration_asks_for():
+  given = dict(
+    router=use(routers.top_k, k=2),
+    experts=use(experts.glu, d_ff=5),
+    balance=use(balance.update, rate=0.1),
+    losses=(use(losses.load_balance, accumulate=4),),
+  )
+  config = jmoe.MoEConfig(
+    cases.D,
+    4,
+    combine=use(combine.stack),
+    aggregate=use(aggregate.dag, d_message=4),
+    **given,  # type: ignore[arg-type]
+  )
+  made = upcycling.upcycle(PARENT, num_experts=4, config=config)
+  assert set(surgery.layers(made)[0].params) == {"gate", "experts", "aggregate"}
+  assert_close(logits(made), logits(PARENT))  # messages begin at zero
+
+
 def test_upcycled_without_is_the_parent_times_the_sum_of_weights():
   made = upcycling.upcycle(
     PARENT, num_experts=3, renormalised=False, blocks_changed=[1]
@@ -94,10 +116,39 @@ def test_partial_reinitialisation_leaves_the_other_hidden_units():
   np.testing.assert_allclose(noisy.std() / old.std(), 0.1, rtol=0.25)
 
 
+def test_noise_and_means_of_bfloat16_are_those_of_float32():
+  """NumPy adds bfloat16 in bfloat16: of many numbers a sum stops growing."""
+  random = np.random.default_rng(0)
+  wide = {n: 0.02 * random.normal(size=(64, 256)) + 0.01 for n in ("up", "gate")}
+  wide |= {"down": wide["up"].T}
+  given = {n: x.astype(jnp.bfloat16) for n, x in wide.items()}
+  own = dict(num_experts=2, k=2, activation=jax.nn.silu)
+  noisy = upcycling.copied(given, noise=0.5, **own)
+  new = upcycling.copied(given, reinit=1.0, **own).params["experts"]["up_EDF"]
+  assert new.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.std(new.astype(np.float32)), 0.02, rtol=0.05)
+  np.testing.assert_allclose(np.mean(new.astype(np.float32)), 0.01, rtol=0.05)
+  grown = growing.grow(alone(noisy), 2, noise=0.5)
+  both = upcycling.expand(alone(noisy), times=2, noise=0.5)
+  parent = noisy.params["experts"]["up_EDF"].astype(np.float32)
+  for old, made in (
+    (wide["up"], parent),
+    (parent, surgery.layers(grown)[0].params["experts"]["up_EDF"][2:]),
+    (parent, surgery.layers(both)[0].params["experts"]["up_EDF"][1::2]),
+  ):
+    drawn = np.asarray(made, np.float32) - old
+    np.testing.assert_allclose(drawn.std() / old.std(), 0.5, rtol=0.05)
+  mean = to_dense(alone(noisy)).params["segments.0.0.ff.up.kernel"][0]
+  np.testing.assert_array_equal(mean, parent.mean(0).astype(jnp.bfloat16))
+
+
 def test_copies_of_experts_with_as_many_choices_change_nothing():
   """Weights as they are: copies share a softmax; renormalised, they share more."""
-  ff = cases.layer(renormalise=use(renormalise.never))
+  ff = cases.layer(
+    renormalise=use(renormalise.never), balance=use(balance.update, rate=0.1)
+  )
   model = cases.model(cases.config(ff))
+  assert np.std(surgery.layers(model)[0].state.bias) > 0.5  # it decides who is chosen
   made = upcycling.expand(model, times=2)
   config = surgery.layers(made)[0].config
   assert (config.num_experts, config.k) == (12, 4)
@@ -226,6 +277,19 @@ def test_side_by_side_experts_are_what_all_of_them_give():
   assert_close(logits(made), logits(model))
 
 
+ONES_LAYER = cases.layer(
+  gate=use(gates.keys), renormalise=use(renormalise.ones), losses=()
+)
+ONES = cases.config(ONES_LAYER)
+MLP_SHARED, GELU_SHARED = (
+  cases.config(cases.layer(shared=shared))
+  for shared in (
+    use(experts.mlp, d_ff=5),
+    use(experts.glu, d_ff=5, activation=jax.nn.gelu),
+  )
+)
+
+
 def test_mistakes_are_named():
   for call, message in (
     (lambda: upcycling.upcycle(PARENT, num_experts=3, granularity=2), "granularity=2"),
@@ -234,6 +298,8 @@ def test_mistakes_are_named():
     (lambda: upcycling.upcycle(PARENT, num_experts=4, noise=np.nan), "noise=nan"),
     (lambda: upcycling.upcycle(PARENT, num_experts=2, blocks_changed=[0, 0]), "once"),
     (lambda: upcycling.expand(MODEL, times=2, noise=np.inf), "noise=inf"),
+    (lambda: upcycling.expand(cases.model(ONES), times=2), "renormalise=ones"),
+    (lambda: upcycling.upcycle(PARENT, num_experts=4, config=ONES_LAYER), "has shared"),
     (
       lambda: upcycling.copied({"up_bias": 0}, num_experts=2, k=1, activation=abs),
       "no biases",
@@ -247,6 +313,9 @@ def test_mistakes_are_named():
     (lambda: surgery.cut_model(MODEL, [[0, 0], [1]]), "must be distinct"),
     (lambda: surgery.cut_model(MODEL, [[0, 6], [1]]), "in 0..5"),
     (lambda: to_dense(MODEL, how="sum"), "how='sum'"),
+    (lambda: upcycling.upcycle(PARENT, num_experts=4, k=1), "renormalised=False"),
+    (lambda: to_dense(cases.model(MLP_SHARED)), r"shared=mlp\(d_ff=5\) beside"),
+    (lambda: to_dense(cases.model(GELU_SHARED)), "one kind and one activation"),
   ):
     with pytest.raises(ValueError, match=message):
       call()

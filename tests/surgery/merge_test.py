@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmoe import renormalise, restrict, surgery
+from jmoe import losses, renormalise, restrict, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.parallel import mesh as meshes
 from jmoe.surgery import flex, merge, upcycle
@@ -21,6 +21,7 @@ from tests.tolerance import assert_close
 
 SAMPLE = cases.sample()
 VALID = np.asarray(SAMPLE.segment) > 0
+COUNTS = ("counted", "batches")
 CONFIG = cases.config(cases.layer(renormalise=use(renormalise.over_chosen)), repeat=1)
 ONE, TWO = (
   surgery.Model(CONFIG, {n: x + seed * np.cos(np.arange(x.size, dtype=x.dtype)
@@ -69,6 +70,19 @@ def test_merged_then_cut_gives_the_parent_back_to_the_bit():
     *(surgery.layers(m)[0].params["shared"] for m in (ONE, TWO)),
   )
   jax.tree.map(assert_close, shared, mean)
+
+
+def test_what_is_counted_within_an_update_is_counted_anew():
+  config = cases.config(cases.layer(losses=(use(losses.load_balance, accumulate=4),)))
+  models = []
+  for seed in (1, 2):
+    model = cases.model(config, seed)
+    assert set(model.state) == {f"segments.1.0.moe.state.{n}" for n in COUNTS}
+    state = {n: np.full(x.shape, seed, np.int32) for n, x in model.state.items()}
+    models.append(model._replace(state=state))
+  for made in (merge.average(models), merge.concatenate(models)):
+    assert set(made.state) == set(models[0].state)
+    assert not any(x.any() for x in made.state.values())
 
 
 def test_dense_models_mixed_are_their_experts_and_the_mean_of_the_rest():
@@ -260,11 +274,13 @@ def test_mistakes_are_named():
     (lambda: merge.mix([ONE, TWO]), "sparse; give a dense block"),
     (lambda: merge.mix([DENSE, DENSE], k=3), "k=3 of 2"),
     (lambda: grow(ONE, 0), "number=0"),
+    (lambda: grow(ONE, 1.5), "number=1.5"),  # type: ignore[arg-type]
     (lambda: grow(ONE, 1, noise=np.nan), "noise=nan"),
     (lambda: grow(ONE, 1, bias=np.nan), "bias=nan"),
     (lambda: grow(ONE, 1, bias=np.zeros(2)), r"bias=array\(\[0., 0.\]\)"),  # type: ignore[arg-type]
     (lambda: grow(ONE, 1, bias=1.0, directions=[]), "one of the two"),
     (lambda: flex.join([ONE]), "that `begin` made"),
+    (lambda: flex.join([part(0)], k=1), "k=1; give 2 or more"),
     (lambda: flex.without(ONE, 6), "number=6"),
   ):
     with pytest.raises(ValueError, match=message):

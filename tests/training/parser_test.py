@@ -10,7 +10,7 @@ import pytest
 
 from experiments.errors import Diverged, Stopped
 from experiments.extras import MissingExtra
-from experiments.parser import ended, run
+from experiments.parser import Parser, ended, run
 
 
 def interrupted() -> int:
@@ -22,6 +22,13 @@ def test_ctrl_c_before_a_command_minds_it_is_one_line(capsys):
     run(interrupted)
   assert stopped.value.code == 130
   assert capsys.readouterr().err == "\nstopped.\n"
+
+
+def test_a_negative_number_is_no_option_however_it_is_written():
+  parser = Parser()
+  parser.add_argument("--bias", type=float)
+  for text in ("-1e9", "-2", "-.5", "-1.5E-3"):
+    assert parser.parse_args(["--bias", text]).bias == float(text)
 
 
 def test_the_code_of_a_command_is_kept():
