@@ -9,6 +9,7 @@ import numpy as np
 from jmoe import dispatch, experts, gates, routers
 from jmoe.assign import renormalise
 from jmoe.config import MoEConfig
+from jmoe.parallel.rules import letters
 from jmoe.surgery import dense
 from jmoe.surgery.columns import OF_EXPERTS, together
 from jmoe.surgery.frame import Block, Layer, Model, blocks, rebuilt
@@ -70,11 +71,17 @@ def concatenate(
     block = each[0] if rest == "first" else _averaged(each)
     if block.sparse:
       layer = together([b.layer for b in each], k=k)
-      own = block.layer.params  # averaged where it is not of experts
-      params = {**layer.params, **{n: own[n] for n in own if n not in OF_EXPERTS}}
+      params = _of_experts(layer.params, block.layer.params)
       block = block.with_layer(layer._replace(params=params))
     made.append(block)
   return rebuilt(models[0] if rest == "first" else _outside(models), made)
+
+
+def _of_experts(together: Any, rest: Any, part: str = "", name: str = "") -> Any:
+  """Arrays with a part for each expert from the first tree, all others from `rest`."""
+  if isinstance(together, Mapping):
+    return {n: _of_experts(together[n], rest[n], part or n, n) for n in together}
+  return together if part in OF_EXPERTS and "E" in letters(name) else rest
 
 
 def offsets(models: Sequence[Model]) -> list[list[range]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmoe import losses, renormalise, restrict, surgery
+from jmoe import gates, losses, renormalise, restrict, surgery
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.parallel import mesh as meshes
 from jmoe.surgery import flex, merge, upcycle
@@ -54,6 +54,17 @@ def test_an_average_is_one_and_of_equals_theirs():
   made = merge.average([ONE, TWO])
   for name, x in made.params.items():
     assert_close(x, (ONE.params[name] + TWO.params[name]) / 2, name)
+
+
+def test_what_a_gate_has_for_all_experts_is_averaged():
+  layer = cases.layer(gate=use(gates.mlp, d_hidden=3))
+  pair = [cases.model(cases.config(layer, repeat=1), seed) for seed in (0, 1)]
+  one, two, made = (surgery.layers(m)[0].params["gate"]
+                    for m in (*pair, merge.concatenate(pair)))  # fmt: skip
+  assert_close(made["hidden_DH"], (one["hidden_DH"] + two["hidden_DH"]) / 2)
+  chex.assert_trees_all_equal(
+    made["out_HE"], np.concatenate([one["out_HE"], two["out_HE"]], axis=1)
+  )
 
 
 def test_merged_then_cut_gives_the_parent_back_to_the_bit():
