@@ -25,11 +25,10 @@ def _check(config) -> None:
       f"dispatch=mask() with experts={used!r}: {unread[0]} is of grouped products, "
       "which it has none of; leave it out, or use dispatch.sort."
     )
-  if config.k is None or config.scale == "input" or config.aggregate is not None:
+  if config.k is None or config.scale == "input":
     raise ValueError(
-      f"dispatch=mask() with router={config.router.name}, scale={config.scale!r}, "
-      f"aggregate={config.aggregate!r}; give a router with a fixed k, scale='output' "
-      "and aggregate=None, or use dispatch.sort."
+      f"dispatch=mask() with router={config.router.name}, scale={config.scale!r}; give "
+      "a router with a fixed k and scale='output', or use dispatch.sort."
     )
 
 
@@ -46,20 +45,19 @@ def mask(x_TD: Array, plan: Plan, experts: Any, home: Home) -> Array:
     x_TD: activations.
     plan: of a router with a fixed k; what it drops weighs zero.
     experts: the layer's `experts.mlp` or `experts.glu` with their parameters.
-    home: how outputs come home; sums alone.
+    home: how outputs come home; for each choice by itself the last product is made k
+      times.
 
   Returns:
-    `[T,D]` in x's dtype.
+    `[T,D]` or `[T,K,D]` in x's dtype.
   """
   routing = plan.routing
   T, E = routing.num_tokens, routing.num_experts
   params = {n: w.astype(x_TD.dtype) for n, w in experts.params.items()}
   activation = experts.use.get("activation")
 
-  # Of each token and expert: its weight, or zero.
   hit_TKE = routing.expert.reshape(T, -1, 1) == jnp.arange(E, dtype=jnp.int32)
-  weight_TK1 = home.weight.reshape(T, -1, 1)
-  weight_TE = jnp.sum(jnp.where(hit_TKE, weight_TK1, 0), axis=1).astype(x_TD.dtype)
+  weight_TKE = jnp.where(hit_TKE, home.weight.reshape(T, -1, 1), 0)
 
   def first(name: str) -> Array:
     y_TEF = jnp.einsum("td,edf->tef", x_TD, params[f"{name}_EDF"])
@@ -71,7 +69,16 @@ def mask(x_TD: Array, plan: Plan, experts: Any, home: Home) -> Array:
       hidden_TEF = activation(first("gate")) * first("up")
     else:
       hidden_TEF = activation(first("up"))
-    hidden_TEF = hidden_TEF * weight_TE[:, :, None]
-    y_TD = jnp.einsum("tef,efd->td", hidden_TEF, params["down_EFD"])
-    bias_ED = params.get("down_bias_ED")
-    return y_TD if bias_ED is None else y_TD + weight_TE @ bias_ED
+
+    def out(weight_TE: Array) -> Array:
+      weight_TE = weight_TE.astype(x_TD.dtype)
+      weighed_TEF = hidden_TEF * weight_TE[:, :, None]
+      y_TD = jnp.einsum("tef,efd->td", weighed_TEF, params["down_EFD"])
+      bias_ED = params.get("down_bias_ED")
+      return y_TD if bias_ED is None else y_TD + weight_TE @ bias_ED
+
+    if home.sums:
+      return out(jnp.sum(weight_TKE, axis=1))
+    each = jax.checkpoint(out)  # keeps one hidden array, not a weighed one a choice
+    choices = range(weight_TKE.shape[1])
+    return jnp.stack([each(weight_TKE[:, k]) for k in choices], axis=1)
