@@ -100,7 +100,9 @@ def refusal(question: Question, strategy: str) -> str:
   why = "is not known" if strategy not in exchanges.STRATEGIES else "needs expert > 1"
   if strategy in (known := refusals(question)):
     why = f"cannot serve: {known[strategy]}"
-  return f"--strategy {strategy} {why}; use one of {', '.join(possible(question))}."
+  names = possible(question)
+  use = "leave it out" if names == [LOCAL] else f"use one of {', '.join(names)}"
+  return f"--strategy {strategy} {why}; {use}."
 
 
 def possible(question: Question) -> list[str]:

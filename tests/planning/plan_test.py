@@ -72,7 +72,7 @@ def test_a_run_of_ones_own_is_planned_too(capsys):
     ({"--mesh": "expert=256"}, "does not divide num_experts=64"),
     ({"--set": "data.batch=100"}, "not divisible by data*fsdp*expert=256"),
     ({"--set": "data.bach=100"}, "unknown key 'bach'"),
-    ({"--strategy": "hierarchical"}, "needs expert > 1; use one of local"),
+    ({"--strategy": "hierarchical"}, "needs expert > 1; leave it out."),
     ({"--strategy": "telepathy"}, "is not known"),
     ({"--skew": "-1"}, "give a number of 0 to 10"),
     ({"--capacity-factor": "nan"}, "--capacity-factor"),
