@@ -40,7 +40,7 @@ def explain(
   >>> print(explain(config, "fsdp=2,expert=4", (8, 64, 16)))
   ... # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
   sort over fsdp=2, expert=4; 64 tokens on each of 8 shards
-  experts down_EFD f32[8, 32, 16] PartitionSpec('expert', None, 'fsdp') 2,048 bytes
+  experts down_EFD f32[8, 32, 16] PartitionSpec(('expert', 'fsdp'), ...) 2,048 bytes
   ...
 
   Args:

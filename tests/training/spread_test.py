@@ -95,7 +95,7 @@ def test_a_run_over_a_mesh_has_the_numbers_of_one_device(trained, spread_run):
 def test_parameters_and_moments_lie_as_the_table_says(spread_run):
   state = spread_run[0][0]
   expected = {
-    "segments.0.1.moe.experts.up_EDF": (1, 2, 8, 16),
+    "segments.0.1.moe.experts.up_EDF": (1, 1, 16, 16),
     "segments.0.1.moe.gate.kernel_DE": (1, 16, 4),
     "segments.0.0.attention.query.kernel": (1, 8, 16),
     "embed.embedding": (258, 8),
