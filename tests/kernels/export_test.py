@@ -25,14 +25,17 @@ def operands(dtype=jnp.float32):
   return jax.tree.map(lambda x: x.astype(dtype), (params, x_TD))
 
 
-@jax.jit
-def forward(params, x_TD):
+def layer(params, x_TD):
   return jmoe.moe(params, x_TD, CONFIG)[0]
+
+
+forward = jax.jit(layer)
 
 
 @jax.jit
 def gradients(params, x_TD):
-  loss = lambda *given: jnp.sum(jnp.sin(forward(*given).astype(jnp.float32)))  # noqa: E731
+  # Not `forward`, which may have been traced for another device.
+  loss = lambda *given: jnp.sum(jnp.sin(layer(*given).astype(jnp.float32)))  # noqa: E731
   return jax.grad(loss, (0, 1))(params, x_TD)
 
 
