@@ -127,9 +127,8 @@ def together(
     while (waiting or active) and time.monotonic() < until:
       late = time.monotonic() > begin + patience
       new = [p for p in waiting if p.name not in compiled] if few and not late else []
-      for part in (new or list(waiting))[
-        : max(0, (at_once if new else room) - len(active))
-      ]:
+      free = max(0, (at_once if new else room) - len(active))
+      for part in (new or list(waiting))[:free]:
         waiting.remove(part)
         active.append(_Process(part, folder, env))
       active.sort(key=lambda one: order[one.part.name])
@@ -146,11 +145,8 @@ def together(
             waiting.sort(key=lambda part: order[part.name])
       compiling = sum(not one.given and one.part.name not in compiled for one in active)
       ready = [one for one in active if one.gate.asked and not one.given]
-      if (
-        ready
-        and not any(one.given for one in active)
-        and (late or not (compiling or new))
-      ):
+      busy = any(one.given for one in active)
+      if ready and not busy and (late or not (compiling or new)):
         ready[0].give(compiling)
       time.sleep(0.05)
   finally:
