@@ -31,6 +31,12 @@ _EXCHANGED = {
   dispatch.sort: dispatch.ragged_all_to_all,
   dispatch.buckets: dispatch.all_to_all,
 }
+# What XLA is told on GPUs, so that what travels does so beside products: by itself it
+# starts an exchange where its result is wanted, and then only one at a time.
+_BESIDE: dict[str, str | bool] = {
+  "xla_gpu_enable_latency_hiding_scheduler": True,
+  "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+}
 GATHER = "gather"  # matrices come to the tokens, and no row travels
 STRATEGIES = {
   name: function
@@ -160,9 +166,18 @@ class Spread:
     like = self.state(jax.eval_shape(made.init))
     whole = NamedSharding(self.mesh, _WHOLE)
     step = jax.jit(
-      made.train_step, donate_argnums=0, out_shardings=(like, whole, whole)
+      made.train_step,
+      donate_argnums=0,
+      out_shardings=(like, whole, whole),
+      compiler_options=self._options,
     )
     return Step(self, step, rows)
+
+  @property
+  def _options(self) -> dict[str, str | bool] | None:
+    """Of the compiler, for a step."""
+    several_gpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "gpu"
+    return _BESIDE if several_gpus else None
 
   def eval_step(self, made: Program) -> "Step":
     """`(params, balance, batch) -> sums`, the same on every device."""

@@ -187,6 +187,7 @@ class Rows:
   scale: Array | None = None  # f32[R] multiplies the expert's INPUT
   weight: Array | None = None  # f32[R] multiplies its OUTPUT; given to who `weighs`
   sums: bool = static(default=False)  # [T,D] is asked for; of who `sums`
+  travels: bool = static(default=False)  # to other devices: x's gradient, when made
 
   def gathered(self) -> Array:
     """The rows as an array `[R,D]`; padding rows are zero."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jmoe.dispatch import carry, everywhere
+from jmoe.dispatch import carry, everywhere, placed
 from jmoe.dispatch.layout import ragged
 from jmoe.dispatch.ragged_all_to_all import buffer_rows
 from jmoe.dispatch.replicas import physical
@@ -25,6 +25,7 @@ _WAYS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
     functools.partial(lax.psum_scatter, tiled=True),
   ),
   "all_to_all": (everywhere.gathered, everywhere.scattered),
+  "ragged": (placed.gathered, placed.scattered),
 }
 
 
@@ -60,7 +61,8 @@ def all_gather(
     placement: the expert of each slot of these axes, if some are there twice.
     block: rows an expert's group is aligned to; None chooses.
     by: "all_gather", XLA's collectives; "all_to_all", exchanges of equal parts, with
-      the copy of a device's own tokens and the sum beside them.
+      the copy of a device's own tokens and the sum beside them; "ragged", tokens go out
+      by ragged all-to-alls (`placed`), for GPUs of one host.
 
   Returns:
     `[T,D]` or `[T,K,D]`.
@@ -87,5 +89,5 @@ def all_gather(
   mean = expert_N.shape[0] / E
   layout = ragged(mine, block, alignment=row_alignment(x_TD.dtype, mean))
   way = Home(weights[0], input_scale=weights[1], sums=home.sums)
-  y = carry.through(x_TD, layout, experts, way)
+  y = carry.through(x_TD, layout, experts, way, travels=bool(axis))
   return _WAYS[by][1](y, axis) if axis else y

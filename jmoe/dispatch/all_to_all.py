@@ -1,6 +1,7 @@
 """Capacity buckets to the devices of their experts and home again."""
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jmoe.assign.capacity import of_group
-from jmoe.dispatch import carry
+from jmoe.dispatch import carry, placed
 from jmoe.dispatch.layout import block_size, equal, slots
 from jmoe.dispatch.replicas import spread_plan
 from jmoe.kernels.devices import row_alignment
@@ -17,9 +18,13 @@ from jmoe.use import marked
 
 Exchange = Callable[[Array], Array]
 
+_WAYS = ("all_to_all", "ragged")
 
-def check(config: Any, *, overlap: int = 1) -> None:
+
+def check(config: Any, *, overlap: int = 1, by: str = "all_to_all") -> None:
   del config
+  if by not in _WAYS:
+    raise ValueError(f"by={by!r}: use one of {', '.join(map(repr, _WAYS))}.")
   if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1:
     raise ValueError(f"overlap={overlap!r} must be a whole number of at least 1.")
 
@@ -57,6 +62,7 @@ def all_to_all(
   axis: tuple[str, ...] = (),
   placement: tuple[int, ...] | None = None,
   overlap: int = 1,
+  by: str = "all_to_all",
 ) -> Array:
   """Every device sends every expert as many rows: its slots.
 
@@ -71,6 +77,8 @@ def all_to_all(
     axis: mesh axes over which the experts are; none: all are here, as for `buckets`.
     placement: the expert of each slot of these axes, if some are there twice.
     overlap: chunks; a divisor of the capacity.
+    by: "all_to_all", XLA's collective, and a copy into the experts' order; "ragged",
+      slots go straight to their places (`placed`), for GPUs of one host.
 
   Returns:
     `[T,D]` or `[T,K,D]`; dropped assignments give zero.
@@ -79,13 +87,18 @@ def all_to_all(
     ValueError: a capacity that `overlap` does not divide.
   """
 
+  if axis and by == "ragged":
+    there = functools.partial(placed.slots_there, axis=axis)
+    back = functools.partial(placed.slots_back, axis=axis)
+    return exchanged(x_TD, plan, experts, home, there, back, placement, overlap, axis)
+
   def there(x_ESD: Array) -> Array:
     return lax.all_to_all(x_ESD, axis, 0, 1, tiled=True) if axis else x_ESD
 
   def back(y_eSD: Array) -> Array:
     return lax.all_to_all(y_eSD, axis, 1, 0, tiled=True) if axis else y_eSD
 
-  return exchanged(x_TD, plan, experts, home, there, back, placement, overlap)
+  return exchanged(x_TD, plan, experts, home, there, back, placement, overlap, axis)
 
 
 def exchanged(
@@ -97,6 +110,7 @@ def exchanged(
   back: Exchange,
   placement: tuple[int, ...] | None,
   overlap: int,
+  axis: tuple[str, ...],
 ) -> Array:
   """Buckets through an exchange: what strategies with a capacity share.
 
@@ -114,14 +128,15 @@ def exchanged(
   x_RD = Rows(x_TD, layout.groups, layout, scale).gathered()
   x_ESD = x_RD.reshape(plan.load.shape[1], -1, x_RD.shape[1])
   parts = [
-    back(_served(there(chunk), experts)) for chunk in jnp.split(x_ESD, overlap, axis=1)
+    back(_served(there(chunk), experts, bool(axis)))
+    for chunk in jnp.split(x_ESD, overlap, axis=1)
   ]
   y_ESD = jnp.concatenate(parts, axis=1) if overlap > 1 else parts[0]
   y_RD = y_ESD.reshape(-1, y_ESD.shape[-1])
   return carry.home(y_RD, Home(home.weight, sums=home.sums), layout)
 
 
-def _served(x_eSD: Array, experts: Callable[[Rows], Array]) -> Array:
+def _served(x_eSD: Array, experts: Callable[[Rows], Array], travels: bool) -> Array:
   """Equal groups through the experts; slots that nobody took are rows of zeros."""
   E, S, D = x_eSD.shape
   block = max(block_size(S), row_alignment(x_eSD.dtype))
@@ -129,5 +144,5 @@ def _served(x_eSD: Array, experts: Callable[[Rows], Array]) -> Array:
   x_eSD = jnp.pad(x_eSD, ((0, 0), (0, stride - S), (0, 0)))
   start_E = jnp.arange(E, dtype=jnp.int32) * stride
   groups = Groups(start_E, jnp.full_like(start_E, S), block, capacity=stride)
-  y_RD = experts(Rows(x_eSD.reshape(E * stride, D), groups))
+  y_RD = experts(Rows(x_eSD.reshape(E * stride, D), groups, travels=travels))
   return y_RD.reshape(E, stride, -1)[:, :S]

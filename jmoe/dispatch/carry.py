@@ -105,9 +105,16 @@ home.defvjp(_home_forward, _home_backward)
 
 @jax.named_scope("carry")
 def through(
-  x_TD: Array, layout: Layout, experts: Callable[[Rows], Array], way: Home
+  x_TD: Array,
+  layout: Layout,
+  experts: Callable[[Rows], Array],
+  way: Home,
+  *,
+  travels: bool = False,
 ) -> Array:
   """Out, through the experts, and home: what strategies on one device share.
+
+  With `travels` these tokens came from other devices, and their gradients go back.
 
   Experts with a true attribute `weighs`, as those of a layer may have, get the weights
   with their rows, and what they give is summed as it is; those with a true `sums` do
@@ -121,8 +128,9 @@ def through(
   elif way.sums and getattr(experts, "weighs", False):
     weight = spread(way.weight, layout)
   if weight is not None and getattr(experts, "sums", False):
-    return experts(Rows(x_TD, layout.groups, layout, None, weight, sums=True))
-  rows_RD = experts(Rows(x_TD, layout.groups, layout, scale, weight))
+    rows = Rows(x_TD, layout.groups, layout, None, weight, sums=True, travels=travels)
+    return experts(rows)
+  rows_RD = experts(Rows(x_TD, layout.groups, layout, scale, weight, travels=travels))
   if weight is not None:
     return summed_home(rows_RD, layout)  # dropped assignments have no row
   return home(rows_RD, Home(way.weight, sums=way.sums), layout)

@@ -76,11 +76,11 @@ def deduplicated(
   count_nn = lax.all_gather(load_n, axis) if axis else load_n[None]
   if axis:
     choices = exchange(choices, count_nn, n * T, axis)
-    got_RD = exchange(x_MD, count_nn, n * T, axis)
+    got_RD = exchange(x_MD, count_nn, n * T, axis, zero=False)
   else:
     got_RD = x_MD
 
-  # Level two: the experts here.
+  # Level two: the experts here.  Rows that nobody sent have no choice, and no reader.
   R = got_RD.shape[0]
   ids_RK = lax.stop_gradient(choices)[:, :K]
   factors = [choices[:, i : i + K] for i in range(K, choices.shape[1], K)]
@@ -94,9 +94,10 @@ def deduplicated(
     input_scale=factors[1].reshape(-1) if len(factors) > 1 else None,
     sums=home.sums,
   )
-  y_RD = carry.through(got_RD, served, experts, way).reshape(R, -1)
-
-  back_MD = exchange(y_RD, count_nn.T, x_MD.shape[0], axis) if axis else y_RD
+  y_RD = carry.through(got_RD, served, experts, way, travels=bool(axis))
+  back_MD = y_RD = y_RD.reshape(R, -1)
+  if axis:
+    back_MD = exchange(y_RD, count_nn.T, x_MD.shape[0], axis, zero=False)
   y_TD = carry.summed_home(back_MD, layout)
   return y_TD if home.sums else y_TD.reshape(T, K, -1)
 

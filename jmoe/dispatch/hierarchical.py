@@ -46,4 +46,4 @@ def hierarchical(
       y = lax.all_to_all(y, axis[i], len(axis) + 1, i, tiled=True)
     return y.reshape(-1, *y.shape[len(axis) + 1 :])
 
-  return exchanged(x_TD, plan, experts, home, there, back, placement, overlap)
+  return exchanged(x_TD, plan, experts, home, there, back, placement, overlap, axis)

@@ -60,7 +60,9 @@ def ragged_all_to_all(
   count_nn = jnp.sum(count_nnE, axis=2, dtype=jnp.int32)
   room = buffer_rows(plan, n, E // n)
   mine_nE = count_nnE[:, lax.axis_index(axis) if axis else 0]
-  got_RD = exchange(x_ND, count_nn, room, axis) if axis else x_ND[:room]
+  got_RD = x_ND[:room]
+  if axis:  # nobody reads what nobody sent
+    got_RD = exchange(x_ND, count_nn, room, axis, zero=False)
 
   # From every device its rows by expert; the experts want all of one together.
   end = jnp.cumsum(mine_nE.reshape(-1), dtype=jnp.int32)
@@ -70,9 +72,12 @@ def ragged_all_to_all(
   mine = requeue(expert_R, row_R, E // n, room, 1, room)
   mean = x_ND.shape[0] * n / E
   served = ragged(mine, block, alignment=row_alignment(x_TD.dtype, mean))
-  y_RD = carry.summed_home(experts(Rows(got_RD, served.groups, served)), served)
+  rows = Rows(got_RD, served.groups, served, travels=bool(axis))
+  y_RD = carry.summed_home(experts(rows), served)
 
-  back_ND = exchange(y_RD, count_nn.T, x_ND.shape[0], axis) if axis else y_RD
+  back_ND = y_RD
+  if axis:
+    back_ND = exchange(y_RD, count_nn.T, x_ND.shape[0], axis, zero=False)
   return carry.home(back_ND, Home(home.weight, sums=home.sums), layout)
 
 

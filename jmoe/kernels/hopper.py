@@ -24,6 +24,7 @@ from jmoe.kernels.devices import HOPPER_BLOCK
 from jmoe.kernels.varying import differs, like, struct as struct, together
 
 BLOCK = HOPPER_BLOCK
+_WAVES = 4
 DEPTH = 64  # of the contracted dimension in a step: 128 bytes of a 16-bit type
 
 
@@ -79,6 +80,18 @@ def multiprocessors() -> int:
   count = getattr(jax.devices()[0], "core_count", None)
   on_gpu = jax.default_backend() in ("cuda", "gpu")
   return int(count) if on_gpu and count else 132
+
+
+def waves(*operands: Any) -> int:
+  """In how many lots of thread blocks, one after another, a kernel is launched.
+
+  A persistent kernel has a block for each multiprocessor, and each block its share of
+  the tiles from the beginning.  Where an exchange holds some multiprocessors, blocks
+  that wait for these begin when it ends: the whole kernel takes up to twice as long.
+  Where operands differ between devices of a mesh blocks therefore end early, and others
+  go on wherever there is room.  On a device alone nothing runs beside a kernel.
+  """
+  return _WAVES if differs(*operands) else 1
 
 
 def swizzled(dtype: Any, minor: int) -> tuple[Any, ...]:

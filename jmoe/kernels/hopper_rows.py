@@ -96,6 +96,7 @@ def row_kernel(
   bands = wide // tile.cluster
   sms = num_sms or chip.multiprocessors()
   blocks, used = max(1, sms // tile.cluster), used_blocks(groups, R, BLOCK)
+  waves = chip.waves(lefts, rights)
 
   def body(*refs):
     parts = []
@@ -148,11 +149,12 @@ def row_kernel(
       tile=tile,
       count=used_ref[0] * bands,
       blocks=blocks,
+      waves=waves,
       scratch=scratch or {},
     )
 
   kernel = chip.launch(
-    body, out, blocks=blocks, cluster=tile.cluster, name=name, updated=updated
+    body, out, blocks=blocks * waves, cluster=tile.cluster, name=name, updated=updated
   )
   operands = (*others, *lefts, *rights)
   return kernel(*operands, used.expert, used.block, used.used)

@@ -76,6 +76,20 @@ class Work:
   products: int = 1
 
 
+def share(block: Any, count: Any, blocks: int, waves: int) -> tuple[Any, Any]:
+  """(its first tile, how many it makes, each `blocks` behind the last) of a block.
+
+  The blocks of a wave make as many tiles each, one or none more than others, and those
+  of the next wave go on where they end: tiles come in the order of one wave.
+  """
+  rounds = lax.div(count + (blocks - 1), jnp.int32(blocks))
+  most = lax.div(rounds + (waves - 1), jnp.int32(waves))
+  wave = lax.div(block, jnp.int32(blocks))
+  first = block + wave * (most - 1) * blocks
+  left = lax.div(count - first + (blocks - 1), jnp.int32(blocks))
+  return first, jnp.clip(left, 0, most)
+
+
 def walk(
   operands: Sequence[Operand],
   work: Work,
@@ -83,6 +97,7 @@ def walk(
   tile: Tile,
   count: Array,
   blocks: int,
+  waves: int = 1,
   scratch: Mapping[str, Any],
 ) -> None:
   """Makes this thread block's output tiles.
@@ -114,14 +129,13 @@ def walk(
   # A barrier is waited for by one side at every turn, or it would lose count: what has
   # come is told to whoever makes the tile, on barriers of its own.
   produced = plgpu.Barrier(num_arrivals=len(operands), num_barriers=(makers, stages))
-  block = lax.axis_index("sm")
-  mine = lax.div(count - block + (blocks - 1), jnp.int32(blocks))
+  begin, mine = share(lax.axis_index("sm"), count, blocks, waves)
 
   def each(body):
     """`body(i, which, its first step)` for this block's tiles; the number of steps."""
 
     def one(i, first):
-      which = work.arguments(block + i * blocks)
+      which = work.arguments(begin + i * blocks)
       body(i, which, first)
       return first + jnp.int32(work.steps(which))
 

@@ -143,12 +143,12 @@ def test_every_command_of_the_list_is_understood(gpus, tmp_path):
   names = [part.name for part in found]
   for shape in SHAPES:
     assert {f"each-{shape}", f"all-{shape}", f"liger-{shape}"} <= set(names)
-  assert {"qwen3-fsdp", "olmoe-expert", "checkpoint"} <= set(names)
+  assert {"qwen3-fsdp", "qwen3-apart", "olmoe-expert", "checkpoint"} <= set(names)
   large = next(part for part in found if part.name == "qwen3-fsdp")
   layers = train.parser().parse_args(large.words[1:]).layers
   assert layers == {2: 12, 4: 24, 8: None}[gpus]  # as many on a GPU
   without = [part for part in found if not part.name.startswith("liger")]
-  assert sum(part.seconds for part in without) < 505  # beside compilation
+  assert sum(part.seconds for part in without) < 545  # beside compilation
   for part in found:
     if part.words[0] == LAYER:
       asked = mesh.parser().parse_args(part.words[1:])

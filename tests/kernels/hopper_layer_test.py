@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 import jmoe
-from jmoe.kernels import devices
+from jmoe.dispatch import carry
+from jmoe.kernels import devices, hopper as chip
+from jmoe.kernels.hopper_walk import share
 from jmoe.use import use
 from tests.kernels.hopper_cases import (
   as_hopper as as_hopper,
@@ -68,11 +71,8 @@ def moved(a):
   return a + (0.1 * jax.random.normal(key, a.shape)).astype(a.dtype)
 
 
-@on_cpu
-@pytest.mark.parametrize("name", LAYERS)
-def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
+def check(config):
   """Values and all gradients; blocks that no kernel writes hold NaN here."""
-  config = LAYERS[name]
   params = narrow(jmoe.moe_init(jax.random.key(0), config))
   params["experts"] = jax.tree.map(moved, params["experts"])  # biases start at zero
   x = jax.random.normal(jax.random.key(1), (60, 128), jnp.bfloat16)
@@ -97,6 +97,41 @@ def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
     expected = jax.jit(grads)(*wide)
   for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert error(one, np.asarray(other, np.float64)) < 2e-2
+
+
+@on_cpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
+  check(LAYERS[name])
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["glu with biases", "mlp with biases, made anew"])
+def test_a_layer_between_exchanges_is_that_of_a_cpu(name, as_hopper, monkeypatch):
+  """As over a mesh: kernels in several lots of blocks, the tokens' gradient first."""
+  asked, between = [], chip._WAVES
+  monkeypatch.setattr(chip, "waves", lambda *_: asked.append(between) or between)
+  monkeypatch.setattr(carry, "through", functools.partial(carry.through, travels=True))
+  check(LAYERS[name])
+  assert len(asked) >= 6 and between > 1
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("waves", [1, 2, 4, 5])
+@pytest.mark.parametrize("count", [0, 1, 6, 7, 55, 56, 57, 100])
+def test_lots_of_blocks_make_every_tile_once_in_order(count, waves):
+  blocks, made = 7, []
+  for wave in range(waves):
+    shares = [
+      share(jnp.int32(wave * blocks + n), jnp.int32(count), blocks, waves)
+      for n in range(blocks)
+    ]
+    tiles = [
+      int(first) + i * blocks for first, mine in shares for i in range(int(mine))
+    ]
+    assert not made or not tiles or min(tiles) > max(made)
+    made += sorted(tiles)
+  assert made == list(range(count))
 
 
 def lowered(config, tokens=300, learning=None):

@@ -15,7 +15,7 @@ from experiments.benchmarks.mesh import layer, variants
 from experiments.benchmarks.peers import ours
 from experiments.benchmarks.shapes import Shape
 from jmoe import MoEConfig, dispatch, use
-from jmoe.dispatch import everywhere, exchange
+from jmoe.dispatch import everywhere, exchange, placed
 from jmoe.kernels import devices
 from jmoe.parallel import mesh as meshes
 from tests.parallel import cases
@@ -27,7 +27,7 @@ SHAPE = Shape(256, 128, 8, 2, 1024)
 @pytest.mark.parametrize("pieces", [1, 4, 16])
 def test_pieces_cover_what_each_device_is_sent(pieces):
   count_n = np.array([0, 3, 16, 37], np.int32)
-  first_nP, size_nP = map(np.asarray, exchange._cut(jnp.asarray(count_n), pieces))
+  first_nP, size_nP = map(np.asarray, exchange.cut(jnp.asarray(count_n), pieces))
   assert first_nP.shape == size_nP.shape == (4, pieces)
   assert (size_nP >= 0).all()
   np.testing.assert_array_equal(size_nP.sum(1), count_n)
@@ -35,9 +35,9 @@ def test_pieces_cover_what_each_device_is_sent(pieces):
 
 
 def test_messages_are_cut_on_gpus_alone_and_small_ones_less():
-  assert exchange._num_pieces(10**6, 2) == 1  # a CPU
+  assert exchange.number_of_pieces(10**6, 2) == 1  # a CPU
   with devices.as_if("hopper"):
-    found = [exchange._num_pieces(rows, 4) for rows in (10, 640, 10**6)]
+    found = [exchange.number_of_pieces(rows, 4) for rows in (10, 640, 10**6)]
   assert found == [1, 8, exchange.PIECES]
 
 
@@ -117,10 +117,13 @@ def test_gradients_of_a_gather_by_exchanges_are_sums_in_float32():
   np.testing.assert_array_equal(found, jnp.full(n, 1 + 7 / 256, jnp.bfloat16))
 
 
-def test_all_gather_by_exchanges_is_the_layer_of_one_device():
-  row = dict(router="top_k 1", strategy="all_gather", extra="plain")
+@pytest.mark.parametrize("strategy, by", [
+  ("all_gather", "all_to_all"), ("all_gather", "ragged"), ("all_to_all", "ragged"),
+])  # fmt: skip
+def test_other_ways_of_an_exchange_are_the_layer_of_one_device(strategy, by):
+  row = dict(router="top_k 1", strategy=strategy, extra="plain")
   config = cases.config_of(row)
-  used = use(dispatch.all_gather, by="all_to_all")
+  used = use(getattr(dispatch, strategy), by=by)
   config = dataclasses.replace(config, dispatch=used)
   found = cases.results(
     config, "plain", mesh=meshes.make("data=2,expert=4", axes=cases.AXES)
@@ -129,6 +132,40 @@ def test_all_gather_by_exchanges_is_the_layer_of_one_device():
   jax.tree.map(assert_close, *({**x, "kept": 0} for x in (found, expected)))
 
 
+@pytest.mark.parametrize("n, local, size", [(2, 4, 4096), (3, 2, 100), (4, 1, 7)])
+@pytest.mark.parametrize("which", ["there", "back", "all"])
+def test_pieces_go_where_the_collective_would_have_them(which, n, local, size):
+  """A ragged all-to-all in NumPy from the offsets: every row is written once."""
+  rows = n * local * size
+  sent_nR = np.arange(n * rows).reshape(n, rows)
+  if which == "there":
+    slots = sent_nR.reshape(n, n, local, size)  # [sender, receiver, expert, slot]
+    expected, places = slots.transpose(1, 2, 0, 3), placed.out_of_slots
+  elif which == "back":
+    slots = sent_nR.reshape(n, local, n, size)  # [sender, expert, receiver, slot]
+    expected, places = slots.transpose(2, 0, 1, 3), placed.into_slots
+  else:
+    sent_nR = sent_nR[:, : local * size]
+    expected = np.broadcast_to(sent_nR.reshape(-1), (n, n * local * size))
+    size, rows = local * size, n * local * size
+
+    def places(me, n, local, size):
+      return placed.behind_each_other(me, n, size)
+
+  found_nR = np.full((n, rows), -1)
+  for me in range(n):
+    first, sizes, to = placed.cut_up(places(me, n, local, size), size)
+    per_receiver = first.shape[0] // n
+    assert per_receiver <= max(512, local)
+    for i, (start, count, there) in enumerate(zip(first, sizes, to, strict=True)):
+      target = found_nR[i // per_receiver, int(there) : int(there + count)]
+      assert (target == -1).all()
+      target[:] = sent_nR[me, int(start) : int(start + count)]
+  np.testing.assert_array_equal(found_nR, expected.reshape(n, -1))
+
+
 def test_a_way_that_is_not_known_is_refused():
   with pytest.raises(ValueError, match="by='ring': use one of 'all_gather'"):
     MoEConfig(4, 4, dispatch=use(dispatch.all_gather, by="ring"))
+  with pytest.raises(ValueError, match="by='ring': use one of 'all_to_all', 'ragged'"):
+    MoEConfig(4, 4, dispatch=use(dispatch.all_to_all, by="ring"))

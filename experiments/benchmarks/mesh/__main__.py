@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     pretend(arguments.gpus)
   # Other processes may share the GPUs: nobody takes all memory at once.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  for name in ("NCCL_MIN_CTAS", "NCCL_MIN_NCHANNELS"):  # a tenth faster, by `links`
+    os.environ.setdefault(name, "32")
   share = "0.80" if arguments.liger_site else "0.92"
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
   from experiments.benchmarks.mesh.session import Session  # imports jax

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from experiments.benchmarks.shapes import Shape
 
 ALONE = "one GPU"
 ALL = "one GPU, all tokens"
+_NUMBER = ", number "  # of a GPU that is not the first
 NO_TIME = "no time was left"
 # What the compiler must be told to move rows behind products.
 HIDING: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -148,25 +149,43 @@ def ways(
             yield way, (routing,)
 
 
-def singles(shape: Shape) -> Callable[[int], layer.Operands]:
-  """`tokens -> operands` of the first device, all with the same matrices."""
-  base = layer.operands(shape, shape.tokens, None)
+def single_row(name: str) -> str | None:
+  """`ALONE` or `ALL`, if a row is of one GPU: each GPU has its own."""
+  first = name.partition(_NUMBER)[0]
+  return first if first in (ALONE, ALL) else None
+
+
+def of_each(ms: Mapping[str, float]) -> dict[str, float]:
+  """Means over GPUs of the milliseconds of one, by `ALONE` and `ALL`.
+
+  GPUs differ by some percent, and what runs over all of them waits for the slowest.
+  """
+  found: dict[str, list[float]] = {}
+  for name, one in ms.items():
+    if (kind := single_row(name)) is not None:
+      found.setdefault(kind, []).append(one)
+  return {kind: statistics.mean(each) for kind, each in found.items()}
+
+
+def singles(shape: Shape) -> Callable[[int, int], layer.Operands]:
+  """`(tokens, device) -> operands`, all of a device with the same matrices."""
 
   @functools.cache
-  def single(tokens: int) -> layer.Operands:
+  def single(tokens: int, device: int = 0) -> layer.Operands:
     if tokens == shape.tokens:
-      return base
-    return layer.operands(shape, tokens, None, others=base)
+      return layer.operands(shape, tokens, None, device=device)
+    base = single(shape.tokens, device)
+    return layer.operands(shape, tokens, None, others=base, device=device)
 
   return single
 
 
 def jobs(
   shape: Shape, n: int, strategies: Sequence[str], overlaps: Sequence[int], *,
-  single: Callable[[int], layer.Operands], factor: float, room: float | None,
+  single: Callable[[int, int], layer.Operands], factor: float, room: float | None,
   routings: Sequence[str], copies: bool = False, everything: bool = True,
 ) -> list[Job]:  # fmt: skip
-  """What is timed over n devices, of which the first is also timed alone.
+  """What is timed over n devices, each of which is also timed alone.
 
   Args:
     shape: of the layer, with the tokens of one device.
@@ -180,9 +199,14 @@ def jobs(
     copies: exchanges of equal parts by the GPUs' copy engines, too.
     everything: one device with the tokens of all, too.
   """
-  made = []
-  here = single(shape.tokens)
-  made.append(Job(ALONE, shape, None, here, None, tuple(routings)))
+
+  def alone(kind: str, of: Shape) -> Iterator[Job]:
+    for device in range(n):
+      name = f"{kind}{_NUMBER}{device}" if device else kind
+      given = single(of.tokens, device)
+      yield Job(name, of, None, given, None, tuple(routings))
+
+  made = list(alone(ALONE, shape))
   if n == 1:
     return made
   mesh = layer.mesh_of(n)
@@ -194,8 +218,7 @@ def jobs(
   if not everything:
     return made
   whole = dataclasses.replace(shape, tokens=n * shape.tokens)
-  made.append(Job(ALL, whole, None, single(whole.tokens), None, tuple(routings)))
-  return made
+  return [*made, *alone(ALL, whole)]
 
 
 def summed_up(
@@ -207,12 +230,13 @@ def summed_up(
     found: the row, timed.
     shape: with the tokens of one device.
     n: devices.
-    alone_ms: medians of the rows on one GPU, by name.
+    alone_ms: from `of_each`.
     bound: FLOP/s of the ceiling.
   """
   ms = statistics.median(found.ms["step"])
-  devices = 1 if found.name in (ALONE, ALL) else n
-  tokens = shape.tokens * (n if found.name == ALL else 1)
+  kind = single_row(found.name)
+  devices = 1 if kind else n
+  tokens = shape.tokens * (n if kind == ALL else 1)
   flops = dataclasses.replace(shape, tokens=tokens).flops(backward=True)
   entry: dict[str, Any] = {"name": found.name, "devices": devices} | found.figures
   entry |= {

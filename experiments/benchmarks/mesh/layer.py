@@ -32,9 +32,14 @@ SHAPES = {
   **shapes.SHAPES,
   "dsv3-256": Shape(7168, 2048, 256, 8, 8192),  # DeepSeek-V3's whole layer
 }
-BUCKETS = ("all_to_all", "hierarchical")  # they need a capacity, and may drop
 BY_EXCHANGE = "all_gather by all_to_all"
-DROPLESS = ("all_gather", BY_EXCHANGE, "ragged_all_to_all", "deduplicated", "gather")
+BY_PLACE = "all_gather by ragged"
+BUCKETS_BY_PLACE = "all_to_all by ragged"
+# They need a capacity, and may drop.
+BUCKETS = ("all_to_all", BUCKETS_BY_PLACE, "hierarchical")
+DROPLESS = (
+  *("all_gather", BY_EXCHANGE, BY_PLACE, "ragged_all_to_all", "deduplicated", "gather"),
+)
 ROUTINGS = ("balanced", "skewed")
 
 
@@ -100,11 +105,12 @@ def sharded(
   if way.strategy in BUCKETS:
     limit = use(capacity.by_factor, factor=way.factor, multiple_of=way.overlap)
     given["overlap"] = way.overlap
-  if way.strategy == BY_EXCHANGE:
-    given["by"] = "all_to_all"
   carry: Any = dispatch.sort
   if not gathers:
-    carry = getattr(dispatch, way.strategy.partition(" ")[0])
+    name, _, by = way.strategy.partition(" by ")
+    carry = getattr(dispatch, name)
+    if by:
+      given["by"] = by
   experts = use(jmoe.experts.glu, d_ff=shape.d_ff)
   bound = None if way.room is None else int(way.room * shape.tokens * shape.k)
 
@@ -232,17 +238,23 @@ def _routed(shape: Shape, kind: str) -> tuple[Any, Any]:
 
 
 def operands(
-  shape: Shape, tokens: int, mesh: Mesh | None, *, others: Operands | None = None
+  shape: Shape,
+  tokens: int,
+  mesh: Mesh | None,
+  *,
+  others: Operands | None = None,
+  device: int = 0,
 ) -> Operands:
   """Operands.
 
   Args:
     shape: of the layer.
     tokens: of all devices.
-    mesh: of the devices; None: the first one.
+    mesh: of the devices; None: one device alone.
     others: whose matrices are shared.
+    device: which one, without a mesh.
   """
-  where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[device])
   if mesh is not None:
     where = NamedSharding(mesh, SPLIT)
   return Operands(dataclasses.replace(shape, tokens=tokens), where, others)

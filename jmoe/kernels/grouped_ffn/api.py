@@ -88,7 +88,8 @@ def grouped_ffn(
     sums = rows.sums and layout is not None
     pieces = _pieces(pieces, rows, ups, down, whole=not sums)
     arrays = together(x, layout, ups, down, groups, weight_R)
-    y: Any = fused_ffn(Form(activation, keep, sums, pieces), *arrays)
+    form = Form(activation, keep, sums, pieces, travels=rows.travels)
+    y: Any = fused_ffn(form, *arrays)
     return y if sums else _home(rows, y)
 
   def plain(rows, ups, down) -> Any:

@@ -9,6 +9,9 @@
              dx = sum of dh_n w_n^T                           one kernel, one sum
              dx of tokens = sums of their rows
 
+Where x has come from other devices, and its gradient goes back to them, x rows are made
+again first of all and dx before the d w_n, so that exchanges run beside products.
+
 So `a`, `da` and a second `dx` never make a way to memory and back of their own, `y` is
 not kept, and at no time do two arrays [R,D] stand beside the hidden ones.  Kept for the
 backward pass are the tokens and the h_n (`keep="hidden"`), the rows too ("rows"), or
@@ -166,9 +169,30 @@ def _backward(form, kept, dy):
     again = dataclasses.replace(given, x=x)
     hidden, dy = after(_hidden(form, again, hidden=True, product=False), dy)
   dy_RD = permute_rows.spread(dy, given.layout) if form.sums else dy
+  if form.travels:
+    return _beside_exchanges(form, kept, hidden, dy_RD)
   dhs_RF, d_weight, d_down = _through_down(form, kept, hidden, dy_RD)
   d_ups, dhs_RF = _of_ups(form, kept, dhs_RF, d_down[0])
   dx = _of_x(form, given, dhs_RF)
+  return dx, None, d_ups, d_down, None, d_weight
+
+
+def _beside_exchanges(form: Form, kept: Kept, hidden: Sequence[Array], dy_RD: Array):
+  """The gradients, those of the matrices made while others travel.
+
+  Rows of x are gathered while `dy` comes, which costs room for both, and what goes home
+  is made first: then nothing waits for an exchange but what needs it.
+  """
+  given = kept.given
+  if form.sums and kept.x_RD is None and any(w for w, _ in kept.ups_learn):
+    x_RD, dy_RD = after(given.rows(), dy_RD)
+    kept = dataclasses.replace(kept, x_RD=x_RD)
+  dhs_RF, d_weight, d_down = _through_down(form, kept, hidden, dy_RD)
+  _, dhs_RF = after(d_down, dhs_RF)  # `a` is done with
+  dx = _of_x(form, given, dhs_RF)
+  _, dhs_RF, x = after(dx, dhs_RF, given.x)
+  kept = dataclasses.replace(kept, given=dataclasses.replace(given, x=x))
+  d_ups, _ = _of_ups(form, kept, dhs_RF, d_down[0])
   return dx, None, d_ups, d_down, None, d_weight
 
 

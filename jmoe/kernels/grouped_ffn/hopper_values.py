@@ -23,6 +23,7 @@ class Form:
     pieces: in how many the largest arrays are made, see `hopper.py`; more than one
       only with `sums`, not inside `shard_map`, and for widths of whole `DEPTH`s.
     num_sms: multiprocessors to use; None: all.
+    travels: the gradient of x goes to other devices when it is made.
   """
 
   activation: Activation
@@ -30,6 +31,7 @@ class Form:
   sums: bool = False
   pieces: int = 1
   num_sms: int | None = None
+  travels: bool = False
 
 
 @pytree

@@ -109,6 +109,8 @@ def matrices_kernel(
   # An expert without rows points inside the buffer, and its sum is not used.
   start_E = jnp.minimum(groups.start, R - BLOCK)
 
+  waves = chip.waves(x_RD, y_RF)
+
   def body(*refs):
     x_ref, y_ref, start_ref, rows_ref, w_ref = refs[len(into) :]
 
@@ -164,13 +166,14 @@ def matrices_kernel(
       tile=tile,
       count=jnp.int32(E * tall * cols),
       blocks=blocks,
+      waves=waves,
       scratch={"staged": chip.staging(rows_own, dtype)},
     )
 
   kernel = chip.launch(
     body,
     (chip.struct((E, columns.total, F), dtype, x_RD),),
-    blocks=blocks,
+    blocks=blocks * waves,
     cluster=tile.cluster,
     name="grouped_matmul_matrices",
     updated=len(into),
