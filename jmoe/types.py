@@ -181,7 +181,7 @@ class Layout:
 class Rows:
   """All that an expert function sees: `gathered()` rows, grouped by expert."""
 
-  x: Array  # [R,D], or the tokens [T,D] when `layout` is given
+  x: Array  # [R,D]; or when `layout` is given tokens [T,D], anything where it has none
   groups: Groups
   layout: Layout | None = None  # lazy: row r is x[layout.token[r]]
   scale: Array | None = None  # f32[R] multiplies the expert's INPUT

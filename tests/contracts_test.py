@@ -185,7 +185,7 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
 
 HELPER_MODULES = {
   f"jmoe.dispatch.{name}"
-  for name in ("carry", "everywhere", "exchange", "layout", "replicas", "requeue")
+  for name in "carry everywhere exchange layout placed replicas requeue".split()
 } | {"jmoe.experts.layout"}
 
 

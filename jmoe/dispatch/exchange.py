@@ -47,7 +47,7 @@ def exchange(
 def room(num_rows: int, like_ND: Array, *, zero: bool) -> Array:
   """`[num_rows, D]` of zeros, or of anything, for a ragged all-to-all to write into."""
   shape = (num_rows, like_ND.shape[1])
-  if zero or not hasattr(lax, "empty"):
+  if zero:
     return zeros(shape, like_ND.dtype, like_ND)
   return like(lax.empty(shape, like_ND.dtype), like_ND)
 

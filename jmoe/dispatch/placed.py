@@ -9,11 +9,13 @@ it, the collective that gives the same array stands in.
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 
 from jmoe.dispatch.exchange import PIECES, Axis, cut, number_of_pieces, room
 from jmoe.kernels.devices import current_device
@@ -51,7 +53,7 @@ def _slots_there(x_ESD: Array, axis: Axis) -> Array:
   if current_device() == "cpu":
     return lax.all_to_all(x_ESD, axis, 0, 1, tiled=True)
   n, (E, S, D) = lax.axis_size(axis), x_ESD.shape
-  places = out_of_slots(_me(axis), n, E // n, S)
+  places = functools.partial(out_of_slots, n=n, local=E // n, size=S)
   y_RD = _put(x_ESD.reshape(E * S, D), places, S, E * S, axis)
   return y_RD.reshape(E // n, n * S, D)
 
@@ -62,7 +64,7 @@ def _slots_back(y_eSD: Array, axis: Axis) -> Array:
     return lax.all_to_all(y_eSD, axis, 1, 0, tiled=True)
   n, (local, rows, D) = lax.axis_size(axis), y_eSD.shape
   S = rows // n
-  places = into_slots(_me(axis), n, local, S)
+  places = functools.partial(into_slots, n=n, local=local, size=S)
   x_RD = _put(y_eSD.reshape(local * rows, D), places, S, local * rows, axis)
   return x_RD.reshape(n * local, S, D)
 
@@ -82,7 +84,9 @@ def _gathered(x_TD: Array, axis: Axis) -> Array:
   if current_device() == "cpu":
     return lax.all_gather(x_TD, axis, tiled=True)
   n, T = lax.axis_size(axis), x_TD.shape[0]
-  return _put(x_TD, behind_each_other(_me(axis), n, T), T, n * T, axis)
+  places = functools.partial(behind_each_other, n=n, size=T)
+  found = _put(x_TD.reshape(T, -1), places, T, n * T, axis)  # [T,K,D] too
+  return found.reshape(n * T, *x_TD.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -127,16 +131,36 @@ def cut_up(places: Places, size: int) -> tuple[Array, Array, Array]:
   return first, sizes, to
 
 
-def _put(rows_ND: Array, places: Places, size: int, num_rows: int, axis: Axis) -> Array:
-  """`[num_rows, D]`, every row of which must be of somebody's piece of `size` rows."""
-  first, sizes, to = cut_up(places, size)
-  blank = room(num_rows, rows_ND, zero=False)
-  rows_ND, blank, *arrays = together(rows_ND, blank, first, sizes, to, sizes)
-  return lax.ragged_all_to_all(rows_ND, blank, *arrays, axis_name=axis)
+def _put(
+  rows_ND: Array,
+  places: Callable[[Array], Places],
+  size: int,
+  num_rows: int,
+  axis: Axis,
+) -> Array:
+  """`[num_rows, D]`, every row of which must be of somebody's piece of `size` rows.
 
+  Args:
+    rows_ND: what this device sends.
+    places: which of the devices this is -> where the pieces are and go.
+    size, num_rows, axis: see above.
+  """
 
-def _me(axis: Axis) -> Array:
-  return lax.axis_index(axis).astype(jnp.int32)
+  @custom_vmap
+  def put(rows_ND):
+    first, sizes, to = cut_up(places(lax.axis_index(axis).astype(jnp.int32)), size)
+    blank = room(num_rows, rows_ND, zero=False)
+    rows_ND, blank, *arrays = together(rows_ND, blank, first, sizes, to, sizes)
+    return lax.ragged_all_to_all(rows_ND, blank, *arrays, axis_name=axis)
+
+  @put.def_vmap
+  def _(models, batched, rows_MND):  # their rows side by side: the places are the same
+    del batched
+    wide_NX = jnp.swapaxes(rows_MND, 0, 1).reshape(rows_MND.shape[1], -1)
+    found_RMD = put(wide_NX).reshape(num_rows, models, -1)
+    return jnp.swapaxes(found_RMD, 0, 1), True
+
+  return put(rows_ND)
 
 
 def _counted(count: int) -> Array:

@@ -76,7 +76,7 @@ def with_free(
   num_experts = rows.groups.start.shape[0]
   ordinary = num_experts - constant - copy - zero
   # The base multiplies by its own matrices only, so rows of other experts cost nothing.
-  y_RD = base(params["base"], Rows(x_RD, rows.groups))
+  y_RD = base(params["base"], Rows(x_RD, rows.groups, travels=rows.travels))
   e_R1 = expert_of_rows(rows.groups, x_RD.shape[0])[:, None]
   y_RD = jnp.where(e_R1 < ordinary, y_RD, 0)
   for c in range(constant):

@@ -112,7 +112,8 @@ def walk(
     work: on a tile.
     tile: how tiles are made.
     count: output tiles, those of a cluster's thread blocks being one.
-    blocks: thread blocks, or clusters of them.
+    blocks: thread blocks of a lot, or clusters of them.
+    waves: lots.
     scratch: shared memory and barriers by name.
   """
   stages, makers = tile.stages, 2 if tile.alternating else 1

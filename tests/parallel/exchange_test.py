@@ -164,6 +164,36 @@ def test_pieces_go_where_the_collective_would_have_them(which, n, local, size):
   np.testing.assert_array_equal(found_nR, expected.reshape(n, -1))
 
 
+@pytest.mark.parametrize("models", [None, 3])
+@pytest.mark.parametrize("shape", [(16, 5), (16, 2, 5)])
+def test_places_are_traced_for_a_gpu_with_gradients_of_any_shape(shape, models):
+  """Of one model and of several in one program, whose places are the same."""
+  n, at = 4, PartitionSpec("expert")
+  mesh = meshes.make({"expert": n}, devices=jax.devices()[:n])
+
+  def local(x):
+    y = placed.scattered(placed.gathered(x, ("expert",)), ("expert",))
+    if y.ndim == 3:
+      return y
+    slots = placed.slots_there(y.reshape(8, 2, -1), ("expert",))
+    return placed.slots_back(slots, ("expert",)).reshape(y.shape)
+
+  over_mesh = jax.shard_map(local, mesh=mesh, in_specs=at, out_specs=at)
+
+  def pulled(x):
+    y, pull = jax.vjp(over_mesh, x)
+    return y, pull(y)[0]
+
+  whole = (n * shape[0], *shape[1:])
+  x = jax.ShapeDtypeStruct(whole if models is None else (models, *whole), jnp.float32)
+  function = pulled if models is None else jax.vmap(pulled)
+  with devices.as_if("hopper"):
+    traced = jax.jit(function).trace(x)
+  found = jax.tree.map(lambda a: a.shape, traced.out_info)
+  assert found == (x.shape, x.shape)
+  assert str(traced.jaxpr).count("ragged_all_to_all") >= (2 if len(shape) == 3 else 6)
+
+
 def test_a_way_that_is_not_known_is_refused():
   with pytest.raises(ValueError, match="by='ring': use one of 'all_gather'"):
     MoEConfig(4, 4, dispatch=use(dispatch.all_gather, by="ring"))

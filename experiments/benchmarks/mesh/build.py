@@ -155,16 +155,17 @@ def single_row(name: str) -> str | None:
   return first if first in (ALONE, ALL) else None
 
 
-def of_each(ms: Mapping[str, float]) -> dict[str, float]:
-  """Means over GPUs of the milliseconds of one, by `ALONE` and `ALL`.
+def of_each(ms: Mapping[str, float], n: int) -> dict[str, float]:
+  """Means over n GPUs of the milliseconds of one, by `ALONE` and `ALL`.
 
   GPUs differ by some percent, and what runs over all of them waits for the slowest.
+  Without the time of each there is no mean.
   """
   found: dict[str, list[float]] = {}
   for name, one in ms.items():
     if (kind := single_row(name)) is not None:
       found.setdefault(kind, []).append(one)
-  return {kind: statistics.mean(each) for kind, each in found.items()}
+  return {k: statistics.mean(each) for k, each in found.items() if len(each) == n}
 
 
 def singles(shape: Shape) -> Callable[[int, int], layer.Operands]:

@@ -233,7 +233,7 @@ class Session:
       bound = statistics.median(ceilings) if ceilings else float("nan")
       timed = [row for row in ready if row.ms.get("step") and not row.why]
       medians = {row.name: statistics.median(row.ms["step"]) for row in timed}
-      alone = build.of_each(medians)
+      alone = build.of_each(medians, n)
       group["rows"] = [build.summed_up(row, shape, n, alone, bound) for row in timed]
       group["ceilings_tflops"] = [rate / 1e12 for rate in ceilings]
       group["missing"] = {row.name: row.why for row in made if row.why}

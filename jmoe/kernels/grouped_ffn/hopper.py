@@ -185,7 +185,9 @@ def _beside_exchanges(form: Form, kept: Kept, hidden: Sequence[Array], dy_RD: Ar
   """
   given = kept.given
   if form.sums and kept.x_RD is None and any(w for w, _ in kept.ups_learn):
-    x_RD, dy_RD = after(given.rows(), dy_RD)
+    # After the forward pass, whose own rows it would be otherwise, but before `dy`.
+    hidden, x = after(hidden, given.x)
+    x_RD, dy_RD = after(dataclasses.replace(given, x=x).rows(), dy_RD)
     kept = dataclasses.replace(kept, x_RD=x_RD)
   dhs_RF, d_weight, d_down = _through_down(form, kept, hidden, dy_RD)
   _, dhs_RF = after(d_down, dhs_RF)  # `a` is done with
