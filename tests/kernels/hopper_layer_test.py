@@ -15,6 +15,7 @@ import jmoe
 from jmoe.dispatch import carry
 from jmoe.kernels import devices, hopper as chip
 from jmoe.kernels.hopper_walk import share
+from jmoe.parallel import mesh as meshes
 from jmoe.use import use
 from tests.kernels.hopper_cases import (
   as_hopper as as_hopper,
@@ -109,13 +110,34 @@ def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
 @pytest.mark.parametrize("name", ["glu with biases", "mlp with biases, made anew"])
 def test_a_layer_between_exchanges_is_that_of_a_cpu(name, as_hopper, monkeypatch):
   """As over a mesh: kernels in several lots of blocks, the tokens' gradient first."""
-  asked, between = [], chip._WAVES
+  from jmoe.kernels.grouped_ffn import hopper as ffn  # imports Pallas
+
+  asked, ordered, between = [], [], chip._WAVES
+  real = ffn._beside_exchanges
+  monkeypatch.setattr(
+    ffn, "_beside_exchanges", lambda *a: ordered.append(1) or real(*a)
+  )
   jax.clear_caches()  # of layers that were traced as alone
   monkeypatch.setattr(chip, "waves", lambda *_: asked.append(between) or between)
   monkeypatch.setattr(carry, "through", functools.partial(carry.through, travels=True))
   check(LAYERS[name])
   jax.clear_caches()
-  assert len(asked) >= 6 and between > 1
+  assert len(asked) >= 6 and between > 1 and ordered
+
+
+def test_kernels_run_in_lots_where_operands_differ_between_devices():
+  mesh, at = meshes.make("expert=8"), jax.sharding.PartitionSpec("expert")
+  asked = []
+
+  def local(x, same):
+    asked.append((chip.waves(x), chip.waves(same), chip.waves(same, x)))
+    return x
+
+  specs = (at, jax.sharding.PartitionSpec())
+  jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=at)(
+    jnp.ones(8), jnp.ones(3)
+  )
+  assert asked == [(chip._WAVES, 1, chip._WAVES)] and chip.waves(jnp.ones(3)) == 1
 
 
 @pytest.mark.contract
