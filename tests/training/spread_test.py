@@ -3,7 +3,8 @@
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -268,3 +269,16 @@ def test_processes_that_cannot_be_are_one_line(tmp_path, capsys, arguments, said
   assert main.main(some) == 2
   shown = capsys.readouterr()
   assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+
+
+@pytest.mark.parametrize("platform, devices, hides", [
+  ("gpu", 2, True), ("gpu", 1, False), ("cpu", 2, False), ("tpu", 2, False),
+])  # fmt: skip
+def test_only_a_step_over_several_gpus_tells_the_compiler(platform, devices, hides):
+  """On GPUs what travels is to do so beside products; others do not know the words."""
+  there = np.array([types.SimpleNamespace(platform=platform)] * devices)
+  mesh: Any = types.SimpleNamespace(size=devices, devices=there)
+  told = spread.Spread(mesh)._options
+  assert (told is not None) == hides
+  if told is not None:
+    assert told["xla_gpu_enable_latency_hiding_scheduler"] is True
