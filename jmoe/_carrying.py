@@ -26,6 +26,13 @@ class Experts(NamedTuple):
     with jax.named_scope("experts"):
       return self.use(self.params, rows)
 
+  def each(self, buffers: tuple[Rows, ...]) -> tuple[Array, ...]:
+    """Of several buffers, those first that are there first."""
+    if not self._says("buffers"):
+      return tuple(map(self, buffers))
+    with jax.named_scope("experts"):
+      return self.use(self.params, buffers)
+
   @property
   def weighs(self) -> bool:
     """Whether they multiply their rows by `Rows.weight`.

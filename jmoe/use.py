@@ -63,6 +63,7 @@ def marked(**facts: Any) -> Callable[[_F], _F]:
       there is one; a function that adds to their outputs must not have it.
     sums: of experts that weigh: True if they give `[T,D]`, the sums of each token's
       rows, whenever `Rows.sums` says so.
+    buffers: of experts: True if they take a tuple of `Rows` as well, and then give one.
     constant: of a gate: True if every token gets the same logits.
     after_step: of a gate: `(expert parameters, buffers, **keywords) -> buffers`, those
       that it has after an optimizer step.

@@ -185,7 +185,9 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
 
 HELPER_MODULES = {
   f"jmoe.dispatch.{name}"
-  for name in "carry everywhere exchange layout placed replicas requeue".split()
+  for name in (
+    "carry everywhere exchange layout own_first placed replicas requeue".split()
+  )
 } | {"jmoe.experts.layout"}
 
 

@@ -164,7 +164,7 @@ def products(shape: shapes.Shape) -> dict[str, Leg]:
   def matrix(left, right):
     def call(way):
       made = tile("matrices", way, width=right.shape[1])
-      return lambda groups, x, y: kernels.matrices(x, y, groups, tile=made)
+      return lambda groups, x, y: kernels.matrices([x], [y], [groups], tile=made)
 
     return 1, MATRICES, call, (left, right)
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jmoe.assign.capacity import of_group
-from jmoe.dispatch import carry, placed
+from jmoe.dispatch import carry, own_first as apart, placed
 from jmoe.dispatch.layout import block_size, equal, slots
 from jmoe.dispatch.replicas import spread_plan
 from jmoe.kernels.devices import row_alignment
-from jmoe.types import Groups, Home, Plan, Rows
+from jmoe.types import Groups, Home, Layout, Plan, Rows
 from jmoe.use import marked
 
 Exchange = Callable[[Array], Array]
@@ -21,12 +21,30 @@ Exchange = Callable[[Array], Array]
 _WAYS = ("all_to_all", "ragged")
 
 
-def check(config: Any, *, overlap: int = 1, by: str = "all_to_all") -> None:
+def check(
+  config: Any, *, overlap: int = 1, by: str = "all_to_all", own_first: bool = False
+) -> None:
   del config
   if by not in _WAYS:
     raise ValueError(f"by={by!r}: use one of {', '.join(map(repr, _WAYS))}.")
   if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1:
     raise ValueError(f"overlap={overlap!r} must be a whole number of at least 1.")
+  check_own_first(own_first, by, _WAYS[0])
+  if own_first and overlap > 1:
+    raise ValueError(
+      f"overlap={overlap} with own_first=True; use overlap=1: what is a device's own "
+      "already hides the exchange."
+    )
+
+
+def check_own_first(own_first: Any, by: str, default: str) -> None:
+  """Raises unless it is false, or true and nothing else says how rows travel."""
+  if not isinstance(own_first, bool):
+    raise ValueError(f"own_first={own_first!r} must be True or False.")
+  if own_first and by != default:
+    raise ValueError(
+      f"by={by!r} with own_first=True, which goes by permutations; leave out `by`."
+    )
 
 
 def check_overlap(capacity: int, overlap: int) -> None:
@@ -63,6 +81,7 @@ def all_to_all(
   placement: tuple[int, ...] | None = None,
   overlap: int = 1,
   by: str = "all_to_all",
+  own_first: bool = False,
 ) -> Array:
   """Every device sends every expert as many rows: its slots.
 
@@ -79,6 +98,8 @@ def all_to_all(
     overlap: chunks; a divisor of the capacity.
     by: "all_to_all", XLA's collective, and a copy into the experts' order; "ragged",
       slots go straight to their places (`placed`), for GPUs of one host.
+    own_first: this device's own slots are worked on while those of the others come, and
+      those of the others leave while its own are: by permutations (`own_first`).
 
   Returns:
     `[T,D]` or `[T,K,D]`; dropped assignments give zero.
@@ -87,6 +108,8 @@ def all_to_all(
     ValueError: a capacity that `overlap` does not divide.
   """
 
+  if axis and own_first and lax.axis_size(axis) > 1:
+    return _own_first(x_TD, plan, experts, home, placement, axis)
   if axis and by == "ragged":
     there = functools.partial(placed.slots_there, axis=axis)
     back = functools.partial(placed.slots_back, axis=axis)
@@ -120,29 +143,61 @@ def exchanged(
     Others: as for `all_to_all`.
   """
   check_overlap(slots(plan), overlap)
+  x_ESD, layout = _slots(x_TD, plan, home, placement)
+  parts = []
+  for chunk in jnp.split(x_ESD, overlap, axis=1):
+    x_eSD = there(chunk)
+    y_RD = experts(_buffer(x_eSD, bool(axis)))
+    parts.append(back(_of_slots(y_RD, x_eSD)))
+  y_ESD = jnp.concatenate(parts, axis=1) if overlap > 1 else parts[0]
+  return _home(y_ESD, home, layout)
+
+
+def _own_first(
+  x_TD: Array,
+  plan: Plan,
+  experts: Callable[[Rows], Array],
+  home: Home,
+  placement: tuple[int, ...] | None,
+  axis: tuple[str, ...],
+) -> Array:
+  """The same with slots in two buffers: this device's own, and the others'."""
+  x_ESD, layout = _slots(x_TD, plan, home, placement)
+  parts = apart.slots_apart(x_ESD, axis)
+  found = carry.of_each(experts, tuple(_buffer(part, True) for part in parts))
+  own_eSD, late_eND = map(_of_slots, found, parts)
+  return _home(apart.slots_joined(own_eSD, late_eND, axis), home, layout)
+
+
+def _slots(
+  x_TD: Array, plan: Plan, home: Home, placement: tuple[int, ...] | None
+) -> tuple[Array, Layout]:
+  """`[E,S,D]` slots of all experts, scaled; nothing but slots travels."""
   plan = spread_plan(plan, placement)
-  layout = equal(plan, 1)  # nothing but slots travels
-  scale = None
+  layout, scale = equal(plan, 1), None
   if home.input_scale is not None:
     scale = carry.spread(home.input_scale, layout)
   x_RD = Rows(x_TD, layout.groups, layout, scale).gathered()
-  x_ESD = x_RD.reshape(plan.load.shape[1], -1, x_RD.shape[1])
-  parts = [
-    back(_served(there(chunk), experts, bool(axis)))
-    for chunk in jnp.split(x_ESD, overlap, axis=1)
-  ]
-  y_ESD = jnp.concatenate(parts, axis=1) if overlap > 1 else parts[0]
+  return x_RD.reshape(plan.load.shape[1], -1, x_RD.shape[1]), layout
+
+
+def _home(y_ESD: Array, home: Home, layout: Layout) -> Array:
   y_RD = y_ESD.reshape(-1, y_ESD.shape[-1])
   return carry.home(y_RD, Home(home.weight, sums=home.sums), layout)
 
 
-def _served(x_eSD: Array, experts: Callable[[Rows], Array], travels: bool) -> Array:
-  """Equal groups through the experts; slots that nobody took are rows of zeros."""
+def _buffer(x_eSD: Array, travels: bool) -> Rows:
+  """Equal groups for the experts; slots that nobody took are rows of zeros."""
   E, S, D = x_eSD.shape
   block = max(block_size(S), row_alignment(x_eSD.dtype))
   stride = -(-S // block) * block
   x_eSD = jnp.pad(x_eSD, ((0, 0), (0, stride - S), (0, 0)))
   start_E = jnp.arange(E, dtype=jnp.int32) * stride
   groups = Groups(start_E, jnp.full_like(start_E, S), block, capacity=stride)
-  y_RD = experts(Rows(x_eSD.reshape(E * stride, D), groups, travels=travels))
-  return y_RD.reshape(E, stride, -1)[:, :S]
+  return Rows(x_eSD.reshape(E * stride, D), groups, travels=travels)
+
+
+def _of_slots(y_RD: Array, x_eSD: Array) -> Array:
+  """`[e,S,D]` of the rows that are slots."""
+  E, S, _ = x_eSD.shape
+  return y_RD.reshape(E, y_RD.shape[0] // E, -1)[:, :S]

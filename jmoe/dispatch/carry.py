@@ -6,7 +6,7 @@ without a fixed k (expert choice) add into tokens.
 """
 # SPDX-License-Identifier: Apache-2.0
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax import Array
@@ -115,22 +115,68 @@ def through(
   """Out, through the experts, and home: what strategies on one device share.
 
   With `travels` these tokens came from other devices, and their gradients go back.
+  `through_each` takes several buffers, those first that are there first, to one call of
+  experts that have a method `each`.
 
   Experts with a true attribute `weighs`, as those of a layer may have, get the weights
   with their rows, and what they give is summed as it is; those with a true `sums` do
   that themselves, and then need not make all rows at once.  A function around them has
   neither: then the weights come on the way home.
   """
+  rows = _asked(x_TD, layout, experts, way, travels)
+  return _brought(experts(rows), rows, way)
+
+
+@jax.named_scope("carry")
+def through_each(
+  tokens: Sequence[Array],
+  layouts: Sequence[Layout],
+  experts: Callable[[Rows], Array],
+  ways: Sequence[Home],
+  *,
+  travels: bool = False,
+) -> tuple[Array, ...]:
+  """As `through`, of several buffers."""
+  buffers = tuple(
+    _asked(x_TD, layout, experts, way, travels)
+    for x_TD, layout, way in zip(tokens, layouts, ways, strict=True)
+  )
+  found = zip(of_each(experts, buffers), buffers, ways, strict=True)
+  return tuple(_brought(y, rows, way) for y, rows, way in found)
+
+
+def of_each(
+  experts: Callable[[Rows], Array], buffers: tuple[Rows, ...]
+) -> tuple[Array, ...]:
+  """What experts make of several buffers, in one call if they can."""
+  each = getattr(experts, "each", None)
+  return tuple(map(experts, buffers)) if each is None else each(buffers)
+
+
+def _asked(
+  x_TD: Array,
+  layout: Layout,
+  experts: Callable[[Rows], Array],
+  way: Home,
+  travels: bool,
+) -> Rows:
+  """Tokens for experts, with what these do themselves."""
   layout = named(layout, "routing")
   scale, weight = None, None
   if way.input_scale is not None:
     scale = spread(way.input_scale, layout)
   elif way.sums and getattr(experts, "weighs", False):
     weight = spread(way.weight, layout)
-  if weight is not None and getattr(experts, "sums", False):
-    rows = Rows(x_TD, layout.groups, layout, None, weight, sums=True, travels=travels)
-    return experts(rows)
-  rows_RD = experts(Rows(x_TD, layout.groups, layout, scale, weight, travels=travels))
-  if weight is not None:
-    return summed_home(rows_RD, layout)  # dropped assignments have no row
-  return home(rows_RD, Home(way.weight, sums=way.sums), layout)
+  sums = weight is not None and getattr(experts, "sums", False)
+  return Rows(x_TD, layout.groups, layout, scale, weight, sums=sums, travels=travels)
+
+
+def _brought(y: Array, rows: Rows, way: Home) -> Array:
+  """What experts gave, in the order of the tokens."""
+  layout = rows.layout
+  assert layout is not None
+  if rows.sums:
+    return y
+  if rows.weight is not None:
+    return summed_home(y, layout)  # dropped assignments have no row
+  return home(y, Home(way.weight, sums=way.sums), layout)

@@ -9,6 +9,7 @@ from jax import Array
 
 from jmoe import initializers
 from jmoe.kernels.grouped_ffn import check_keep, check_pieces
+from jmoe.types import Params, Rows
 from jmoe.use import Use, use
 
 
@@ -32,6 +33,12 @@ def check(
   check_pieces(pieces)
   if isinstance(d_ff, bool) or not isinstance(d_ff, int) or d_ff < 1:
     raise ValueError(f"experts: d_ff={d_ff!r} must be a whole number of at least 1.")
+
+
+def as_rows(params: Params, rows: Rows | tuple[Rows, ...]) -> dict[str, Array]:
+  """Parameters in the dtype of rows."""
+  one = rows if isinstance(rows, Rows) else rows[0]
+  return {name: w.astype(one.x.dtype) for name, w in params.items()}
 
 
 def init_mlp(

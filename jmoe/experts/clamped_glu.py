@@ -11,7 +11,7 @@ from jax import Array
 
 from jmoe import initializers
 from jmoe._ranges import in_range
-from jmoe.experts._common import check
+from jmoe.experts._common import as_rows, check
 from jmoe.kernels import grouped_ffn
 from jmoe.types import Params, Rows
 from jmoe.use import Use, marked, use
@@ -43,16 +43,16 @@ def _check(
   in_range("clamped_glu: alpha", alpha, least=-math.inf)
 
 
-@marked(init=_init, check=_check, weighs=True, sums=True, matrices=3)
+@marked(init=_init, check=_check, weighs=True, sums=True, buffers=True, matrices=3)
 def clamped_glu(
   params: Params,
-  rows: Rows,
+  rows: Rows | tuple[Rows, ...],
   *,
   limit: float = 7.0,
   alpha: float = 1.702,
   matmul: Callable[..., Array] | None = None,
   keep: str = "hidden",
-) -> Array:
+) -> Any:
   """`((up + 1) * gate * sigmoid(alpha * gate)) down`, gate and up clamped.
 
   gpt-oss (arXiv 2508.10925): gate is every even column of the fused projection, up
@@ -60,7 +60,7 @@ def clamped_glu(
 
   Args:
     params: `gate_up_EDF` (2*d_ff wide), `gate_up_bias_EF`, `down_EFD`, `down_bias_ED`.
-    rows: R rows, grouped by expert.
+    rows: R rows, grouped by expert; or several such buffers, see `grouped_ffn`.
     limit: of the clamp.
     alpha: slope inside the sigmoid.
     matmul: a grouped matmul; None takes the best form for the device.
@@ -69,9 +69,10 @@ def clamped_glu(
   Keywords of `use`: also `d_ff`, `initializer=use(initializers.fan_in)`.
 
   Returns:
-    `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`.
+    `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`; of several
+    buffers a tuple.
   """
-  weights = {name: w.astype(rows.x.dtype) for name, w in params.items()}
+  weights = as_rows(params, rows)
   up = weights["gate_up_EDF"], weights["gate_up_bias_EF"]
   down = weights["down_EFD"], weights["down_bias_ED"]
   hidden = use(_interleaved, limit=limit, alpha=alpha)

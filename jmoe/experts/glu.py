@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jmoe import initializers
-from jmoe.experts._common import check, init_mlp
+from jmoe.experts._common import as_rows, check, init_mlp
 from jmoe.kernels import grouped_ffn
 from jmoe.types import Params, Rows
 from jmoe.use import Use, marked, use
@@ -41,23 +41,23 @@ def _init(
   return params
 
 
-@marked(init=_init, check=check, weighs=True, sums=True, matrices=3)
+@marked(init=_init, check=check, weighs=True, sums=True, buffers=True, matrices=3)
 def glu(
   params: Params,
-  rows: Rows,
+  rows: Rows | tuple[Rows, ...],
   *,
   activation: Callable[[Array], Array] = jax.nn.silu,
   matmul: Callable[..., Array] | None = None,
   keep: str = "hidden",
   pieces: int | None = None,
-) -> Array:
+) -> Any:
   """`(activation(x gate) * (x up)) down` with the matrices of each row's expert.
 
   Shazeer 2020 (arXiv 2002.05202), equation 6: SwiGLU with silu, GEGLU with gelu.
 
   Args:
     params: `gate_EDF`, `up_EDF`, `down_EFD`, optionally a bias for each.
-    rows: R rows, grouped by expert.
+    rows: R rows, grouped by expert; or several such buffers, see `grouped_ffn`.
     activation: of the gate branch.
     matmul: a grouped matmul, as `use(kernels.grouped_matmul, implementation=...)`;
       None takes the best form for the device, fused where there is one.
@@ -68,9 +68,10 @@ def glu(
   activation alone), `initializer=use(initializers.fan_in)`.
 
   Returns:
-    `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`.
+    `[R,D]` in the rows' dtype, or `[T,D]` if `rows.sums`; of several
+    buffers a tuple.
   """
-  weights = {name: w.astype(rows.x.dtype) for name, w in params.items()}
+  weights = as_rows(params, rows)
   gate = weights["gate_EDF"], weights.get("gate_bias_EF")
   up = weights["up_EDF"], weights.get("up_bias_EF")
   down = weights["down_EFD"], weights.get("down_bias_ED")

@@ -15,7 +15,8 @@ def foldable(kernel: Callable[..., Any]) -> Callable[..., Any]:
   """A kernel for which models that share a program are more experts of one.
 
   Args:
-    kernel: (groups, arrays [R,...] or [E,...] each) -> a tree of such arrays.
+    kernel: (groups, arrays [R,...] or [E,...] each) -> a tree of such arrays; or a
+      tuple of groups, of buffers the first arrays of which come first, in their order.
   """
 
   @custom_vmap
@@ -28,11 +29,16 @@ def foldable(kernel: Callable[..., Any]) -> Callable[..., Any]:
       return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
     groups, *arrays = jax.tree.map(whole, (groups, *arrays), tuple(batched))
-    # Rows are in the first array of every kernel.
-    first = jnp.arange(size, dtype=jnp.int32)[:, None] * arrays[0].shape[1]
-    folded = Groups(
-      (groups.start + first).reshape(-1), groups.rows.reshape(-1), groups.block
-    )
+    model = jnp.arange(size, dtype=jnp.int32)[:, None]
+
+    def more(groups, rows):
+      start = groups.start + model * rows.shape[1]
+      return Groups(start.reshape(-1), groups.rows.reshape(-1), groups.block)
+
+    if isinstance(groups, tuple):
+      folded = tuple(map(more, groups, arrays))
+    else:  # rows are in the first array of every kernel
+      folded = more(groups, arrays[0])
     flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
     out = foldable(kernel)(folded, *flat)
     apart = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)

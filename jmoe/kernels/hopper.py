@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import jaxpr_as_fun
 
 from jmoe.kernels.devices import HOPPER_BLOCK
 from jmoe.kernels.varying import differs, like, struct as struct, together
@@ -214,8 +215,12 @@ def launch(
 
   def call(*operands):
     operands = together(*operands)
-    # jax cannot write over an array that differs between devices of a mesh.
-    function = in_place if updated and not differs(*operands) else kernel
+    function: Any = in_place if updated else kernel
+    if updated and differs(*operands):
+      # jax has no refs of arrays that differ between devices of a mesh, and needs none:
+      # the same program, traced for one device.
+      one = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+      function = jaxpr_as_fun(jax.make_jaxpr(in_place)(*one))
     return like(jax.named_call(function, name=name)(*operands), *operands)
 
   return call

@@ -96,7 +96,7 @@ def row_kernel(
   bands = wide // tile.cluster
   sms = num_sms or chip.multiprocessors()
   blocks, used = max(1, sms // tile.cluster), used_blocks(groups, R, BLOCK)
-  waves = chip.waves(lefts, rights)
+  waves, steps = chip.waves(lefts, rights), pl.cdiv(D, chip.depth(dtype))
 
   def body(*refs):
     parts = []
@@ -145,7 +145,7 @@ def row_kernel(
 
     walk(
       [*map(left, left_refs), *map(right, right_refs)],
-      Work(arguments, lambda _: pl.cdiv(D, chip.depth(dtype)), make, step, len(rights)),
+      Work(arguments, lambda _: (steps,), make, step, len(rights)),
       tile=tile,
       count=used_ref[0] * bands,
       blocks=blocks,

@@ -6,6 +6,7 @@ them: a ring of slots that runs on from one output tile to the next.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class Operand:
     source: (which output tile) -> the part of it in global memory that holds its tiles.
     origin: (which output tile) -> the first of them.
     shared: the thread blocks of a cluster read the same.
+    others: sources and origins of further arrays, which are read behind the first.
   """
 
   width: int
@@ -40,6 +42,7 @@ class Operand:
   source: Callable[[Any], Any]
   origin: Callable[[Any], Any] = lambda _: 0
   shared: bool = False
+  others: tuple[tuple[Callable[[Any], Any], Callable[[Any], Any]], ...] = ()
 
   @property
   def depth(self) -> int:
@@ -53,6 +56,11 @@ class Operand:
   def transforms(self) -> tuple[Any, ...]:
     return chip.swizzled(self.dtype, self.depth)
 
+  def arrays(self, which: Any) -> list[tuple[Any, Any]]:
+    """(what holds an output tile's tiles, the first of them) of each array."""
+    each = ((self.source, self.origin), *self.others)
+    return [(source(which), origin(which)) for source, origin in each]
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -61,7 +69,7 @@ class Work:
   Args:
     arguments: (number) -> which output tile that is, for the functions below and those
       of the operands.
-    steps: (which) -> how many.
+    steps: (which) -> how many, over each of the operands' arrays in turn.
     make: (warpgroup, which, scratch, over); makes a tile, or its part; `over(totals)`
       runs all steps.
     step: (k, warpgroup, which, scratch, tiles, totals); issues one step's products,
@@ -70,10 +78,14 @@ class Work:
   """
 
   arguments: Callable[[Array], Any]
-  steps: Callable[[Any], Any]
+  steps: Callable[[Any], Sequence[Any]]
   make: Callable[..., None]
   step: Callable[..., None]
   products: int = 1
+
+  def total(self, which: Any) -> Any:
+    """Steps over all arrays."""
+    return sum(self.steps(which))
 
 
 def share(block: Any, count: Any, blocks: int, waves: int) -> tuple[Any, Any]:
@@ -138,7 +150,7 @@ def walk(
     def one(i, first):
       which = work.arguments(begin + i * blocks)
       body(i, which, first)
-      return first + jnp.int32(work.steps(which))
+      return first + jnp.int32(work.total(which))
 
     return lax.fori_loop(0, mine, one, jnp.int32(0))
 
@@ -164,23 +176,32 @@ def walk(
         return slot
 
       def copy(i, which, first):
-        sources = [one.source(which) for one in operands]
-        origins = [one.origin(which) for one in operands]
+        found = list(zip(*(one.arrays(which) for one in operands), strict=True))
+        counts = work.steps(which)
 
         def step(k, _):
           slot = free(first + k)
-          for one, ref, origin, to in zip(
-            operands, sources, origins, slots, strict=True
-          ):
-            at = pl.ds((origin + k) * one.depth, one.depth)
-            plgpu.copy_gmem_to_smem(
-              ref.at[:, at] if one.axis else ref.at[at, :],
-              to.at[slot],
-              produced.at[maker(i), slot],
-              collective_axes="cluster" if one.shared else None,
-            )
 
-        lax.fori_loop(0, work.steps(which), step, None)
+          def fetch(arrays, k):
+            for one, (ref, origin), to in zip(operands, arrays, slots, strict=True):
+              at = pl.ds((origin + k) * one.depth, one.depth)
+              plgpu.copy_gmem_to_smem(
+                ref.at[:, at] if one.axis else ref.at[at, :],
+                to.at[slot],
+                produced.at[maker(i), slot],
+                collective_axes="cluster" if one.shared else None,
+              )
+
+          if len(found) == 1:
+            fetch(found[0], k)
+            return
+          begin: Any = jnp.int32(0)
+          for arrays, count in zip(found, counts, strict=True):
+            inside = (k >= begin) & (k < begin + count)
+            pl.when(inside)(functools.partial(fetch, arrays, k - begin))
+            begin += count
+
+        lax.fori_loop(0, work.total(which), step, None)
 
       # Neither barriers nor memory may go while others still use them.
       total = each(copy)
@@ -192,7 +213,7 @@ def walk(
 
       def make(i, which, first):
         def over(totals):
-          steps = jnp.int32(work.steps(which))
+          steps = jnp.int32(work.total(which))
 
           def step(k, _):
             slot = lax.rem(first + k, jnp.int32(stages))

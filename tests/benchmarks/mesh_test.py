@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import threading
+import types
 
 import jax
 import numpy as np
@@ -35,21 +37,52 @@ def test_a_dry_run_times_compares_and_writes_what_it_was_asked_for(tmp_path, cap
   assert group["gpus"] == 2 and "--liger-site" in group["missing"]["liger-cute-kernels"]
   entries = {row["name"]: row for row in group["rows"]}
   # Of two devices no two nodes can be made.
-  assert list(entries) == [
-    build.ALONE, f"{build.ALONE}, number 1", "all_to_all, capacity 2",
-    build.ALL, f"{build.ALL}, number 1",
-  ]  # fmt: skip
+  assert list(entries) == [build.ALONE, build.ALL, "all_to_all, capacity 2"]
   one, over = entries[build.ALONE], entries["all_to_all, capacity 2"]
-  # Of the mean of both GPUs' times, each alone.
-  other = entries[f"{build.ALONE}, number 1"]
-  times = [float(np.median(row["step_ms"])) for row in (one, other, over)]
-  np.testing.assert_allclose(over["share_of_one"], np.mean(times[:2]) / times[2])
-  shares = [row["share_of_one"] for row in (one, other)]
-  np.testing.assert_allclose(np.mean([1 / share for share in shares]), 1.0)
+  # Of the mean of both GPUs' times, by themselves and at once.
+  times = [float(np.median(row["step_ms"])) for row in (one, over)]
+  np.testing.assert_allclose(over["share_of_one"], times[0] / times[1])
+  assert one["share_of_one"] == pytest.approx(1.0)
+  assert [len(each) for each in one["each_gpus_ms"]] == [2, 2]  # the first warms up
+  np.testing.assert_allclose(one["step_ms"], np.mean(one["each_gpus_ms"][1:], axis=1))
   assert over["matrix_error"] < 1e-2 and over["dropped"] == 0
   collectives = {entry["collective"] for entry in found["links"]}
   assert {"ppermute", "ragged_all_to_all", "psum_scatter"} <= collectives
   assert all(entry["gb_s"] > 0 for entry in found["links"])
+
+
+def test_gpus_work_at_once_where_each_is_timed_by_itself_and_none_is_left_out():
+  both = threading.Barrier(2, timeout=30)
+
+  def row(name, ms, gb):
+    def timed(kind, budget):
+      both.wait()  # in turn they would wait for ever
+      return ms
+
+    return build.rows.Row(name, timed, {"gb": gb})
+
+  over = build.rows.Row("over", lambda kind, budget: 1.0, {})
+  second = row(f"{build.ALL}, number 1", 4.0, 7.0)
+  merged = build.at_once([row(build.ALL, 2.0, 5.0), over, second])
+  assert [one.name for one in merged] == [build.ALL, "over"]
+  assert merged[0].timed("step", 0.1) == 3.0 and merged[0].figures["gb"] == 7.0
+  missing = build.rows.Missing(f"{build.ALL}, number 1", "no memory")
+  (found,) = build.at_once([row(build.ALL, 2.0, 5.0), missing])
+  assert (found.name, found.why) == (build.ALL, "no memory")
+
+
+def test_a_row_runs_before_it_is_timed_if_it_is_asked_to(monkeypatch):
+  clock = iter(range(100))
+  monkeypatch.setattr(build.time, "monotonic", lambda: float(next(clock)))
+  calls = []
+  monkeypatch.setattr(build.rows, "span", lambda call, wait, budget: len(calls))
+  given = types.SimpleNamespace(arguments=lambda *a: (), routed=lambda kind: ())
+  job = types.SimpleNamespace(name="x", given=given)
+  monkeypatch.setattr(build, "_too_large", lambda program: None)
+  program = lambda: calls.append(1)  # noqa: E731
+  made = program, {}, lambda *a: {}
+  ran = [build.row(job, made, "", lead=lead).timed("step", 0.1) for lead in (0, 3.5)]
+  assert ran == [1, 1 + 1 + 2 * 3]  # once when it is compared, then pairs
 
 
 def test_collectives_send_equal_bytes():

@@ -88,7 +88,7 @@ def test_matrices_that_learn_get_their_gradient_and_no_other_does():
   """Of one expert with biases, beside plain float32."""
   from jmoe.kernels.grouped_ffn import activations
   from jmoe.kernels.grouped_ffn.hopper import fused_ffn
-  from jmoe.kernels.grouped_ffn.hopper_values import Form
+  from jmoe.kernels.grouped_ffn.hopper_values import Buffer, Form
 
   R = np.random.default_rng(0)
   draw = lambda *size: jnp.asarray(R.normal(size=size) / 8, jnp.bfloat16)  # noqa: E731
@@ -104,7 +104,7 @@ def test_matrices_that_learn_get_their_gradient_and_no_other_does():
     *ups, down = zip(some[:3], some[3:], strict=True)
     form = Form(silu, num_sms=2)
     groups = Groups(jnp.array([0]), jnp.array([128]), 128)
-    return fused_ffn(form, x, None, tuple(ups), down, groups)
+    return fused_ffn(form, (Buffer(x, None, groups, None),), tuple(ups), down)[0]
 
   def plain(params):
     w, b = params[:3], params[3:]

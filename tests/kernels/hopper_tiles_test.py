@@ -64,7 +64,7 @@ class Operands:
       **sms,
     )
     dw = kernels.matrices(
-      case.x, case.dy, case.groups, tile=tile("matrices", way, width=WIDTH), **sms
+      [case.x], [case.dy], [case.groups], tile=tile("matrices", way, width=WIDTH), **sms
     )
     hidden = gated.hidden_kernel(
       case.groups,

@@ -6,13 +6,14 @@
 
 jmoe's layer from given choices (as `benchmarks.peers` times it on one GPU), forward and
 all gradients, experts over 1, 2, 4, ... GPUs.  Beside it, in turn with it: the same
-layer on one of the GPUs, with as many tokens as each GPU has and with those of all.
-"Of one GPU" is a GPU's rate over these two.  Tokens of a GPU stay as many (`--total`:
-the shape's tokens are those of all GPUs together).
+layer on each GPU by itself, all at once, with as many tokens as each GPU has and with
+those of all.  "Of one GPU" is a GPU's rate over the means of these two.  Tokens of a
+GPU stay as many (`--total`: the shape's tokens are those of all GPUs together).
 
   routings    balanced: every expert has as many tokens, capacity 1 drops none;
               skewed: log-normal popularity, capacity `--factor`
-  strategies  of jmoe.dispatch, and `gather`: matrices come to the tokens
+  strategies  of jmoe.dispatch, `gather`: matrices come to the tokens, and ways of them:
+              "all_gather by ragged", "all_to_all own first" ...
   parts       layer; links: GB/s of collectives and of other ways to the same results,
               `ppermute` at equal bytes the limit;
               liger: liger-cute-kernels' expert-parallel layer, from `--liger-site`
@@ -59,6 +60,13 @@ def parser() -> Parser:
   add("--room", type=float, default=2.0, help="rows of a dropless buffer over the mean")
   add("--parts", default="links,layer,liger", metavar="A,B")
   add("--rounds", type=int, default=10)
+  add(
+    "--lead",
+    type=float,
+    default=0.0,
+    metavar="S",
+    help="seconds that a row runs before it is timed: at the GPUs' power limit",
+  )
   add("--threads", type=int, default=6, help="programs compiled at a time")
   add("--limit", type=float, default=280, help="seconds that all of it may take")
   add(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def _compile(job: Job, until: float) -> Any:
     function = layer.sharded(job.shape, job.way, job.mesh)
   options = None
   if job.way and jax.default_backend() == "gpu":
-    options = HIDING | (variants.COPIES if job.way.copies else {})
+    options = HIDING | (variants.COPIES if job.way.by_copies else {})
   lowered = jax.jit(layer.step(function)).lower(*job.given.like)
   program = lowered.compile(compiler_options=options)
   memory: Any = program.memory_analysis()
@@ -91,13 +91,14 @@ def _compile(job: Job, until: float) -> Any:
   return program, figures, errors.compiled(job.given, job.routings, results)
 
 
-def row(job: Job, made: Any, routing: str) -> Any:
+def row(job: Job, made: Any, routing: str, lead: float = 0.0) -> Any:
   """A row that ran once and was compared with float32, or why there is none.
 
   Args:
     job: what was compiled.
     made: its program, figures and check, from `compiled`.
     routing: one of the job's.
+    lead: seconds that it runs in each turn before it is timed.
   """
   program, figures, check = made
   try:
@@ -112,9 +113,44 @@ def row(job: Job, made: Any, routing: str) -> Any:
 
   def timed(kind: str, budget: float) -> float:
     del kind
+    begin = time.monotonic()
+    while time.monotonic() < begin + lead:
+      jax.block_until_ready([program(*arguments) for _ in range(2)])
     return rows.span(lambda: program(*arguments), jax.block_until_ready, budget)
 
   return rows.Row(job.name, timed, figures)
+
+
+def at_once(made: Sequence[Any]) -> list[Any]:
+  """Rows of each GPU alone as one row: all of them work, as over a mesh.
+
+  GPUs differ by some percent, and what runs over all of them waits for the slowest; and
+  one at its power limit is slower than one that rested while another was timed.  The
+  row's milliseconds are the mean, its figures the worst.
+  """
+  others = [one for one in made if single_row(one.name) is None]
+  merged = []
+  for kind in (ALONE, ALL):
+    members = [one for one in made if single_row(one.name) == kind]
+    if missing := [one for one in members if isinstance(one, rows.Missing)]:
+      merged.append(rows.Missing(kind, missing[0].why))
+    elif members:
+      merged.append(_at_once(kind, members))
+  return [*merged, *others]
+
+
+def _at_once(kind: str, members: Sequence[rows.Row]) -> rows.Row:
+  each: list[list[float]] = []
+
+  def timed(kind: str, budget: float) -> float:
+    with concurrent.futures.ThreadPoolExecutor(len(members)) as pool:
+      each.append(list(pool.map(lambda one: one.timed(kind, budget), members)))
+    return statistics.mean(each[-1])
+
+  figures = {
+    key: max(one.figures[key] for one in members) for key in members[0].figures
+  }
+  return rows.Row(kind, timed, figures | {"each_gpus_ms": each})
 
 
 def _too_large(program: Any) -> str | None:
@@ -150,22 +186,9 @@ def ways(
 
 
 def single_row(name: str) -> str | None:
-  """`ALONE` or `ALL`, if a row is of one GPU: each GPU has its own."""
+  """`ALONE` or `ALL`, if a row is of one GPU: each GPU has its own, until `at_once`."""
   first = name.partition(_NUMBER)[0]
   return first if first in (ALONE, ALL) else None
-
-
-def of_each(ms: Mapping[str, float], n: int) -> dict[str, float]:
-  """Means over n GPUs of the milliseconds of one, by `ALONE` and `ALL`.
-
-  GPUs differ by some percent, and what runs over all of them waits for the slowest.
-  Without the time of each there is no mean.
-  """
-  found: dict[str, list[float]] = {}
-  for name, one in ms.items():
-    if (kind := single_row(name)) is not None:
-      found.setdefault(kind, []).append(one)
-  return {k: statistics.mean(each) for k, each in found.items() if len(each) == n}
 
 
 def singles(shape: Shape) -> Callable[[int, int], layer.Operands]:
@@ -231,7 +254,7 @@ def summed_up(
     found: the row, timed.
     shape: with the tokens of one device.
     n: devices.
-    alone_ms: from `of_each`.
+    alone_ms: of one GPU, by `ALONE` and `ALL`.
     bound: FLOP/s of the ceiling.
   """
   ms = statistics.median(found.ms["step"])

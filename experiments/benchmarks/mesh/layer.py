@@ -35,10 +35,12 @@ SHAPES = {
 BY_EXCHANGE = "all_gather by all_to_all"
 BY_PLACE = "all_gather by ragged"
 BUCKETS_BY_PLACE = "all_to_all by ragged"
+OWN_FIRST = " own first"
 # They need a capacity, and may drop.
-BUCKETS = ("all_to_all", BUCKETS_BY_PLACE, "hierarchical")
+BUCKETS = (*("all_to_all", BUCKETS_BY_PLACE, "all_to_all" + OWN_FIRST, "hierarchical"),)
 DROPLESS = (
-  *("all_gather", BY_EXCHANGE, BY_PLACE, "ragged_all_to_all", "deduplicated", "gather"),
+  *("all_gather", BY_EXCHANGE, BY_PLACE, "all_gather" + OWN_FIRST),
+  *("ragged_all_to_all", "deduplicated", "gather"),
 )
 ROUTINGS = ("balanced", "skewed")
 
@@ -54,7 +56,8 @@ class Way:
     factor: slots over the mean rows of an expert, of a strategy with buckets.
     room: rows that a device's buffer holds, over the mean of a device; None: all that
       could come.
-    copies: whether exchanges of equal parts go by the GPUs' copy engines.
+    copies: whether exchanges of equal parts go by the GPUs' copy engines, as those of
+      `OWN_FIRST` always do.
   """
 
   strategy: str
@@ -74,6 +77,11 @@ class Way:
     if self.copies:
       said.append("copy engines")
     return ", ".join(said)
+
+  @property
+  def by_copies(self) -> bool:
+    """Whether XLA is told to leave exchanges to the copy engines."""
+    return self.copies or self.strategy.endswith(OWN_FIRST)
 
   def unfit(self, n: int) -> str | None:
     """Why it makes no sense over n devices, if it does not."""
@@ -107,10 +115,12 @@ def sharded(
     given["overlap"] = way.overlap
   carry: Any = dispatch.sort
   if not gathers:
-    name, _, by = way.strategy.partition(" by ")
+    name, _, by = way.strategy.removesuffix(OWN_FIRST).partition(" by ")
     carry = getattr(dispatch, name)
     if by:
       given["by"] = by
+    if way.strategy.endswith(OWN_FIRST):
+      given["own_first"] = True
   experts = use(jmoe.experts.glu, d_ff=shape.d_ff)
   bound = None if way.room is None else int(way.room * shape.tokens * shape.k)
 

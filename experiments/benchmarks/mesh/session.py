@@ -20,6 +20,7 @@ from experiments.benchmarks.peers import rows
 from experiments.benchmarks.turns import turn
 
 PARTS = ("layer", "links", "liger")
+_STEADY = 0.5  # seconds that a row is timed for behind a lead
 _COMPILING = 0.6  # of the time; what has not begun by then is not compiled
 
 
@@ -217,7 +218,9 @@ class Session:
         continue
       program = programs[job]
       failed = isinstance(program, rows.Missing)
-      made.append(program if failed else build.row(job, program, routing))
+      lead = self.arguments.lead
+      made.append(program if failed else build.row(job, program, routing, lead))
+    made = build.at_once(made)
     if size.peer is not None:
       made.append(size.peer.row(routing))
     group: dict[str, Any] = {"gpus": n, "routing": routing, "tokens": shape.tokens}
@@ -233,14 +236,20 @@ class Session:
       bound = statistics.median(ceilings) if ceilings else float("nan")
       timed = [row for row in ready if row.ms.get("step") and not row.why]
       medians = {row.name: statistics.median(row.ms["step"]) for row in timed}
-      alone = build.of_each(medians, n)
+      alone = {kind: ms for kind, ms in medians.items() if build.single_row(kind)}
       group["rows"] = [build.summed_up(row, shape, n, alone, bound) for row in timed]
       group["ceilings_tflops"] = [rate / 1e12 for rate in ceilings]
       group["missing"] = {row.name: row.why for row in made if row.why}
       self.save()
 
     rows.in_turn(
-      ready, ceiling, self.arguments.rounds, kinds=("step",), until=until, after=sum_up
+      ready,
+      ceiling,
+      self.arguments.rounds,
+      turn=_STEADY if self.arguments.lead else rows.TURN,
+      kinds=("step",),
+      until=until,
+      after=sum_up,
     )
     sum_up()
     print(f"EP {n}, {routing} routing, {shape.tokens} tokens a GPU", flush=True)

@@ -19,7 +19,10 @@ CHUNKS = 4
 
 # XLA's own copies between the GPUs of one process: no thread block of any kernel moves
 # a byte, so that kernels that take every multiprocessor run beside them.
-COPIES: dict[str, str | bool] = {"xla_gpu_use_memcpy_local_p2p": True}
+COPIES: dict[str, str | bool] = {
+  "xla_gpu_use_memcpy_local_p2p": True,
+  "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+}
 
 gather_by_all_to_all: Callable[[Array, Axis], Array] = gathered
 scatter_by_all_to_all: Callable[[Array, Axis], Array] = scattered

@@ -37,7 +37,7 @@ def measured(shape: Shape, expert_TK: Any) -> dict[str, float]:
     return jax.jit(lambda x, w: kernels.rows(((x, w),), groups, transpose=transpose))
 
   plain, transposed = rows(False), rows(True)
-  matrices = jax.jit(lambda x, y: kernels.matrices(x, y, groups))
+  matrices = jax.jit(lambda x, y: kernels.matrices([x], [y], [groups]))
   legs = {
     "up": lambda: plain(x, wide),
     "down": lambda: plain(h, tall),

@@ -28,7 +28,7 @@ _LARGE = 2**28  # bytes of rows from which on they are made in pieces
 
 
 def grouped_ffn(
-  rows: Rows,
+  rows: Rows | tuple[Rows, ...],
   ups: tuple[Matrix, ...],
   down: Matrix,
   hidden: Callable[..., Array],
@@ -36,11 +36,13 @@ def grouped_ffn(
   *,
   keep: str = "hidden",
   pieces: int | None = None,
-) -> Array:
+) -> Any:
   """`weight (hidden(x up_0 + b_0, x up_1 + b_1, ...) down + c)` of each row's expert.
 
   Args:
-    rows: R rows grouped by expert, or the tokens and where each goes.
+    rows: R rows grouped by expert, or the tokens and where each goes; or several such
+      buffers, those first that are there first.  On Hopper the gradient of a matrix is
+      then one product over all of them; elsewhere it is a sum.
     ups: matrices [E,D,F] into the hidden layer, each with a bias [E,F] or None.
     down: matrix [E,F,D] out of it, with a bias [E,D] or None.
     hidden: elementwise, from as many [.,F] arrays as there are `ups` to one whose width
@@ -59,38 +61,81 @@ def grouped_ffn(
   Returns:
     `[R,D]` in x's dtype; rows of no expert hold no meaning.  Their gradient must be
     zero, as `carry.home` makes it.  If `rows.sums`, the sums of each token's rows,
-    `[T,D]`.
+    `[T,D]`.  Of several buffers a tuple.
 
   Raises:
     ValueError: an unknown `keep`, or `pieces` that the fused form cannot make.
   """
   check_keep(keep)
   check_pieces(pieces)
-  if rows.sums and rows.layout is None:
+  buffers = (rows,) if isinstance(rows, Rows) else tuple(rows)
+  if any(one.sums and one.layout is None for one in buffers):
     raise ValueError("experts: rows.sums without a layout; give Rows(layout=...)")
   E = down[0].shape[0]
-  groups, weight_R = first(rows.groups, E), rows.weight
-  if weight_R is not None:
-    weight_R = of_first(weight_R, rows.groups, E)
-    rows = dataclasses.replace(rows, weight=weight_R)
+  buffers = tuple(_of_those(one, E) for one in buffers)
   name = "given"
   if matmul is None:
-    varies = differs(rows, ups, down)
-    kind = common(rows.x, down[0])
+    varies = differs(buffers, ups, down)
+    kind = common(buffers[0].x, down[0])
+    groups = first(buffers[0].groups, E)
     name = report_choice(current_device(), groups, E, kind, varies)
   if name == "hopper" and (activation := _in_registers(hidden, ups)):
-    from jmoe.kernels.grouped_ffn.hopper import fused_ffn  # imports Pallas
-    from jmoe.kernels.grouped_ffn.hopper_values import Form
+    made = _fused(activation, buffers, ups, down, keep, pieces)
+  else:
+    made = tuple(
+      _composed(name, one, ups, down, hidden, matmul, keep) for one in buffers
+    )
+  return made[0] if isinstance(rows, Rows) else made
 
+
+def _of_those(rows: Rows, num_experts: int) -> Rows:
+  """With the weights of the first experts' rows, if there are more experts."""
+  if rows.weight is None:
+    return rows
+  return dataclasses.replace(
+    rows, weight=of_first(rows.weight, rows.groups, num_experts)
+  )
+
+
+def _fused(
+  activation: Any,
+  buffers: tuple[Rows, ...],
+  ups: tuple[Matrix, ...],
+  down: Matrix,
+  keep: str,
+  pieces: int | None,
+) -> tuple[Array, ...]:
+  """On Hopper; all buffers give sums, or all of them rows."""
+  from jmoe.kernels.grouped_ffn.hopper import fused_ffn  # imports Pallas
+  from jmoe.kernels.grouped_ffn.hopper_values import Buffer, Form
+
+  E, given = down[0].shape[0], []
+  for rows in buffers:
+    groups = first(rows.groups, E)
     x, layout = rows.x, rows.layout
     if rows.scale is not None or groups is not rows.groups:
       x, layout = of_first(rows.gathered(), rows.groups, E), None
-    sums = rows.sums and layout is not None
-    pieces = _pieces(pieces, rows, ups, down, whole=not sums)
-    arrays = together(x, layout, ups, down, groups, weight_R)
-    form = Form(activation, keep, sums, pieces, travels=rows.travels)
-    y: Any = fused_ffn(form, *arrays)
-    return y if sums else _home(rows, y)
+    given.append(Buffer(x, layout, groups, rows.weight))
+  sums = buffers[0].sums and given[0].layout is not None
+  pieces = _pieces(pieces, buffers, ups, down, whole=not sums)
+  form = Form(activation, keep, sums, pieces, travels=buffers[0].travels)
+  made: Any = fused_ffn(form, *together(tuple(given), ups, down))
+  if sums:
+    return made
+  return tuple(_home(rows, y) for rows, y in zip(buffers, made, strict=True))
+
+
+def _composed(
+  name: str,
+  rows: Rows,
+  ups: tuple[Matrix, ...],
+  down: Matrix,
+  hidden: Callable[..., Array],
+  matmul: Callable[..., Array] | None,
+  keep: str,
+) -> Array:
+  """Grouped matmuls with the hidden function between them."""
+  E = down[0].shape[0]
 
   def plain(rows, ups, down) -> Any:
     x_RD = of_first(rows.gathered(), rows.groups, E)
@@ -118,19 +163,26 @@ def _home(rows: Rows, y_RD: Array) -> Array:
 
 
 def _pieces(
-  given: int | None, rows: Rows, ups: tuple[Matrix, ...], down: Matrix, *, whole: bool
+  given: int | None,
+  buffers: tuple[Rows, ...],
+  ups: tuple[Matrix, ...],
+  down: Matrix,
+  *,
+  whole: bool,
 ) -> int:
   """How many; `whole` where the fused form gives rows, which are made at once."""
   F, D = down[0].shape[1:]
   reason = None
   if whole:
     reason = "rows are asked for, not their sums per token; use pieces=1"
-  elif differs(rows, ups, down):
+  elif differs(buffers, ups, down):
     reason = "nothing can be written in place inside shard_map; use pieces=1"
+  elif len(buffers) > 1:
+    reason = "there are several buffers; use pieces=1"
   elif D % 64 or F % 64:
     reason = f"d_model={D} and d_ff={F} must be multiples of 64; use pieces=1"
   if given is None:
-    return 2 if reason is None and _outweighs(rows, down) else 1
+    return 2 if reason is None and _outweighs(buffers[0], down) else 1
   most = max(min(D, F) // 128, 1)
   if reason is None and given > most:
     reason = f"d_model={D} and d_ff={F} have at most {most}"

@@ -12,6 +12,10 @@
 Where x has come from other devices, and its gradient goes back to them, x rows are made
 again first of all and dx before the d w_n, so that exchanges run beside products.
 
+Rows may lie in several buffers, those first that are there first.  Then h of one is
+made while the rows of the next come, y of the last one first, so that it leaves while
+others are made; and backwards the same.  Each d w is one product over all of them.
+
 So `a`, `da` and a second `dx` never make a way to memory and back of their own, `y` is
 not kept, and at no time do two arrays [R,D] stand beside the hidden ones.  Kept for the
 backward pass are the tokens and the h_n (`keep="hidden"`), the rows too ("rows"), or
@@ -43,42 +47,62 @@ from jmoe.keeping import named
 from jmoe.kernels import permute_rows
 from jmoe.kernels.folding import foldable
 from jmoe.kernels.grouped_ffn.hopper_kernels import back_kernel, hidden_kernel
-from jmoe.kernels.grouped_ffn.hopper_values import Form, Given, Kept
+from jmoe.kernels.grouped_ffn.hopper_values import Buffer, Form, Given, Kept
 from jmoe.kernels.grouped_ffn.reference import Matrix
 from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
 from jmoe.kernels.hopper import BLOCK
 from jmoe.kernels.pieces import after, columns, parts, put
 from jmoe.kernels.row_blocks import expert_of_rows, sums
-from jmoe.types import Groups, Layout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fused_ffn(
   form: Form,
-  x: Array,
-  layout: Layout | None,
+  buffers: tuple[Buffer, ...],
   ups: tuple[Matrix, ...],
   down: Matrix,
-  groups: Groups,
-  weight_R: Array | None = None,
-) -> Array:
-  """`weight (f(h_0) h_1 down + c)`, `[R,D]`; undefined in blocks without rows.
+) -> tuple[Array, ...]:
+  """`weight (f(h_0) h_1 down + c)`, `[R,D]` of each buffer.
 
-  With `form.sums` the sums of each token's rows, `[T,D]`.
+  Undefined in blocks without rows.  With `form.sums` the sums of each token's rows,
+  `[T,D]`.  Hidden rows are made in the order of the buffers, what comes out of them in
+  the other one, and each matrix's gradient once, over all buffers: see above.
 
   Args:
     form: what is static.
-    x: the tokens [T,D], or without a layout the rows [R,D], padding rows zero; in
-      bfloat16 or float16.
-    layout: where each token goes, or None.
-    ups: one or two matrices [E,D,F], each with a bias [E,F] or None, of x's dtype.
+    buffers: rows in bfloat16 or float16.
+    ups: one or two matrices [E,D,F], each with a bias [E,F] or None, of their dtype.
     down: matrix [E,F,D] with a bias [E,D] or None.
-    groups: aligned to `hopper.BLOCK`.
-    weight_R: f32[R], or None for ones.
   """
-  given = Given(x, layout, ups, down, groups, weight_R)
-  (a_RF,) = _hidden(form, given, hidden=False, product=True)
-  return _out(form, given, a_RF)
+  given = [Given(*buffer, ups, down) for buffer in buffers]
+  products = [a_RF for (a_RF,) in _in_turn(form, given, hidden=False, product=True)]
+  return _outs(form, given, products)
+
+
+def _in_turn(
+  form: Form, given: Sequence[Given], rows: Sequence[Any] = (), **results: bool
+) -> list[tuple[Any, ...]]:
+  """`_hidden` of each buffer, none of which is read before that of the one before."""
+  found: list[tuple[Any, ...]] = []
+  for n, one in enumerate(given):
+    x_RD = rows[n] if rows else None
+    if found:
+      found[-1], (x, x_RD) = after(found[-1], (one.x, x_RD))
+      one = dataclasses.replace(one, x=x)
+    found.append(_hidden(form, one, x_RD, **results))
+  return found
+
+
+def _outs(
+  form: Form, given: Sequence[Given], products: Sequence[Array]
+) -> tuple[Array, ...]:
+  """`_out` of each buffer, the last one's first: that may have a way to go."""
+  found: list[Array] = []
+  for one, a_RF in zip(reversed(given), reversed(products), strict=True):
+    if found:
+      found[-1], a_RF = after(found[-1], a_RF)
+    found.append(_out(form, one, a_RF))
+  return tuple(reversed(found))
 
 
 def _hidden(
@@ -138,64 +162,81 @@ def _out(form: Form, given: Given, a_RF: Array) -> Array:
 
 
 def _forward(form, *primals):
-  given = Given(*jax.tree.map(lambda p: p.value, primals))
-  told = Given(*jax.tree.map(lambda p: p.perturbed, primals))
-  x_RD = None
-  if form.keep == "rows" and given.layout is not None:
-    x_RD = given.rows()
-  keeps_hidden = form.keep != "inputs"
-  *hidden, a_RF = _hidden(form, given, x_RD, hidden=keeps_hidden, product=True)
-  hidden = named(tuple(hidden), "hidden")
-  *ups, down = ((bool(w), bool(bias)) for w, bias in (*told.ups, told.down))
+  buffers, ups, down = jax.tree.map(lambda p: p.value, primals)
+  *_, ups_told, down_told = jax.tree.map(lambda p: p.perturbed, primals)
+  given = [Given(*buffer, ups, down) for buffer in buffers]
+  rows: list[Any] = []
+  if form.keep == "rows" and given[0].layout is not None:
+    rows = [one.rows() for one in given]
+  keeps = form.keep != "inputs"
+  found = _in_turn(form, given, rows, hidden=keeps, product=True)
+  hidden = named(tuple(tuple(all_but_last) for *all_but_last, _ in found), "hidden")
+  *ups, down = ((bool(w), bool(bias)) for w, bias in (*ups_told, down_told))
   kept = Kept(
-    given,
-    x_RD if any(w for w, _ in ups) else None,
+    tuple(given),
+    tuple(rows) if any(w for w, _ in ups) else (),
     hidden,
     ups_learn=tuple(ups),
     down_learns=down,
   )
-  return _out(form, given, a_RF), kept
+  return _outs(form, given, [last for *_, last in found]), kept
 
 
-def _backward(form, kept, dy):
-  given = kept.given
-  if isinstance(dy, SymbolicZero):
-    zero: Any = dy
-    dy = jnp.zeros(zero.shape, zero.dtype)
-  hidden = kept.hidden
-  if not hidden:
+def _backward(form, kept, dys):
+  given, hidden = list(kept.given), list(kept.hidden)
+  dys = [
+    jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy for dy in dys
+  ]
+  if form.keep == "inputs":
     # After the forward pass, whose own rows it would be otherwise.
-    dy, x = after(dy, given.x)
-    again = dataclasses.replace(given, x=x)
-    hidden, dy = after(_hidden(form, again, hidden=True, product=False), dy)
-  dy_RD = permute_rows.spread(dy, given.layout) if form.sums else dy
+    for n, one in enumerate(given):
+      dys[n], x = after(dys[n], one.x)
+      again = dataclasses.replace(one, x=x)
+      found = _hidden(form, again, hidden=True, product=False)
+      hidden[n], dys[n] = after(found, dys[n])
   if form.travels:
-    return _beside_exchanges(form, kept, hidden, dy_RD)
-  dhs_RF, d_weight, d_down = _through_down(form, kept, hidden, dy_RD)
-  d_ups, dhs_RF = _of_ups(form, kept, dhs_RF, d_down[0])
-  dx = _of_x(form, given, dhs_RF)
-  return dx, None, d_ups, d_down, None, d_weight
+    return _beside_exchanges(form, kept, hidden, dys)
+  dhs, d_weights, d_down = _through_down(form, kept, hidden, dys)
+  d_ups, dhs = _of_ups(form, kept, dhs, d_down[0])
+  dxs = [_of_x(form, one, dh) for one, dh in zip(given, dhs, strict=True)]
+  return _gradients(dxs, d_weights), d_ups, d_down
 
 
-def _beside_exchanges(form: Form, kept: Kept, hidden: Sequence[Array], dy_RD: Array):
+def _beside_exchanges(form: Form, kept: Kept, hidden: Sequence[Any], dys: Sequence):
   """The gradients, those of the matrices made while others travel.
 
-  Rows of x are gathered while `dy` comes, which costs room for both, and what goes home
-  is made first: then nothing waits for an exchange but what needs it.
+  Rows of x are gathered while `dy` comes, which costs room for both, unless a buffer
+  whose `dy` is there can be worked on meanwhile; and what goes home is made first: then
+  nothing waits for an exchange but what needs it.
   """
   given = kept.given
-  if form.sums and kept.x_RD is None and any(w for w, _ in kept.ups_learn):
+  alone = len(given) == 1 and form.sums and not kept.rows
+  if alone and any(w for w, _ in kept.ups_learn):
+    (one,), (of_one,), (dy,) = given, hidden, dys
     # After the forward pass, whose own rows it would be otherwise, but before `dy`.
-    hidden, x = after(hidden, given.x)
-    x_RD, dy_RD = after(dataclasses.replace(given, x=x).rows(), dy_RD)
-    kept = dataclasses.replace(kept, x_RD=x_RD)
-  dhs_RF, d_weight, d_down = _through_down(form, kept, hidden, dy_RD)
-  _, dhs_RF = after(d_down, dhs_RF)  # `a` is done with
-  dx = _of_x(form, given, dhs_RF)
-  _, dhs_RF, x = after(dx, dhs_RF, given.x)
-  kept = dataclasses.replace(kept, given=dataclasses.replace(given, x=x))
-  d_ups, _ = _of_ups(form, kept, dhs_RF, d_down[0])
-  return dx, None, d_ups, d_down, None, d_weight
+    of_one, x = after(of_one, one.x)
+    x_RD, dy = after(dataclasses.replace(one, x=x).rows(), dy)
+    hidden, dys = [of_one], [dy]
+    kept = dataclasses.replace(kept, rows=(x_RD,))
+  dhs, d_weights, d_down = _through_down(form, kept, hidden, dys)
+  _, dhs = after(d_down, dhs)  # what went into `down` is done with
+  dxs: list[Array] = []
+  for one, dh in zip(reversed(given), reversed(dhs), strict=True):
+    if dxs:
+      dxs[-1], dh = after(dxs[-1], dh)
+    dxs.append(_of_x(form, one, dh))
+  dxs.reverse()
+  _, dhs, xs = after(dxs, dhs, [one.x for one in given])
+  again = [dataclasses.replace(one, x=x) for one, x in zip(given, xs, strict=True)]
+  kept = dataclasses.replace(kept, given=tuple(again))
+  d_ups, _ = _of_ups(form, kept, dhs, d_down[0])
+  return _gradients(dxs, d_weights), d_ups, d_down
+
+
+def _gradients(dxs: Sequence[Array], d_weights: Sequence[Any]) -> tuple[Any, ...]:
+  """Those of the buffers."""
+  pairs = zip(dxs, d_weights, strict=True)
+  return tuple(Buffer(dx, None, None, d_weight) for dx, d_weight in pairs)
 
 
 def _of_x(form: Form, given: Given, dhs_RF: Sequence[Array]) -> Array:
@@ -207,21 +248,23 @@ def _of_x(form: Form, given: Given, dhs_RF: Sequence[Array]) -> Array:
   return permute_rows.summed(dx, given.layout).astype(dx.dtype)
 
 
-def _through_down(form: Form, kept: Kept, hidden: Sequence[Array], dy_RD: Array):
-  """(gradients of the hidden arrays, of the weight, of `down`).
+def _through_down(form: Form, kept: Kept, hidden: Sequence[Any], dys: Sequence[Array]):
+  """(gradients of the hidden arrays, of the weights, of `down`).
 
   In pieces: some columns of what went into `down` are made when those of the piece
   before have become rows of its gradient.
   """
-  given, groups = kept.given, kept.given.groups
-  ups, F = len(hidden), given.down[0].shape[1]
+  given = kept.given
+  weights, bias = given[0].down
+  ups, F = len(given[0].ups), weights.shape[1]
   kernel = functools.partial(
     back_kernel, ups=ups, activation=form.activation, num_sms=form.num_sms
   )
-  dy_padded, down = padded(dy_RD, 1), padded(given.down[0], 1, 2)
-  weight = () if given.weight_R is None else (given.weight_R,)
-  hidden = [padded(h, 1) for h in hidden]
-  dots, d_matrix = [], None
+  down = padded(weights, 1, 2)
+  hidden = [[padded(h, 1) for h in of_one] for of_one in hidden]
+  dots: list[list[Array]] = [[] for _ in given]
+  rows_dy: list[Array] = []
+  d_matrix = None
   learns, bias_learns = kept.down_learns
   pieces = form.pieces if learns else 1
   if pieces > 1 and F >= 1024:
@@ -229,37 +272,61 @@ def _through_down(form: Form, kept: Kept, hidden: Sequence[Array], dy_RD: Array)
   for at in columns(down.shape[1], pieces, tile=BLOCK):
     d_matrix, hidden = after(d_matrix, hidden)
     of_columns = foldable(functools.partial(kernel, columns=at))
-    found = of_columns(groups, dy_padded, down, *hidden, *weight)
-    hidden, a_RC, dots = found[:ups], found[ups], [*dots, *found[ups + 1 :]]
+    products: list[Array] = []
+    for n, one in enumerate(given):
+      if n == len(rows_dy):  # not before it is its turn: it may not have come yet
+        dy = dys[n]
+        if n:
+          (*before, products[-1]), dy = after((*hidden[n - 1], products[-1]), dy)
+          hidden[n - 1] = before
+        rows_dy.append(permute_rows.spread(dy, one.layout) if form.sums else dy)
+      weight = () if one.weight_R is None else (one.weight_R,)
+      found = of_columns(one.groups, padded(rows_dy[n], 1), down, *hidden[n], *weight)
+      hidden[n], a_RC = list(found[:ups]), found[ups]
+      products.append(a_RC)
+      dots[n] += found[ups + 1 :]
     if learns:
       d_matrix = matrices(
-        a_RC[:, :F], dy_RD, groups, num_sms=form.num_sms, columns=at, into=d_matrix
+        [a_RC[:, :F] for a_RC in products],
+        rows_dy,
+        [one.groups for one in given],
+        num_sms=form.num_sms,
+        columns=at,
+        into=d_matrix,
       )
-  d_bias = _of_bias(given.down[1], bias_learns, dy_RD, groups, given.weight_R)
-  d_weight = _of_weight(given, dy_RD, dots)
-  return tuple(h[:, :F] for h in hidden), d_weight, (d_matrix, d_bias)
+  d_bias = _of_bias(bias, bias_learns, rows_dy, given, weighs=True)
+  d_weights = [
+    _of_weight(one, dy_RD, dot)
+    for one, dy_RD, dot in zip(given, rows_dy, dots, strict=True)
+  ]
+  dhs = [tuple(h[:, :F] for h in of_one) for of_one in hidden]
+  return dhs, d_weights, (d_matrix, d_bias)
 
 
-def _of_ups(form: Form, kept: Kept, dhs_RF: tuple[Array, ...], d_down: Array | None):
+def _of_ups(form: Form, kept: Kept, dhs: Sequence[Any], d_down: Array | None):
   """(gradients of the matrices `ups` and their biases, those of the hidden arrays)."""
-  given, groups = kept.given, kept.given.groups
-  x_RD = kept.x_RD
-  if x_RD is None and any(w for w, _ in kept.ups_learn):
+  given, xs = kept.given, list(kept.rows)
+  if not xs and any(w for w, _ in kept.ups_learn):
     # Not before `dy` and `a` are done with: two arrays fewer at the same time.
-    _, x = after(dhs_RF[0] if d_down is None else d_down, given.x)
-    x_RD = dataclasses.replace(given, x=x).rows()
+    done = dhs[0][0] if d_down is None else d_down
+    _, tokens = after(done, [one.x for one in given])
+    pairs = zip(given, tokens, strict=True)
+    xs = [dataclasses.replace(one, x=x).rows() for one, x in pairs]
+  groups = [one.groups for one in given]
   of = functools.partial(matrices, groups=groups, num_sms=form.num_sms)
   d_ups = tuple(
     (
-      of(x_RD, dh_RF) if x_RD is not None and learn[0] else None,
-      _of_bias(bias, learn[1], dh_RF, groups),
+      of(xs, [of_one[n] for of_one in dhs]) if xs and learn[0] else None,
+      _of_bias(bias, learn[1], [of_one[n] for of_one in dhs], given),
     )
-    for dh_RF, (_, bias), learn in zip(dhs_RF, given.ups, kept.ups_learn, strict=True)
+    for n, ((_, bias), learn) in enumerate(
+      zip(given[0].ups, kept.ups_learn, strict=True)
+    )
   )
   made = [d_matrix for d_matrix, _ in d_ups if d_matrix is not None]
   if made:
-    dhs_RF, _ = after(dhs_RF, made)
-  return d_ups, dhs_RF
+    dhs, _ = after(dhs, made)
+  return d_ups, dhs
 
 
 def _of_weight(given: Given, dy_RD: Array, dots: list[Array]) -> Array | None:
@@ -277,15 +344,19 @@ def _of_weight(given: Given, dy_RD: Array, dots: list[Array]) -> Array | None:
 def _of_bias(
   bias_EF: Array | None,
   learns: bool,
-  dy_RF: Array,
-  groups: Groups,
-  weight_R: Array | None = None,
+  dys: Sequence[Array],
+  given: Sequence[Given],
+  *,
+  weighs: bool = False,
 ) -> Array | None:
   if bias_EF is None or not learns:
     return None
-  if weight_R is not None:
-    dy_RF = dy_RF.astype(jnp.float32) * weight_R[:, None]
-  return sums(dy_RF, groups, BLOCK).astype(bias_EF.dtype)
+  total: Any = 0
+  for dy_RF, one in zip(dys, given, strict=True):
+    if weighs and one.weight_R is not None:
+      dy_RF = dy_RF.astype(jnp.float32) * one.weight_R[:, None]
+    total += sums(dy_RF, one.groups, BLOCK)
+  return total.astype(bias_EF.dtype)
 
 
 fused_ffn.defvjp(_forward, _backward, symbolic_zeros=True)

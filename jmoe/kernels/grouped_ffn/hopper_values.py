@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax import Array
 
@@ -34,16 +34,32 @@ class Form:
   travels: bool = False
 
 
-@pytree
-class Given:
-  """The arguments that are arrays, or what came of them."""
+class Buffer(NamedTuple):
+  """Rows of all experts, or the tokens and where each goes.
+
+  Args:
+    x: tokens [T,D], or without a layout the rows [R,D], padding rows zero.
+    layout: where each token goes, or None.
+    groups: aligned to `hopper.BLOCK`.
+    weight_R: f32[R], or None for ones.
+  """
 
   x: Any
   layout: Any
-  ups: Any
-  down: Any
   groups: Any
   weight_R: Any
+
+
+@pytree
+class Given:
+  """A buffer and the matrices, or what came of them."""
+
+  x: Any
+  layout: Any
+  groups: Any
+  weight_R: Any
+  ups: Any
+  down: Any
 
   def rows(self) -> Array:
     """`[R,D]` in the experts' order."""
@@ -54,11 +70,11 @@ class Given:
 
 @pytree
 class Kept:
-  """What the backward pass finds."""
+  """What the backward pass finds, of each buffer."""
 
-  given: Given
-  x_RD: Array | None
-  hidden: tuple[Array, ...]  # [R,F]; none if they are made anew
+  given: tuple[Given, ...]
+  rows: tuple[Array, ...]  # [R,D]; none if they are made anew
+  hidden: tuple[tuple[Array, ...], ...]  # [R,F]; none of each if they are made anew
   # Whether the gradient of a matrix, and of its bias, is needed: of each in turn.
   ups_learn: tuple[tuple[bool, bool], ...] = static(default=())
   down_learns: tuple[bool, bool] = static(default=(True, True))

@@ -58,7 +58,7 @@ def _backward(num_sms, dtype, residual, dy_RF):
   x_RD, w_EDF, groups, bias_EF = residual
   dy_RF = dy_RF.astype(x_RD.dtype)  # what the tensor cores take
   dx_RD = rows(((dy_RF, w_EDF),), groups, transpose=True, num_sms=num_sms)
-  dw_EDF = matrices(x_RD, dy_RF, groups, num_sms=num_sms)
+  dw_EDF = matrices([x_RD], [dy_RF], [groups], num_sms=num_sms)
   d_bias = None
   if bias_EF is not None:
     d_bias = sums(dy_RF, groups, BLOCK).astype(bias_EF.dtype)
@@ -115,9 +115,9 @@ def rows(
 
 
 def matrices(
-  x_RD: Array,
-  y_RF: Array,
-  groups: Groups,
+  xs: Sequence[Array],
+  ys: Sequence[Array],
+  groups: Sequence[Groups],
   *,
   num_sms: int | None = None,
   tile: Tile | None = None,
@@ -127,21 +127,22 @@ def matrices(
   """`[E,D,F]` the sum of `x_r y_r^T` over each expert's rows; zero without any.
 
   Args:
-    x_RD: rows, or some columns of them.
-    y_RF: rows.
-    groups: aligned to `BLOCK`.
+    xs: rows `[R,D]` of one buffer or several, or some columns of them.
+    ys: rows `[R,F]` of each.
+    groups: of each, aligned to `BLOCK`.
     num_sms: multiprocessors to use; None: all.
     tile: None: that of the table in `hopper_tiles`.
     columns: which ones x has of D; None: all.  Only their rows of a matrix are made.
     into: what other columns gave, and where these are written; not inside `shard_map`.
   """
-  D, F = x_RD.shape[1], y_RF.shape[1]
+  D, F = xs[0].shape[1], ys[0].shape[1]
+  groups, ys = tuple(groups), [padded(y, 1) for y in ys]
   kernel = functools.partial(matrices_kernel, num_sms=num_sms, tile=tile)
   if columns is not None and not columns.whole:
     others = [] if into is None else [into]
     kernel = functools.partial(kernel, columns=columns)
-    return foldable(kernel)(groups, x_RD, padded(y_RF, 1), *others)[:, :, :F]
-  return foldable(kernel)(groups, padded(x_RD, 1), padded(y_RF, 1))[:, :D, :F]
+    return foldable(kernel)(groups, *xs, *ys, *others)[:, :, :F]
+  return foldable(kernel)(groups, *(padded(x, 1) for x in xs), *ys)[:, :D, :F]
 
 
 def padded(x: Array, *axes: int) -> Array:

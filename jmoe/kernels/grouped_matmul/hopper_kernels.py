@@ -87,19 +87,22 @@ def rows_kernel(
 
 
 def matrices_kernel(
-  groups: Groups,
-  x_RD: Array,
-  y_RF: Array,
-  *into: Array,
+  groups: tuple[Groups, ...],
+  *arrays: Array,
   num_sms: int | None,
   tile: Tile | None,
   columns: Columns | None = None,
 ) -> Array:
-  """`[E,D,F]`; `into` holds the rows of matrices that are of other columns of x."""
-  R, D = x_RD.shape
+  """`[E,D,F]`, from the rows x of each buffer, then the rows y of each.
+
+  One array more holds the rows of matrices that are of other columns of x.
+  """
+  parts = len(groups)
+  xs, ys, into = arrays[:parts], arrays[parts : 2 * parts], arrays[2 * parts :]
+  D, dtype = xs[0].shape[1], xs[0].dtype
   columns = columns or Columns(0, D, D)
-  F, E = y_RF.shape[1], groups.start.shape[0]
-  tile, dtype = tile or choose("matrices", width=F), x_RD.dtype
+  F, E = ys[0].shape[1], groups[0].start.shape[0]
+  tile = tile or choose("matrices", width=F)
   rows, cols = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.cols)
   # Thread blocks of a cluster make rows one below the other of the same columns.
   tile = tile.that_fits(rows)
@@ -107,12 +110,17 @@ def matrices_kernel(
   rows_own, cols_own = tile.own
   blocks = max(1, (num_sms or chip.multiprocessors()) // tile.cluster)
   # An expert without rows points inside the buffer, and its sum is not used.
-  start_E = jnp.minimum(groups.start, R - BLOCK)
-
-  waves = chip.waves(x_RD, y_RF)
+  starts = [
+    jnp.minimum(one.start, x.shape[0] - BLOCK)
+    for one, x in zip(groups, xs, strict=True)
+  ]
+  waves = chip.waves(xs, ys)
 
   def body(*refs):
-    x_ref, y_ref, start_ref, rows_ref, w_ref = refs[len(into) :]
+    *given, w_ref = refs[len(into) :]
+    x_refs, y_refs, start_refs, rows_refs = (
+      given[n * parts : (n + 1) * parts] for n in range(4)
+    )
 
     def arguments(t):
       """(expert, row and column of tiles)."""
@@ -122,8 +130,8 @@ def matrices_kernel(
       return e, row * tile.cluster + tile.member(), col
 
     def steps(which):
-      blocks = lax.div(rows_ref[which[0]] + (BLOCK - 1), jnp.int32(BLOCK))
-      return blocks * (BLOCK // DEPTH)
+      counts = [ref[which[0]] + (BLOCK - 1) for ref in rows_refs]
+      return [lax.div(rows, jnp.int32(BLOCK)) * (BLOCK // DEPTH) for rows in counts]
 
     def own(group):
       return pl.ds(0 if tile.alternating else group * rows_own, rows_own)
@@ -148,19 +156,20 @@ def matrices_kernel(
       x, y = tiles
       plgpu.wgmma(totals[0], chip.transposed(x.at[:, own(group)]), y)
 
-    def origin(which):
-      return lax.div(start_ref[which[0]], jnp.int32(DEPTH))
+    def operand(refs, dimension, width, *, shared=False):
+      def source(ref):
+        return lambda which: ref.at[:, pl.ds(which[dimension] * width, width)]
 
-    def left(which):
-      return x_ref.at[:, pl.ds(which[1] * tile.rows, tile.rows)]
+      def origin(start_ref):
+        return lambda which: lax.div(start_ref[which[0]], jnp.int32(DEPTH))
 
-    def right(which):
-      return y_ref.at[:, pl.ds(which[2] * tile.cols, tile.cols)]
+      first, *others = zip(map(source, refs), map(origin, start_refs), strict=True)
+      return Operand(width, 0, dtype, *first, shared=shared, others=tuple(others))
 
     walk(
       [
-        Operand(tile.rows, 0, dtype, left, origin),
-        Operand(tile.cols, 0, dtype, right, origin, shared=tile.cluster > 1),
+        operand(x_refs, 1, tile.rows),
+        operand(y_refs, 2, tile.cols, shared=tile.cluster > 1),
       ],
       Work(arguments, steps, make, step),
       tile=tile,
@@ -172,11 +181,11 @@ def matrices_kernel(
 
   kernel = chip.launch(
     body,
-    (chip.struct((E, columns.total, F), dtype, x_RD),),
+    (chip.struct((E, columns.total, F), dtype, xs),),
     blocks=blocks * waves,
     cluster=tile.cluster,
     name="grouped_matmul_matrices",
     updated=len(into),
   )
-  (made,) = kernel(*into, x_RD, y_RF, start_E, groups.rows)
+  (made,) = kernel(*into, *xs, *ys, *starts, *(one.rows for one in groups))
   return made
