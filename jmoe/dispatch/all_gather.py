@@ -16,7 +16,7 @@ from jmoe.dispatch.replicas import physical
 from jmoe.dispatch.requeue import requeue
 from jmoe.keeping import named
 from jmoe.kernels.devices import row_alignment
-from jmoe.types import Home, Plan, Rows
+from jmoe.types import Home, Layout, Plan, Rows
 from jmoe.use import marked
 
 # How tokens go out and sums come home, by name.
@@ -79,13 +79,11 @@ def all_gather(
   n = lax.psum(1, axis) if axis else 1
   local = E // n
   expert_N = jnp.where(plan.kept, expert_N, -1)
-  mean = n * expert_N.shape[0] / E
-  align = row_alignment(x_TD.dtype, mean)
+  align = row_alignment(x_TD.dtype, n * expert_N.shape[0] / E)
+  laid_out = functools.partial(ragged, block=block, alignment=align)
   bound = buffer_rows(plan, n, local)
   if own_first and n > 1:
-    return _own_first(
-      x_TD, expert_N, plan, experts, home, axis, local, bound, block, align
-    )
+    return _own_first(x_TD, expert_N, plan, experts, home, axis, laid_out, local, bound)
   if axis:
     me = lax.axis_index(axis)
     x_TD = _WAYS[by][0](x_TD, axis)
@@ -98,30 +96,47 @@ def all_gather(
     else:  # in token order, as on each device
       token_N = jnp.repeat(jnp.arange(n * T, dtype=jnp.int32), routing.k)
   mine = requeue(expert_N, token_N, local, n * T, routing.k, bound)
-  layout = ragged(mine, block, alignment=align)
   way = Home(weights[0], input_scale=weights[1], sums=home.sums)
-  y = carry.through(x_TD, layout, experts, way, travels=bool(axis))
+  y = carry.through(x_TD, laid_out(mine), experts, way, travels=bool(axis))
   return _WAYS[by][1](y, axis) if axis else y
 
 
 def _own_first(
-  x_TD, expert_N, plan, experts, home, axis, local, bound, block, align
+  x_TD: Array,
+  expert_N: Array,
+  plan: Plan,
+  experts: Callable[[Rows], Array],
+  home: Home,
+  axis: tuple[str, ...],
+  laid_out: Callable[[Plan], Layout],
+  local: int,
+  num_rows: int,
 ) -> Array:
-  """The same with tokens in two buffers: this device's own, and the others'."""
+  """The same with tokens in two buffers: this device's own, and the others'.
+
+  Args:
+    expert_N: i32[N] of each assignment, among all devices' experts.
+    laid_out: the layout of a buffer's plan.
+    local: experts of a device.
+    num_rows: that a device may be sent, at most.
+    Others: as for `all_gather`.
+  """
   routing, T, n = plan.routing, x_TD.shape[0], lax.axis_size(axis)
-  own = expert_N, routing.token, home.weight, home.input_scale
+  own = expert_N, home.weight, home.input_scale
   late = named(apart.others(own, axis), "routing")
-  # Where each of the others' tokens is in the circle: behind those before its device.
-  circle = jnp.repeat(jnp.arange(n - 1, dtype=jnp.int32) * T, routing.token.shape[0])
+  if routing.k is None:  # behind those of the devices before it in the circle
+    first = jnp.repeat(jnp.arange(n - 1, dtype=jnp.int32) * T, expert_N.shape[0])
+    late_token = apart.others(routing.token, axis) + first
+  else:
+    late_token = jnp.repeat(jnp.arange((n - 1) * T, dtype=jnp.int32), routing.k)
   layouts, ways = [], []
-  for (expert, token, weight, scale), offset, size in (
-    (own, 0, T),
-    (late, circle, (n - 1) * T),
+  for (expert, weight, scale), token, size in (
+    (own, routing.token, T),
+    (late, late_token, (n - 1) * T),
   ):
     mine = expert - lax.axis_index(axis) * local  # those before mine are negative
-    most = None if bound is None else min(bound, expert.shape[0])
-    queued = requeue(mine, token + offset, local, size, routing.k, most)
-    layouts.append(ragged(queued, block, alignment=align))
+    most = min(num_rows, expert.shape[0])
+    layouts.append(laid_out(requeue(mine, token, local, size, routing.k, most)))
     ways.append(Home(weight, input_scale=scale, sums=home.sums))
   tokens = x_TD, apart.others(x_TD, axis)
   y, y_late = carry.through_each(tokens, layouts, experts, ways, travels=True)

@@ -84,6 +84,31 @@ def test_interpreted_models_that_share_a_program_are_right():
 
 
 @on_cpu
+@pytest.mark.parametrize("models", [None, 2])
+def test_interpreted_gradients_of_matrices_are_sums_over_all_buffers(models):
+  """Experts with rows in both, in one of them, in none; buffers of other sizes."""
+  from jmoe.kernels.grouped_matmul.hopper import matrices
+
+  loads = (130, 0, 64, 0), (3, 200, 0, 0)
+  seeds = range(models or 1)
+  buffers = [[Case(load, 64, 128, seed=7 * s + n) for n, load in enumerate(loads)]
+             for s in seeds]  # fmt: skip
+
+  def of(cases):
+    return [[getattr(c, name) for c in cases] for name in ("x", "dy", "groups")]
+
+  with interpreted():
+    if models is None:
+      found = [matrices(*of(buffers[0]), num_sms=2)]
+    else:
+      stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(of, buffers))
+      found = jax.vmap(lambda one: matrices(*one, num_sms=2))(stacked)
+  for dw, cases in zip(found, buffers, strict=True):
+    assert error(dw, sum(c.expected()[2] for c in cases)) < 4e-3
+    assert not np.asarray(dw, np.float32)[3].any()
+
+
+@on_cpu
 def test_matrices_that_learn_get_their_gradient_and_no_other_does():
   """Of one expert with biases, beside plain float32."""
   from jmoe.kernels.grouped_ffn import activations

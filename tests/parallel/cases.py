@@ -45,15 +45,10 @@ LIMITED, DROPLESS = dict(capacity=SLOTS), dict(capacity=None)
 STRATEGIES: Mapping[str, tuple[Any, dict[str, Any]]] = {
   "all_gather": (use(dispatch.all_gather), DROPLESS),
   "all_gather, slots": (use(dispatch.all_gather), LIMITED),
+  "all_gather, own first": (use(dispatch.all_gather, own_first=True), DROPLESS),
+  "all_gather, own first, slots": (use(dispatch.all_gather, own_first=True), LIMITED),
   "all_to_all": (use(dispatch.all_to_all), LIMITED),
-  "all_gather, own first": (
-    use(dispatch.all_gather, own_first=True),
-    DROPLESS,
-  ),
-  "all_to_all, own first": (
-    use(dispatch.all_to_all, own_first=True),
-    LIMITED,
-  ),
+  "all_to_all, own first": (use(dispatch.all_to_all, own_first=True), LIMITED),
   "all_to_all, overlap": (use(dispatch.all_to_all, overlap=2), LIMITED),
   "hierarchical": (use(dispatch.hierarchical), LIMITED),
   "ragged_all_to_all": (use(dispatch.ragged_all_to_all), DROPLESS),

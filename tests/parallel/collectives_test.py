@@ -32,6 +32,7 @@ STRATEGIES = {
   "sort": (use(dispatch.sort), None),
 }
 BY_EXCHANGE, EINSUM = "all_gather by all_to_all", "einsum"
+GATHER_OWN_FIRST, SLOTS_OWN_FIRST = "all_gather, own first", "all_to_all, own first"
 MESHES = ("data=2,expert=4", "fsdp=2,expert=2,tensor=2")
 NODES = "node=2,expert=4"
 # (strategy, mesh, pass) -> collective -> (how many, bytes)
@@ -104,6 +105,22 @@ GOLDEN = {
     "all-gather": (7, 12288),
     "all-reduce": (2, 2816),
     "reduce-scatter": (5, 3840),
+  },
+  # Three shifts of 16 tokens, their two choices and weights, and sums: 64 bytes a row.
+  ("all_gather, own first", "data=2,expert=4", "forward"): {
+    "collective-permute": (12, 6912)
+  },
+  ("all_gather, own first", "data=2,expert=4", "backward"): {
+    "all-reduce": (2, 3584),
+    "collective-permute": (18, 10368),
+  },
+  # Of 32 slots all but one's own eight.
+  ("all_to_all, own first", "data=2,expert=4", "forward"): {
+    "collective-permute": (6, 3072)
+  },
+  ("all_to_all, own first", "data=2,expert=4", "backward"): {
+    "all-reduce": (2, 3584),
+    "collective-permute": (12, 6144),
   },
   ("ragged_all_to_all", "data=2,expert=4", "forward"): {
     "all-gather": (1, 128),
@@ -229,7 +246,10 @@ def compiled(strategy: str, sizes: str, backward: bool) -> dict[str, tuple[int, 
 CELLS = [*itertools.product(STRATEGIES, MESHES)]
 CELLS += [(strategy, NODES) for strategy in ("all_to_all", "hierarchical")]
 CELLS += [(BY_EXCHANGE, MESHES[0]), (EINSUM, MESHES[0])]
+CELLS += [(GATHER_OWN_FIRST, MESHES[0]), (SLOTS_OWN_FIRST, MESHES[0])]
 STRATEGIES[BY_EXCHANGE] = (use(dispatch.all_gather, by="all_to_all"), None)
+STRATEGIES[GATHER_OWN_FIRST] = (use(dispatch.all_gather, own_first=True), None)
+STRATEGIES[SLOTS_OWN_FIRST] = (use(dispatch.all_to_all, own_first=True), SLOTS)
 STRATEGIES[EINSUM] = (use(dispatch.einsum), SLOTS)  # what XLA decides (GSPMD)
 
 

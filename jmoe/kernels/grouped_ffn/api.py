@@ -176,7 +176,7 @@ def _pieces(
   if whole:
     reason = "rows are asked for, not their sums per token; use pieces=1"
   elif differs(buffers, ups, down):
-    reason = "nothing can be written in place inside shard_map; use pieces=1"
+    reason = "inside shard_map they are made whole; use pieces=1"
   elif len(buffers) > 1:
     reason = "there are several buffers; use pieces=1"
   elif D % 64 or F % 64:

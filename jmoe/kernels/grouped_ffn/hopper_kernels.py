@@ -60,8 +60,7 @@ def hidden_kernel(
     tile: of each of the first arrays; None: that of the table in `hopper_tiles`.
     part: of the buffer, which `groups` and the rows are of; None: all of it.  The
       weights and what is given are of all of it.
-    made: how many arrays the part before gave; they are written over, not inside
-      `shard_map`.
+    made: how many arrays the part before gave; they are written over.
   """
   (R, D), F = x_RD.shape, arrays[0].shape[2]
   R = R // part.size * part.total if part else R
@@ -136,7 +135,7 @@ def back_kernel(
   """Gradients of the hidden arrays, what went into `down`, and the weight's gradient.
 
   The first ones are written over the arrays that they are gradients of, which saves as
-  many of [R,F]; not inside `shard_map`.
+  many of [R,F].
 
   Args:
     groups: aligned to `hopper.BLOCK`.

@@ -133,7 +133,7 @@ def matrices(
     num_sms: multiprocessors to use; None: all.
     tile: None: that of the table in `hopper_tiles`.
     columns: which ones x has of D; None: all.  Only their rows of a matrix are made.
-    into: what other columns gave, and where these are written; not inside `shard_map`.
+    into: what other columns gave, and where these are written.
   """
   D, F = xs[0].shape[1], ys[0].shape[1]
   groups, ys = tuple(groups), [padded(y, 1) for y in ys]
