@@ -185,9 +185,7 @@ FAMILIES: list[tuple[types.ModuleType, dict[str, Any], set[str]]] = [
 
 HELPER_MODULES = {
   f"jmoe.dispatch.{name}"
-  for name in (
-    "carry everywhere exchange layout own_first placed replicas requeue".split()
-  )
+  for name in ("apart carry everywhere exchange layout placed replicas requeue".split())
 } | {"jmoe.experts.layout"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jmoe.dispatch import carry, everywhere, own_first as apart, placed
+from jmoe.dispatch import apart, carry, everywhere, placed
 from jmoe.dispatch.all_to_all import check_own_first
 from jmoe.dispatch.layout import ragged
 from jmoe.dispatch.ragged_all_to_all import buffer_rows
@@ -68,10 +68,10 @@ def all_gather(
       by ragged all-to-alls (`placed`), for GPUs of one host.
     own_first: this device's own tokens are worked on while those of the others come,
       and sums for the others leave while its own are made: by permutations
-      (`own_first`).
+      (`apart`).  Then a plan's `max_rows` bounds each of both buffers by itself.
 
   Returns:
-    `[T,D]` or `[T,K,D]`.
+    `[T,D]` or `[T,K,D]`.  A layer's configuration refuses `own_first` beside `by`.
   """
   routing, T = plan.routing, x_TD.shape[0]
   expert_N, E = physical(plan, placement)
@@ -81,9 +81,8 @@ def all_gather(
   expert_N = jnp.where(plan.kept, expert_N, -1)
   align = row_alignment(x_TD.dtype, n * expert_N.shape[0] / E)
   laid_out = functools.partial(ragged, block=block, alignment=align)
-  bound = buffer_rows(plan, n, local)
   if own_first and n > 1:
-    return _own_first(x_TD, expert_N, plan, experts, home, axis, laid_out, local, bound)
+    return _own_first(x_TD, expert_N, plan, experts, home, axis, laid_out, local)
   if axis:
     me = lax.axis_index(axis)
     x_TD = _WAYS[by][0](x_TD, axis)
@@ -95,6 +94,7 @@ def all_gather(
       token_N = lax.all_gather(token_N + me * T, axis, tiled=True)
     else:  # in token order, as on each device
       token_N = jnp.repeat(jnp.arange(n * T, dtype=jnp.int32), routing.k)
+  bound = buffer_rows(plan, n, local)
   mine = requeue(expert_N, token_N, local, n * T, routing.k, bound)
   way = Home(weights[0], input_scale=weights[1], sums=home.sums)
   y = carry.through(x_TD, laid_out(mine), experts, way, travels=bool(axis))
@@ -110,7 +110,6 @@ def _own_first(
   axis: tuple[str, ...],
   laid_out: Callable[[Plan], Layout],
   local: int,
-  num_rows: int,
 ) -> Array:
   """The same with tokens in two buffers: this device's own, and the others'.
 
@@ -118,7 +117,6 @@ def _own_first(
     expert_N: i32[N] of each assignment, among all devices' experts.
     laid_out: the layout of a buffer's plan.
     local: experts of a device.
-    num_rows: that a device may be sent, at most.
     Others: as for `all_gather`.
   """
   routing, T, n = plan.routing, x_TD.shape[0], lax.axis_size(axis)
@@ -130,13 +128,14 @@ def _own_first(
   else:
     late_token = jnp.repeat(jnp.arange((n - 1) * T, dtype=jnp.int32), routing.k)
   layouts, ways = [], []
-  for (expert, weight, scale), token, size in (
-    (own, routing.token, T),
-    (late, late_token, (n - 1) * T),
+  for (expert, weight, scale), token, devices in (
+    (own, routing.token, 1),
+    (late, late_token, n - 1),
   ):
     mine = expert - lax.axis_index(axis) * local  # those before mine are negative
-    most = min(num_rows, expert.shape[0])
-    layouts.append(laid_out(requeue(mine, token, local, size, routing.k, most)))
+    most = buffer_rows(plan, devices, local)
+    queued = requeue(mine, token, local, devices * T, routing.k, most)
+    layouts.append(laid_out(queued))
     ways.append(Home(weight, input_scale=scale, sums=home.sums))
   tokens = x_TD, apart.others(x_TD, axis)
   y, y_late = carry.through_each(tokens, layouts, experts, ways, travels=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jmoe.assign.capacity import of_group
-from jmoe.dispatch import carry, own_first as apart, placed
+from jmoe.dispatch import apart, carry, placed
 from jmoe.dispatch.layout import block_size, equal, slots
 from jmoe.dispatch.replicas import spread_plan
 from jmoe.kernels.devices import row_alignment
@@ -99,13 +99,14 @@ def all_to_all(
     by: "all_to_all", XLA's collective, and a copy into the experts' order; "ragged",
       slots go straight to their places (`placed`), for GPUs of one host.
     own_first: this device's own slots are worked on while those of the others come, and
-      those of the others leave while its own are: by permutations (`own_first`).
+      those of the others leave while its own are: by permutations (`apart`).
 
   Returns:
     `[T,D]` or `[T,K,D]`; dropped assignments give zero.
 
   Raises:
-    ValueError: a capacity that `overlap` does not divide.
+    ValueError: a capacity that `overlap` does not divide.  A layer's configuration also
+      refuses `own_first` beside another `by` or `overlap`.
   """
 
   if axis and own_first and lax.axis_size(axis) > 1:

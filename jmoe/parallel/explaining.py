@@ -155,7 +155,10 @@ def _rows(config: Any, tokens: int, group_size: int | None, n: int) -> int | Non
     n = 1
   if config.capacity is None:
     share = 1.0 if config.max_rows is None else config.max_rows
-    return max(1, int(entries * n * share))
+    bound = max(1, int(entries * n * share))
+    if n > 1 and config.dispatch.kwargs.get("own_first"):  # it holds for both buffers
+      return min(entries, bound) + min(entries * (n - 1), bound)
+    return bound
   size, E = group_size or tokens, config.num_experts
   each = int(capacity.of_group(config.capacity, size, size, E, config.k, True).max())
   copies = config.sharding.placement if n > 1 else None

@@ -55,8 +55,8 @@ def grouped_ffn(
     pieces: in how many the fused form on Hopper makes the arrays [R,D] and what goes
       into `down`, where `rows.sums`: fewer bytes at a time, a few launches more.  None
       takes two where that was seen to save memory (rows of 256 MiB or more, wider than
-      the hidden arrays, more than E*D of them), and one inside `shard_map`; other forms
-      have none.
+      the hidden arrays, more than E*D of them), and one inside `shard_map` or for
+      several buffers, where more are refused; other forms have none.
 
   Returns:
     `[R,D]` in x's dtype; rows of no expert hold no meaning.  Their gradient must be
@@ -172,17 +172,18 @@ def _pieces(
 ) -> int:
   """How many; `whole` where the fused form gives rows, which are made at once."""
   F, D = down[0].shape[1:]
+  rows, *others = buffers
   reason = None
   if whole:
     reason = "rows are asked for, not their sums per token; use pieces=1"
   elif differs(buffers, ups, down):
     reason = "inside shard_map they are made whole; use pieces=1"
-  elif len(buffers) > 1:
+  elif others:
     reason = "there are several buffers; use pieces=1"
   elif D % 64 or F % 64:
     reason = f"d_model={D} and d_ff={F} must be multiples of 64; use pieces=1"
   if given is None:
-    return 2 if reason is None and _outweighs(buffers[0], down) else 1
+    return 2 if reason is None and _outweighs(rows, down) else 1
   most = max(min(D, F) // 128, 1)
   if reason is None and given > most:
     reason = f"d_model={D} and d_ff={F} have at most {most}"

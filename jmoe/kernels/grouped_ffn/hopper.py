@@ -46,13 +46,13 @@ from jax.custom_derivatives import SymbolicZero
 from jmoe.keeping import named
 from jmoe.kernels import permute_rows
 from jmoe.kernels.folding import foldable
-from jmoe.kernels.grouped_ffn.hopper_kernels import back_kernel, hidden_kernel
+from jmoe.kernels.grouped_ffn.hopper_gradients import of_ups, of_x, through_down
+from jmoe.kernels.grouped_ffn.hopper_kernels import hidden_kernel
 from jmoe.kernels.grouped_ffn.hopper_values import Buffer, Form, Given, Kept
 from jmoe.kernels.grouped_ffn.reference import Matrix
-from jmoe.kernels.grouped_matmul.hopper import matrices, padded, rows
+from jmoe.kernels.grouped_matmul.hopper import padded, rows
 from jmoe.kernels.hopper import BLOCK
 from jmoe.kernels.pieces import after, columns, parts, put
-from jmoe.kernels.row_blocks import expert_of_rows, sums
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,9 +74,13 @@ def fused_ffn(
     ups: one or two matrices [E,D,F], each with a bias [E,F] or None, of their dtype.
     down: matrix [E,F,D] with a bias [E,D] or None.
   """
-  given = [Given(*buffer, ups, down) for buffer in buffers]
+  given = [_given(buffer, ups, down) for buffer in buffers]
   products = [a_RF for (a_RF,) in _in_turn(form, given, hidden=False, product=True)]
   return _outs(form, given, products)
+
+
+def _given(buffer: Buffer, ups: Any, down: Any) -> Given:
+  return Given(buffer.x, buffer.layout, buffer.groups, buffer.weight_R, ups, down)
 
 
 def _in_turn(
@@ -164,7 +168,7 @@ def _out(form: Form, given: Given, a_RF: Array) -> Array:
 def _forward(form, *primals):
   buffers, ups, down = jax.tree.map(lambda p: p.value, primals)
   *_, ups_told, down_told = jax.tree.map(lambda p: p.perturbed, primals)
-  given = [Given(*buffer, ups, down) for buffer in buffers]
+  given = [_given(buffer, ups, down) for buffer in buffers]
   rows: list[Any] = []
   if form.keep == "rows" and given[0].layout is not None:
     rows = [one.rows() for one in given]
@@ -184,22 +188,26 @@ def _forward(form, *primals):
 
 def _backward(form, kept, dys):
   given, hidden = list(kept.given), list(kept.hidden)
-  dys = [
-    jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy for dy in dys
-  ]
+  dys = list(map(_materialised, dys))
   if form.keep == "inputs":
-    # After the forward pass, whose own rows it would be otherwise.
+    # After the forward pass, whose own rows it would be otherwise, but not after `dy`
+    # of others that are still on their way.
     for n, one in enumerate(given):
-      dys[n], x = after(dys[n], one.x)
+      dys[0], x = after(dys[0], one.x)
       again = dataclasses.replace(one, x=x)
       found = _hidden(form, again, hidden=True, product=False)
       hidden[n], dys[n] = after(found, dys[n])
   if form.travels:
     return _beside_exchanges(form, kept, hidden, dys)
-  dhs, d_weights, d_down = _through_down(form, kept, hidden, dys)
-  d_ups, dhs = _of_ups(form, kept, dhs, d_down[0])
-  dxs = [_of_x(form, one, dh) for one, dh in zip(given, dhs, strict=True)]
+  dhs, d_weights, d_down = through_down(form, kept, hidden, dys)
+  d_ups, dhs = of_ups(form, kept, dhs, d_down[0])
+  dxs = [of_x(form, one, dh) for one, dh in zip(given, dhs, strict=True)]
   return _gradients(dxs, d_weights), d_ups, d_down
+
+
+def _materialised(dy: Any) -> Array:
+  zero: Any = dy
+  return jnp.zeros(zero.shape, zero.dtype) if isinstance(dy, SymbolicZero) else dy
 
 
 def _beside_exchanges(form: Form, kept: Kept, hidden: Sequence[Any], dys: Sequence):
@@ -218,18 +226,18 @@ def _beside_exchanges(form: Form, kept: Kept, hidden: Sequence[Any], dys: Sequen
     x_RD, dy = after(dataclasses.replace(one, x=x).rows(), dy)
     hidden, dys = [of_one], [dy]
     kept = dataclasses.replace(kept, rows=(x_RD,))
-  dhs, d_weights, d_down = _through_down(form, kept, hidden, dys)
+  dhs, d_weights, d_down = through_down(form, kept, hidden, dys)
   _, dhs = after(d_down, dhs)  # what went into `down` is done with
   dxs: list[Array] = []
   for one, dh in zip(reversed(given), reversed(dhs), strict=True):
     if dxs:
       dxs[-1], dh = after(dxs[-1], dh)
-    dxs.append(_of_x(form, one, dh))
+    dxs.append(of_x(form, one, dh))
   dxs.reverse()
   _, dhs, xs = after(dxs, dhs, [one.x for one in given])
   again = [dataclasses.replace(one, x=x) for one, x in zip(given, xs, strict=True)]
   kept = dataclasses.replace(kept, given=tuple(again))
-  d_ups, _ = _of_ups(form, kept, dhs, d_down[0])
+  d_ups, _ = of_ups(form, kept, dhs, d_down[0])
   return _gradients(dxs, d_weights), d_ups, d_down
 
 
@@ -237,126 +245,6 @@ def _gradients(dxs: Sequence[Array], d_weights: Sequence[Any]) -> tuple[Any, ...
   """Those of the buffers."""
   pairs = zip(dxs, d_weights, strict=True)
   return tuple(Buffer(dx, None, None, d_weight) for dx, d_weight in pairs)
-
-
-def _of_x(form: Form, given: Given, dhs_RF: Sequence[Array]) -> Array:
-  """The gradient of the rows, or of the tokens: sums of their rows."""
-  pairs = [(dh_RF, w) for dh_RF, (w, _) in zip(dhs_RF, given.ups, strict=True)]
-  dx = rows(pairs, given.groups, transpose=True, num_sms=form.num_sms)
-  if given.layout is None:
-    return dx
-  return permute_rows.summed(dx, given.layout).astype(dx.dtype)
-
-
-def _through_down(form: Form, kept: Kept, hidden: Sequence[Any], dys: Sequence[Array]):
-  """(gradients of the hidden arrays, of the weights, of `down`).
-
-  In pieces: some columns of what went into `down` are made when those of the piece
-  before have become rows of its gradient.
-  """
-  given = kept.given
-  weights, bias = given[0].down
-  ups, F = len(given[0].ups), weights.shape[1]
-  kernel = functools.partial(
-    back_kernel, ups=ups, activation=form.activation, num_sms=form.num_sms
-  )
-  down = padded(weights, 1, 2)
-  hidden = [[padded(h, 1) for h in of_one] for of_one in hidden]
-  dots: list[list[Array]] = [[] for _ in given]
-  rows_dy: list[Array] = []
-  d_matrix = None
-  learns, bias_learns = kept.down_learns
-  pieces = form.pieces if learns else 1
-  if pieces > 1 and F >= 1024:
-    pieces += 1  # so wide, `a` is what is largest beside the rows of `dy`
-  for at in columns(down.shape[1], pieces, tile=BLOCK):
-    d_matrix, hidden = after(d_matrix, hidden)
-    of_columns = foldable(functools.partial(kernel, columns=at))
-    products: list[Array] = []
-    for n, one in enumerate(given):
-      if n == len(rows_dy):  # not before it is its turn: it may not have come yet
-        dy = dys[n]
-        if n:
-          (*before, products[-1]), dy = after((*hidden[n - 1], products[-1]), dy)
-          hidden[n - 1] = before
-        rows_dy.append(permute_rows.spread(dy, one.layout) if form.sums else dy)
-      weight = () if one.weight_R is None else (one.weight_R,)
-      found = of_columns(one.groups, padded(rows_dy[n], 1), down, *hidden[n], *weight)
-      hidden[n], a_RC = list(found[:ups]), found[ups]
-      products.append(a_RC)
-      dots[n] += found[ups + 1 :]
-    if learns:
-      d_matrix = matrices(
-        [a_RC[:, :F] for a_RC in products],
-        rows_dy,
-        [one.groups for one in given],
-        num_sms=form.num_sms,
-        columns=at,
-        into=d_matrix,
-      )
-  d_bias = _of_bias(bias, bias_learns, rows_dy, given, weighs=True)
-  d_weights = [
-    _of_weight(one, dy_RD, dot)
-    for one, dy_RD, dot in zip(given, rows_dy, dots, strict=True)
-  ]
-  dhs = [tuple(h[:, :F] for h in of_one) for of_one in hidden]
-  return dhs, d_weights, (d_matrix, d_bias)
-
-
-def _of_ups(form: Form, kept: Kept, dhs: Sequence[Any], d_down: Array | None):
-  """(gradients of the matrices `ups` and their biases, those of the hidden arrays)."""
-  given, xs = kept.given, list(kept.rows)
-  if not xs and any(w for w, _ in kept.ups_learn):
-    # Not before `dy` and `a` are done with: two arrays fewer at the same time.
-    done = dhs[0][0] if d_down is None else d_down
-    _, tokens = after(done, [one.x for one in given])
-    pairs = zip(given, tokens, strict=True)
-    xs = [dataclasses.replace(one, x=x).rows() for one, x in pairs]
-  groups = [one.groups for one in given]
-  of = functools.partial(matrices, groups=groups, num_sms=form.num_sms)
-  d_ups = tuple(
-    (
-      of(xs, [of_one[n] for of_one in dhs]) if xs and learn[0] else None,
-      _of_bias(bias, learn[1], [of_one[n] for of_one in dhs], given),
-    )
-    for n, ((_, bias), learn) in enumerate(
-      zip(given[0].ups, kept.ups_learn, strict=True)
-    )
-  )
-  made = [d_matrix for d_matrix, _ in d_ups if d_matrix is not None]
-  if made:
-    dhs, _ = after(dhs, made)
-  return d_ups, dhs
-
-
-def _of_weight(given: Given, dy_RD: Array, dots: list[Array]) -> Array | None:
-  """`<da, a> + <dy, c>`, f32[R]."""
-  c_ED = given.down[1]
-  if not dots:
-    return None
-  dot_R = functools.reduce(jnp.add, dots)
-  if c_ED is None:
-    return dot_R
-  c_RD = c_ED[expert_of_rows(given.groups, dy_RD.shape[0], BLOCK)].astype(jnp.float32)
-  return dot_R + jnp.sum(dy_RD.astype(jnp.float32) * c_RD, axis=1)
-
-
-def _of_bias(
-  bias_EF: Array | None,
-  learns: bool,
-  dys: Sequence[Array],
-  given: Sequence[Given],
-  *,
-  weighs: bool = False,
-) -> Array | None:
-  if bias_EF is None or not learns:
-    return None
-  total: Any = 0
-  for dy_RF, one in zip(dys, given, strict=True):
-    if weighs and one.weight_R is not None:
-      dy_RF = dy_RF.astype(jnp.float32) * one.weight_R[:, None]
-    total += sums(dy_RF, one.groups, BLOCK)
-  return total.astype(bias_EF.dtype)
 
 
 fused_ffn.defvjp(_forward, _backward, symbolic_zeros=True)

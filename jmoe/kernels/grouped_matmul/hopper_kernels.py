@@ -109,7 +109,7 @@ def matrices_kernel(
   tall = rows // tile.cluster
   rows_own, cols_own = tile.own
   blocks = max(1, (num_sms or chip.multiprocessors()) // tile.cluster)
-  # An expert without rows points inside the buffer, and its sum is not used.
+  # An expert without rows in a buffer points inside it, and is not read there.
   starts = [
     jnp.minimum(one.start, x.shape[0] - BLOCK)
     for one, x in zip(groups, xs, strict=True)

@@ -27,19 +27,42 @@ def others(tree: Any, axis: Axis) -> Any:
     axis: mesh axes over which the n devices are; two or more.
   """
 
-  def of_one(x: Array) -> Array:
-    return _end_to_end([_from(x, shift, axis) for shift in _shifts(axis)], axis=0)
-
-  return jax.tree.map(of_one, tree)
+  return jax.tree.map(lambda x: _others(over(x, axis), axis), tree)
 
 
 def from_others(y_ND: Array, axis: Axis) -> Array:
-  """`[T, ...]` sums of what the others have for this device: `others` turned round."""
+  """`[T, ...]` sums, in float32, of what the others have for this device.
+
+  It is `others` turned round, and each is the other's gradient.
+  """
+  return _from_others(over(y_ND, axis), axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _others(x: Array, axis: Axis) -> Array:
+  return _end_to_end([_from(x, shift, axis) for shift in _shifts(axis)], axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _from_others(y_ND: Array, axis: Axis) -> Array:
   parts = jnp.split(y_ND, lax.axis_size(axis) - 1)
   come = [_from(y, -shift, axis) for shift, y in zip(_shifts(axis), parts, strict=True)]
   if len(come) == 1:
     return come[0]
-  return sum(y.astype(wide(y)) for y in come).astype(y_ND.dtype)
+  total = functools.reduce(jnp.add, [y.astype(wide(y)) for y in come])
+  return total.astype(y_ND.dtype)
+
+
+def _of_others(axis: Axis, _: None, grad: Array) -> tuple[Array | None]:
+  whole_numbers = grad.dtype == jax.dtypes.float0  # as experts' are
+  return (None if whole_numbers else _from_others(grad, axis),)
+
+
+_others.defvjp(lambda x, axis: (_others(x, axis), None), _of_others)
+_from_others.defvjp(
+  lambda y, axis: (_from_others(y, axis), None),
+  lambda axis, _, grad: (_others(grad, axis),),
+)
 
 
 def slots_apart(x_ESD: Array, axis: Axis) -> tuple[Array, Array]:
