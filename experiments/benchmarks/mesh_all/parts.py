@@ -8,7 +8,10 @@ from experiments.benchmarks.mesh_all.together import Part
 
 LAYER, TRAIN = "experiments.benchmarks.mesh", "experiments.benchmarks.mesh_train"
 SHAPES = ("qwen3", "mixtral", "olmoe", "dsv3", "dsv3-256")
-_EXCHANGES = "all_gather,all_to_all,ragged_all_to_all,hierarchical,deduplicated"
+_EXCHANGES = (
+  "all_gather,all_to_all,ragged_all_to_all,hierarchical,deduplicated"
+  ",all_gather own first,all_to_all own first"
+)
 _PEER_TOKENS = 8192  # of a GPU, as in the chart of liger-cute-kernels
 
 
@@ -48,7 +51,8 @@ def parts(
   tokens = ("--tokens", str(32 * gpus)) if dry else ()  # some for each of all
   layers("links", 35, "--shape", "qwen3", "--parts", "links")
   for shape in SHAPES:
-    layers(f"each-{shape}", 38, "--shape", shape, "--parts", "layer", "--no-all")
+    words = ("--parts", "layer", "--no-all", "--strategies", f"{_EXCHANGES},gather")
+    layers(f"each-{shape}", 38, "--shape", shape, *words)
   large = ("--rows", "4", *steps)
   if gpus < 8 and not dry:  # as many on a GPU as of all its 48 layers over eight
     large += ("--layers", str(6 * gpus))
@@ -72,7 +76,8 @@ def parts(
     rows = "4" if gpus >= 8 else "8"  # those of all 48 layers take twice the room
     training("qwen3-apart", 40, "qwen3-30b-a3b", *apart, *large, "--rows", rows)
   for shape in SHAPES if liger_site else ():
-    words = ("--parts", "layer,liger", "--liger-site", str(liger_site), "--only-all")
+    words = ("--parts", "layer,liger", "--liger-site", str(liger_site), "--only-all",
+             "--strategies", f"{_EXCHANGES},gather")  # fmt: skip
     layers(
       f"liger-{shape}", 12, "--shape", shape, *words, "--routings", "balanced",
       "--overlaps", "1", "--no-all", "--tokens", str(64 if dry else _PEER_TOKENS),

@@ -30,7 +30,7 @@ from experiments.benchmarks.mesh_all.parts import LAYER, parts
 from experiments.benchmarks.mesh_train import __main__ as train, measure, model
 from experiments.benchmarks.shapes import Shape
 from experiments.parser import Parser, run
-from experiments.planning import alone, ask, rates, topology as topologies
+from experiments.planning import alone, ask, exchanges, rates, topology as topologies
 from experiments.planning.topology import Topology
 from jmoe.parallel import mesh as meshes
 
@@ -104,6 +104,8 @@ def _layers(asked: Any, shape: Shape, chips: Topology) -> Iterator[dict[str, Any
       n, asked.strategies.split(","), (1,),
       factor=asked.factor, room=asked.room, routings=routings,
     ):  # fmt: skip
+      if planned.strategy_of(str(way)) not in exchanges.STRATEGIES:
+        continue  # the planner does not know it
       for routing in timed:
         balanced = routing == "balanced"
         one = planned.layer_of(own, n, balanced=balanced, factor=way.factor or 1.0)
