@@ -218,9 +218,11 @@ def launch(
     function: Any = in_place if updated else kernel
     if updated and differs(*operands):
       # jax has no refs of arrays that differ between devices of a mesh, and needs none:
-      # the same program, traced for one device.
-      one = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-      function = jaxpr_as_fun(jax.make_jaxpr(in_place)(*one))
+      # the same program, traced for one device.  Before 0.11 it does not run there.
+      function = kernel
+      if jax.__version_info__ >= (0, 11):
+        one = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+        function = jaxpr_as_fun(jax.make_jaxpr(in_place)(*one))
     return like(jax.named_call(function, name=name)(*operands), *operands)
 
   return call

@@ -343,6 +343,8 @@ def test_layers_trace_for_hopper_inside_shard_map(axes):
     text = str(jax.jit(jax.grad(loss)).trace(params, x).jaxpr)
   mosaic = text.count("mpmd_map[") + text.count("core_map[")  # its name before
   assert mosaic >= 7 and "spread_rows" in text and ("psum" in text) == bool(axes)
+  # Gradients of hidden arrays are written over these, from jax 0.11 on everywhere.
+  assert ("run_state" in text) == (jax.__version_info__ >= (0, 11) or not axes)
 
 
 @pytest.mark.accelerator
