@@ -55,10 +55,21 @@ def in_bands(t: Array, rows: Array, cols: int, band: int) -> tuple[Array, Array]
 
 def expert_of_rows(groups: Groups, num_rows: int, size: int) -> Array:
   """i32[R] of every row that exists; anything in range for the others."""
+  inside_BE = _inside(groups, num_rows, size)
+  return jnp.repeat(jnp.argmax(inside_BE, axis=1).astype(jnp.int32), size)
+
+
+def in_used_blocks(groups: Groups, num_rows: int, size: int) -> Array:
+  """bool[R] whether a row's block holds any expert's rows: `Blocks` as a mask."""
+  used_B = jnp.any(_inside(groups, num_rows, size), axis=1)
+  return jnp.repeat(used_B, size)
+
+
+def _inside(groups: Groups, num_rows: int, size: int) -> Array:
+  """bool[R/size, E] whether an expert has rows in a block."""
   block_B = jnp.arange(num_rows // size, dtype=jnp.int32) * size
   end_E = groups.start + -(-groups.rows // size) * size
-  inside_BE = (block_B[:, None] >= groups.start) & (block_B[:, None] < end_E)
-  return jnp.repeat(jnp.argmax(inside_BE, axis=1).astype(jnp.int32), size)
+  return (block_B[:, None] >= groups.start) & (block_B[:, None] < end_E)
 
 
 def sums(y_RF: Array, groups: Groups, size: int) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jmoe.kernels import devices
+from jmoe.kernels.row_blocks import in_used_blocks
 from jmoe.types import Groups
 
 BLOCK = 128
@@ -45,12 +46,25 @@ def hopper():
 
 @pytest.fixture
 def as_hopper(monkeypatch):
-  """A Hopper GPU of two multiprocessors, interpreted; what is Triton's is plain jax."""
+  """A Hopper GPU of two multiprocessors, interpreted; what is Triton's is plain jax.
+
+  Rows that need not be written hold NaN.
+  """
   from jmoe.kernels import hopper, permute_rows
   from jmoe.kernels.top_k import api as choices
 
   monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
   monkeypatch.setattr(permute_rows.api, "_served", lambda rows: False)
+  real = permute_rows.spread
+
+  def spread(x_TD, layout, *, block=None):
+    x_RD = real(x_TD, layout)
+    if block is None:
+      return x_RD
+    read_R = in_used_blocks(layout.groups, layout.num_rows, block)
+    return jnp.where(read_R[:, None], x_RD, jnp.nan)
+
+  monkeypatch.setattr(permute_rows, "spread", spread)
   monkeypatch.setattr(choices, "_served", lambda values, k: False)
   with devices.as_if("hopper"), interpreted():
     yield

@@ -1,6 +1,8 @@
 """Rows in another order: Triton's kernels, interpreted, against plain jax."""
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from jmoe import capacity, routers
 from jmoe.assign import assign
 from jmoe.dispatch.layout import equal, ragged
-from jmoe.kernels import permute_rows
+from jmoe.kernels import devices, permute_rows
 from jmoe.kernels.permute_rows import reference
 from jmoe.types import Context
 from jmoe.use import use
@@ -70,6 +72,32 @@ def test_interpreted_tokens_go_to_each_of_their_places(cols, limited):
   np.testing.assert_array_equal(found, reference.take(x, layout.token))
 
 
+def read_rows(layout, block):
+  """bool[R] of the blocks in which an expert has rows."""
+  read = np.zeros(layout.num_rows, bool)
+  for first, rows in zip(*map(np.asarray, (layout.groups.start, layout.groups.rows))):
+    for row in range(first, first + rows):
+      read[row // block * block : (row // block + 1) * block] = True
+  return read
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_rows_of_blocks_that_nobody_reads_are_left_as_they_are(limited, monkeypatch):
+  from jmoe.kernels.permute_rows import triton
+
+  interpreted = functools.partial(triton.spread, interpret=True)
+  monkeypatch.setattr(triton, "spread", interpreted)
+  layout = layout_of(E=7, limited=limited)
+  x = jax.random.normal(jax.random.key(0), (layout.num_tokens, 128), jnp.bfloat16)
+  with devices.as_if("hopper"):
+    found = np.asarray(permute_rows.spread(x, layout, block=8), np.float32)
+  read = read_rows(layout, 8)
+  padding = np.asarray(layout.token) == layout.num_tokens
+  assert (read & padding).any() and not read.all() and padding[~read].all()
+  np.testing.assert_array_equal(found[read], reference.take(x, layout.token)[read])
+  assert np.isnan(found[~read]).all()  # as a buffer is that nobody wrote into
+
+
 def test_interpreted_rows_can_be_batched():
   from jmoe.kernels.permute_rows import triton
 
@@ -85,9 +113,11 @@ def test_interpreted_rows_can_be_batched():
 def test_tokens_on_a_gpu_go_to_each_of_their_places(limited):
   layout = layout_of(T=1000, E=37, k=8, limited=limited)
   x = jax.random.normal(jax.random.key(0), (1000, 1500), jnp.bfloat16)
-  np.testing.assert_array_equal(
-    jax.jit(permute_rows.spread)(x, layout), reference.take(x, layout.token)
-  )
+  expected = reference.take(x, layout.token)
+  np.testing.assert_array_equal(jax.jit(permute_rows.spread)(x, layout), expected)
+  read = read_rows(layout, 8)
+  found = jax.jit(functools.partial(permute_rows.spread, block=8))(x, layout)
+  np.testing.assert_array_equal(found[read], expected[read])
 
 
 @pytest.mark.accelerator

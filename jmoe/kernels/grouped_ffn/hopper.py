@@ -140,7 +140,7 @@ def _hidden(
   found: tuple[Any, ...] = ()
   for part in parts(given.layout.num_rows, form.pieces, BLOCK):
     found, x = after(found, given.x)
-    x_SD = permute_rows.spread(x, part.layout(given.layout))
+    x_SD = permute_rows.spread(x, part.layout(given.layout), block=BLOCK)
     of_part = functools.partial(kernel, part=part, made=len(found))
     found = foldable(of_part)(part.groups(given.groups), x_SD, *operands, *found)
   return tuple(found)

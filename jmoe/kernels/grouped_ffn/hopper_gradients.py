@@ -62,7 +62,9 @@ def through_down(form: Form, kept: Kept, hidden: Sequence[Any], dys: Sequence[Ar
         if n:
           (*before, products[-1]), dy = after((*made[n - 1], products[-1]), dy)
           made[n - 1] = before
-        rows_dy.append(permute_rows.spread(dy, one.layout) if form.sums else dy)
+        if form.sums:
+          dy = permute_rows.spread(dy, one.layout, block=BLOCK)
+        rows_dy.append(dy)
       weight = () if one.weight_R is None else (one.weight_R,)
       found = of_columns(one.groups, padded(rows_dy[n], 1), down, *made[n], *weight)
       made[n], a_RC = list(found[:ups]), found[ups]

@@ -8,6 +8,7 @@ from jax import Array
 
 from jmoe.kernels import permute_rows
 from jmoe.kernels.grouped_ffn.hopper_kernels import Activation
+from jmoe.kernels.hopper import BLOCK
 from jmoe.types import pytree, static
 
 
@@ -65,7 +66,7 @@ class Given:
     """`[R,D]` in the experts' order."""
     if self.layout is None:
       return self.x
-    return permute_rows.spread(self.x, self.layout)
+    return permute_rows.spread(self.x, self.layout, block=BLOCK)
 
 
 @pytree

@@ -10,6 +10,7 @@ from jax import Array
 
 from jmoe.kernels.devices import current_device, has_triton
 from jmoe.kernels.permute_rows import reference
+from jmoe.kernels.row_blocks import in_used_blocks
 from jmoe.kernels.varying import together
 from jmoe.types import Layout
 
@@ -30,19 +31,27 @@ def take(rows: Array, index: Array) -> Array:
 
 
 @jax.named_scope("rows")
-def spread(x_TD: Array, layout: Layout) -> Array:
+def spread(x_TD: Array, layout: Layout, *, block: int | None = None) -> Array:
   """`[R,D]` the token of every row of the expert buffer; padding rows are zero.
+
+  A buffer over a mesh has room for all that could come, most of which stays empty:
+  zeros there would be most of what is written.
 
   Args:
     x_TD: tokens.
     layout: where each of them goes.
+    block: rows that whoever reads the buffer reads at once, if those that no expert has
+      any of are not read: these then may hold anything.
   """
   if layout.k is None or not _served(x_TD) or not layout.num_rows:
     return take(x_TD, layout.token)
   from jmoe.kernels.permute_rows import triton  # imports Pallas
 
-  row_TK = layout.row.reshape(layout.num_tokens, layout.k)
-  return triton.spread(*together(x_TD, row_TK, layout.token))
+  token_R, row_TK = layout.token, layout.row.reshape(layout.num_tokens, layout.k)
+  if block is not None:
+    read_R = in_used_blocks(layout.groups, layout.num_rows, block)
+    token_R = jnp.where(read_R, token_R, triton.UNREAD)
+  return triton.spread(*together(x_TD, row_TK, token_R))
 
 
 @jax.named_scope("rows")

@@ -15,6 +15,7 @@ from jmoe.kernels.varying import struct
 
 _MOST = 1024  # columns of a step
 _LOOKED_AT = 32  # rows of which one program finds those that no token goes to
+UNREAD = -1  # in place of a row's token: what is there may be anything
 
 
 def take(rows_ND: Array, index_R: Array, *, interpret: bool = False) -> Array:
@@ -31,7 +32,7 @@ def take(rows_ND: Array, index_R: Array, *, interpret: bool = False) -> Array:
 def spread(
   x_TD: Array, row_TK: Array, token_R: Array, *, interpret: bool = False
 ) -> Array:
-  """Each token's row at each of its places; zero where no token goes.
+  """Each token's row at each of its places; zero where no token goes but `UNREAD`.
 
   A program reads a token once and writes it k times: in the order of the rows it would
   be read k times, mostly from memory.
