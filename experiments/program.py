@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments import optim, state as states, step
 from experiments.config import Run
+from jmoe.config import ModelConfig
 
 if TYPE_CHECKING:
   from experiments.spread import Spread
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class Program(NamedTuple):
   """What trains and evaluates a run."""
 
+  model: ModelConfig  # as it runs: over a mesh with its table and dispatch
   blueprint: states.Blueprint
   optimizer: optim.Optimizer
   key: np.ndarray  # u32[2] data of the key that parameters are drawn with
@@ -63,6 +65,7 @@ def program(
   lengths = np.zeros(run.model.vocab_size, np.int32)  # a model may have room to spare
   lengths[: len(byte_lengths)] = byte_lengths
   return Program(
+    model,
     blueprint,
     optimizer,
     key=_key(run.seed),

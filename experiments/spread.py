@@ -23,7 +23,7 @@ from experiments.state import TrainState, path_part
 from jmoe import dispatch
 from jmoe.config import BlockConfig, ModelConfig, MoEConfig
 from jmoe.parallel import EXPERT_TENSOR, Rules, param_specs, rules
-from jmoe.use import use
+from jmoe.use import Use, use
 
 _WHOLE = P()
 # What carries rows to experts on other devices, in place of what does not.
@@ -37,12 +37,23 @@ _BESIDE: dict[str, str | bool] = {
   "xla_gpu_enable_latency_hiding_scheduler": True,
   "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
 }
+# And of permutations, by which `own_first` goes: copy engines in place of NCCL's
+# kernels, with which it is slower than without.  Within one process only.
+_COPIES: dict[str, str | bool] = {
+  "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"
+}
 GATHER = "gather"  # matrices come to the tokens, and no row travels
-STRATEGIES = {
-  name: function
-  for name, function in vars(dispatch).items()
-  if getattr(function, "exchanges", False) or getattr(function, "gspmd", False)
-} | {GATHER: None}
+# Name -> what carries rows, with the keywords that the name stands for.
+STRATEGIES: dict[str, Use | None] = {
+  **{
+    name: use(function)
+    for name, function in vars(dispatch).items()
+    if getattr(function, "exchanges", False) or getattr(function, "gspmd", False)
+  },
+  "all_gather+own_first": use(dispatch.all_gather, own_first=True),
+  "all_to_all+own_first": use(dispatch.all_to_all, own_first=True),
+  GATHER: None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +104,14 @@ class Spread:
   def _carrier(self, ff: MoEConfig) -> Any:
     if self.strategy == GATHER:
       return ff.dispatch
-    function = STRATEGIES[self.strategy] if self.strategy else None
-    if function is None and self.rules.axes("expert", self.sizes):
-      function = _EXCHANGED.get(ff.dispatch.function)
-    if function is None or function is ff.dispatch.function:
+    own, exchanged = ff.dispatch.function, _EXCHANGED.get(ff.dispatch.function)
+    asked = STRATEGIES[self.strategy] if self.strategy else None
+    if asked is None and exchanged and self.rules.axes("expert", self.sizes):
+      asked = use(exchanged)
+    if asked is None:
       return ff.dispatch
-    kept = (
-      ff.dispatch.kwargs if function is _EXCHANGED.get(ff.dispatch.function) else {}
-    )
-    return use(function, **kept)
+    kept = ff.dispatch.kwargs if asked.function in (own, exchanged) else {}
+    return use(asked.function, **{**kept, **asked.kwargs})
 
   def state(self, like: TrainState) -> TrainState:
     """The sharding of every array of a state.
@@ -169,15 +179,16 @@ class Spread:
       made.train_step,
       donate_argnums=0,
       out_shardings=(like, whole, whole),
-      compiler_options=self._options,
+      compiler_options=self._options(made.model),
     )
     return Step(self, step, rows)
 
-  @property
-  def _options(self) -> dict[str, str | bool] | None:
-    """Of the compiler, for a step."""
-    several_gpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "gpu"
-    return _BESIDE if several_gpus else None
+  def _options(self, model: ModelConfig) -> dict[str, str | bool] | None:
+    """Of the compiler, for a step of a model."""
+    if self.mesh.size == 1 or self.mesh.devices.flat[0].platform != "gpu":
+      return None
+    own_first = any(ff.dispatch.kwargs.get("own_first") for ff in sparse_layers(model))
+    return _BESIDE | (_COPIES if own_first and jax.process_count() == 1 else {})
 
   def eval_step(self, made: Program) -> "Step":
     """`(params, balance, batch) -> sums`, the same on every device."""

@@ -165,8 +165,8 @@ def lowered(run: Any, mesh: Mesh, strategy: str, factor: float = 1.25) -> Any:
 
 def _limited(model: ModelConfig, spread: Spread, factor: float) -> ModelConfig:
   """With a capacity, where a strategy of buckets meets layers without one."""
-  function = STRATEGIES[spread.strategy or GATHER]
-  if function is None or fact(use(function), "dropless") is not False:
+  carrier = STRATEGIES[spread.strategy or GATHER]
+  if carrier is None or fact(carrier, "dropless") is not False:
     return model
 
   def one(block: BlockConfig) -> BlockConfig:
@@ -175,7 +175,7 @@ def _limited(model: ModelConfig, spread: Spread, factor: float) -> ModelConfig:
       return block
     limit = use(capacity.by_factor, factor=factor)
     limited = dataclasses.replace(
-      ff, capacity=limit, group_size="row", dispatch=use(function)
+      ff, capacity=limit, group_size="row", dispatch=carrier
     )
     return dataclasses.replace(block, ff=limited)
 

@@ -47,7 +47,7 @@ class Layer:
   tensor: int
   factor: float  # slots over mean rows, where there are buckets
   skew: float
-  every_slot: bool = True  # whether empty slots are multiplied too, as on TPUs
+  every_slot: bool = True  # whether rows of nobody are written and multiplied: on TPUs
   popularity: Any = None  # of the experts, f32[E] that sum to k; None: by the skew
   tile: int = 1  # rows that an expert's are filled up to a multiple of
   waited: float = 0.0  # rows in whose time an expert's matrices come
@@ -158,14 +158,14 @@ def gather(layer: Layer) -> Outcome | str:
 
 def all_gather(layer: Layer) -> Outcome | str:
   """Every device sees all tokens, runs its experts, and sums are scattered."""
-  sizes = layer.sizes()
+  sizes, nobody = layer.sizes(), layer.every_slot
   return Outcome(
     layer.sent(costs.all_gather(sizes)),
     rows=drops.busiest(layer.chance_E, layer.devices),
     buffer=2 * sizes.token * (layer.devices - 1),
     own=layer.devices,
     room=layer.room,
-    copied=layer.copied("all_gather", layer.rows_out * (layer.devices - 1)),
+    copied=nobody * layer.copied("all_gather", layer.rows_out * (layer.devices - 1)),
     filled=layer.filled(layer.devices),
   )
 
@@ -247,10 +247,33 @@ def expert_tensor(layer: Layer) -> Outcome | str:
   )  # fmt: skip
 
 
+def own_first(strategy: Strategy) -> Strategy:
+  """A strategy with one's own rows in a buffer of their own, by permutations.
+
+  They run behind products, whose times grow by what that saves but for calls and
+  copies: so it was over two and four H200s, within 3% of a time of `all_gather`'s and
+  6% of `all_to_all`'s (root mean squares of 28 and 19).
+  """
+
+  def of(layer: Layer) -> Outcome | str:
+    found = strategy(layer)
+    if isinstance(found, str):
+      return found
+    return found._replace(
+      exchanges=[e._replace(collective="permute") for e in found.exchanges],
+      copied=found.copied * layer.every_slot,
+      filled=1 + 2 * (found.filled - 1),  # both buffers have last tiles, and wait
+    )
+
+  return of
+
+
 STRATEGIES: dict[str, Strategy] = {
   "gather experts": gather,
   "all_gather": all_gather,
+  "all_gather+own_first": own_first(all_gather),
   "all_to_all": all_to_all,
+  "all_to_all+own_first": own_first(all_to_all),
   "ragged_all_to_all": ragged_all_to_all,
   "hierarchical": hierarchical,
   "deduplicated": deduplicated,

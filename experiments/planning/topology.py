@@ -123,6 +123,10 @@ def _in_hosts(topology: Topology, sizes: Mapping[str, int]) -> dict[str, Extent]
   return {axis: found[axis] for axis in sizes}
 
 
+# Collectives of which every device sends something to every other one itself.
+_TO_EACH = ("all_to_all", "ragged_all_to_all", "permute")
+
+
 def seconds(
   topology: Topology, extent: Extent, collective: str, size: float, calls: int = 1
 ) -> float:
@@ -137,8 +141,8 @@ def seconds(
   Args:
     topology: the chips.
     extent: of the axis.
-    collective: "all_to_all", "ragged_all_to_all", "all_gather", "reduce_scatter",
-      "all_reduce".
+    collective: "all_to_all", "ragged_all_to_all", "permute" (a shift for each other
+      device), "all_gather", "reduce_scatter", "all_reduce".
     size: bytes that leave a device in all calls if every byte crosses one link: (n-1)/n
       of what it gets in a gather, of what it holds in an all_to_all; twice that in an
       all_reduce.
@@ -159,7 +163,7 @@ def seconds(
 def _between_hosts(topology: Topology, extent: Extent, collective: str) -> float:
   """Seconds of a byte at the stated rates."""
   far = (extent.size - extent.inside) / (extent.size - 1)
-  if not collective.endswith("all_to_all") and far:
+  if collective not in _TO_EACH and far:
     far = 1.0 / extent.inside  # a ring leaves the host once for all of its GPUs
   near = 1 - far if extent.inside > 1 else 0.0
   return near / topology.chip.link + far / topology.chip.network
@@ -171,7 +175,7 @@ def _on_torus(topology: Topology, extent: Extent, collective: str) -> float:
   link = chip.link / chip.devices
   if extent.size <= chip.devices:  # within a chip: as fast as all of its links at least
     return 1 / (chip.links * link)
-  if collective.endswith("all_to_all"):
+  if collective in _TO_EACH:
     # Bytes on a link: half of the hops each way, a quarter of a ring or half of a line.
     return max(n / 8 if joined else n / 4 for n, joined in spans) / link
   return 1 / (sum(2 if joined else 1 for _, joined in spans) * link)

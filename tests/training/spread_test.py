@@ -15,6 +15,7 @@ from flax import nnx, traverse_util
 import jmoe
 from experiments import (
   checkpoint,
+  configs,
   dry_run,
   fitting,
   main,
@@ -24,9 +25,10 @@ from experiments import (
   spread,
 )
 from experiments.checkpoint import Checkpoints, digests
-from experiments.config import Run
+from experiments.config import Run, sparse_layers
 from experiments.errors import BadCheckpoint, BadConfig
 from jmoe.parallel import mesh as meshes
+from jmoe.use import use
 from tests.tolerance import assert_close
 from tests.training.conftest import QUICK
 
@@ -276,9 +278,40 @@ def test_processes_that_cannot_be_are_one_line(tmp_path, capsys, arguments, said
 ])  # fmt: skip
 def test_only_a_step_over_several_gpus_tells_the_compiler(platform, devices, hides):
   """On GPUs what travels is to do so beside products; others do not know the words."""
-  there = np.array([types.SimpleNamespace(platform=platform)] * devices)
-  mesh: Any = types.SimpleNamespace(size=devices, devices=there)
-  told = spread.Spread(mesh)._options
+  model = configs.load("micro").model
+  over = spread.Spread(_seeming(platform, devices))
+  told = over._options(model)
   assert (told is not None) == hides
   if told is not None:
     assert told["xla_gpu_enable_latency_hiding_scheduler"] is True
+    assert "xla_gpu_collective_permute_mode" not in told
+
+
+@pytest.mark.parametrize("name", ["all_gather", "all_to_all"])
+def test_own_rows_first_go_by_copy_engines_where_one_process_has_the_gpus(
+  name, monkeypatch
+):
+  made = meshes.make(MESH, devices=jax.devices()[:4])
+  model = configs.load("micro").model
+  if name == "all_to_all":
+    limit = use(jmoe.capacity.by_factor, factor=1.5)
+    ff = dataclasses.replace(
+      sparse_layers(model)[0], capacity=limit, dispatch=use(jmoe.dispatch.buckets)
+    )
+    block = dataclasses.replace(model.segments[0][0][0], ff=ff)
+    model = dataclasses.replace(model, segments=(((block,), 2),))
+  model = spread.Spread(made, strategy=f"{name}+own_first").model(model)
+  (used,) = {ff.dispatch for ff in sparse_layers(model)}
+  assert (used.name, used.kwargs) == (name, {"own_first": True})
+  over = spread.Spread(_seeming("gpu", 4))
+  mode = "xla_gpu_collective_permute_mode"
+  assert over._options(model)[mode] == "COLLECTIVES_PEER_MEMORY"
+  assert spread.Spread(_seeming("cpu", 4))._options(model) is None
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert mode not in over._options(model)
+
+
+def _seeming(platform: str, devices: int) -> Any:
+  """As much of a mesh as options ask for."""
+  there = np.array([types.SimpleNamespace(platform=platform)] * devices)
+  return types.SimpleNamespace(size=devices, devices=there)

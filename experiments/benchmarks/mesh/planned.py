@@ -7,6 +7,7 @@ import functools
 import numpy as np
 
 from experiments.benchmarks import shapes
+from experiments.benchmarks.mesh.layer import OWN_FIRST
 from experiments.benchmarks.shapes import Shape
 from experiments.planning import exchanges, rates
 from experiments.planning.chips import CHIPS
@@ -46,5 +47,5 @@ def _loads(shape: Shape, balanced: bool) -> np.ndarray:
 
 def strategy_of(name: str) -> str:
   """The planner's name of a row's strategy."""
-  found = name.partition(",")[0]
+  found = name.partition(",")[0].replace(OWN_FIRST, "+own_first")
   return "gather experts" if found == "gather" else found

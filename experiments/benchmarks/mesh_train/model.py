@@ -25,7 +25,9 @@ from jmoe.models import unrolled
 from jmoe.parallel import mesh as meshes
 from jmoe.presets import olmoe, qwen3_moe
 
-STRATEGIES = ("all_gather", "ragged_all_to_all", "deduplicated")
+STRATEGIES = (
+  *("all_gather", "all_gather+own_first", "ragged_all_to_all", "deduplicated"),
+)
 
 
 def _olmoe(given: size.Size) -> ModelConfig:
