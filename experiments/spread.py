@@ -38,11 +38,13 @@ _BESIDE: dict[str, str | bool] = {
   "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
 }
 # And of permutations, by which `own_first` goes: copy engines in place of NCCL's
-# kernels, with which it is slower than without.  Within one process only.
+# kernels, with which it is slower than without.  Within one process only, and XLA has
+# the word in jax 0.10, not yet in 0.7.
 _COPIES: dict[str, str | bool] = {
   "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"
 }
 GATHER = "gather"  # matrices come to the tokens, and no row travels
+_OWN_FIRST = "+own_first"
 # Name -> what carries rows, with the keywords that the name stands for.
 STRATEGIES: dict[str, Use | None] = {
   **{
@@ -50,8 +52,8 @@ STRATEGIES: dict[str, Use | None] = {
     for name, function in vars(dispatch).items()
     if getattr(function, "exchanges", False) or getattr(function, "gspmd", False)
   },
-  "all_gather+own_first": use(dispatch.all_gather, own_first=True),
-  "all_to_all+own_first": use(dispatch.all_to_all, own_first=True),
+  "all_gather" + _OWN_FIRST: use(dispatch.all_gather, own_first=True),
+  "all_to_all" + _OWN_FIRST: use(dispatch.all_to_all, own_first=True),
   GATHER: None,
 }
 
@@ -80,7 +82,11 @@ class Spread:
 
   def said(self, config: ModelConfig) -> str:
     """The mesh, and how a model's rows travel over it, for people."""
-    used = {ff.dispatch.name for ff in sparse_layers(self.model(config))}
+    carriers = [ff.dispatch for ff in sparse_layers(self.model(config))]
+    used = {
+      used.name + (_OWN_FIRST if used.kwargs.get("own_first") else "")
+      for used in carriers
+    }
     return str(self) + (f", dispatch {', '.join(sorted(used))}" if used else "")
 
   def model(self, config: ModelConfig) -> ModelConfig:
@@ -110,7 +116,9 @@ class Spread:
       asked = use(exchanged)
     if asked is None:
       return ff.dispatch
-    kept = ff.dispatch.kwargs if asked.function in (own, exchanged) else {}
+    kept = dict(ff.dispatch.kwargs) if asked.function in (own, exchanged) else {}
+    if "own_first" in asked.kwargs:  # other ways to send, and to hide it
+      kept = {name: kept[name] for name in kept if name not in ("by", "overlap")}
     return use(asked.function, **{**kept, **asked.kwargs})
 
   def state(self, like: TrainState) -> TrainState:
@@ -188,7 +196,8 @@ class Spread:
     if self.mesh.size == 1 or self.mesh.devices.flat[0].platform != "gpu":
       return None
     own_first = any(ff.dispatch.kwargs.get("own_first") for ff in sparse_layers(model))
-    return _BESIDE | (_COPIES if own_first and jax.process_count() == 1 else {})
+    there = jax.process_count() == 1 and jax.__version_info__ >= (0, 10)
+    return _BESIDE | (_COPIES if own_first and there else {})
 
   def eval_step(self, made: Program) -> "Step":
     """`(params, balance, batch) -> sums`, the same on every device."""

@@ -51,6 +51,7 @@ class Layer:
   popularity: Any = None  # of the experts, f32[E] that sum to k; None: by the skew
   tile: int = 1  # rows that an expert's are filled up to a multiple of
   waited: float = 0.0  # rows in whose time an expert's matrices come
+  copies: bool = False  # whether permutations may go by copy engines: GPUs of one host
 
   @property
   def slots(self) -> float:
@@ -250,7 +251,7 @@ def expert_tensor(layer: Layer) -> Outcome | str:
 def own_first(strategy: Strategy) -> Strategy:
   """A strategy with one's own rows in a buffer of their own, by permutations.
 
-  They run behind products, whose times grow by what that saves but for calls and
+  They run behind products, whose times grow by what that saves but for NCCL's calls and
   copies: so it was over two and four H200s, within 3% of a time of `all_gather`'s and
   6% of `all_to_all`'s (root mean squares of 28 and 19).
   """
@@ -259,9 +260,15 @@ def own_first(strategy: Strategy) -> Strategy:
     found = strategy(layer)
     if isinstance(found, str):
       return found
+    if not layer.copies:
+      return "it pays where copy engines carry it, between GPUs of one host"
+    room = found.room
+    if room is not None:  # of each of both buffers
+      room = 1.0 + min(room, layer.devices - 1.0)
     return found._replace(
       exchanges=[e._replace(collective="permute") for e in found.exchanges],
-      copied=found.copied * layer.every_slot,
+      copied=0.0,
+      room=room,
       filled=1 + 2 * (found.filled - 1),  # both buffers have last tiles, and wait
     )
 
@@ -282,7 +289,14 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def layer_of(
-  run: Run, mesh: Mesh, inside: int, *, factor: float, skew: float, chip: Chip
+  run: Run,
+  mesh: Mesh,
+  inside: int,
+  *,
+  factor: float,
+  skew: float,
+  chip: Chip,
+  hosts: int = 1,
 ) -> Layer | None:
   """The sparse layer that a run has most of; None of a dense model.
 
@@ -293,6 +307,7 @@ def layer_of(
     factor: slots over mean rows, of a model without capacity.
     skew: of the question.
     chip: whose kernels run.
+    hosts: of all devices, of GPUs.
   """
   found = work.sparse_blocks(run.model)
   if not found:
@@ -317,4 +332,5 @@ def layer_of(
     every_slot=chip.kind == "tpu",
     tile=rates.TILE if chip.kind == "gpu" else 1,
     waited=rates.waited(chip),
+    copies=chip.kind == "gpu" and hosts == 1,
   )

@@ -114,7 +114,7 @@ def show_ranking(question: Question, ranked: list[Plan], most: int = 8) -> None:
   print(f"strategies on {question.mesh}, the fastest that fits first")
   _show_plans(here)
   for name, why in step.refusals(question).items():
-    print(f"  {name:<19}none: {why}")
+    print(f"  {name:<21}none: {why}")
   best: dict[Mesh, Plan] = {}
   for plan in ranked:
     if plan.question.mesh != question.mesh:
@@ -125,10 +125,10 @@ def show_ranking(question: Question, ranked: list[Plan], most: int = 8) -> None:
 
 
 def _show_plans(plans: list[Plan]) -> None:
-  print(f"  {'':<19}{'step s':>9}{'rows s':>9}{'GiB':>8}")
+  print(f"  {'':<21}{'step s':>9}{'rows s':>9}{'GiB':>8}")
   for plan in plans:
     print(
-      f"  {plan.strategy:<19}{plan.times.step:9.4f}{plan.times.rows:9.4f}"
+      f"  {plan.strategy:<21}{plan.times.step:9.4f}{plan.times.rows:9.4f}"
       f"{plan.memory.peak / _GIB:8.2f}  {plan.question.mesh}"
       f"{'' if plan.fits else ', does not fit'}"
     )

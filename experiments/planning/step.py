@@ -167,6 +167,7 @@ def _layer(question: Question) -> exchanges.Layer | None:
     factor=question.factor,
     skew=question.skew,
     chip=question.topology.chip,
+    hosts=question.topology.sides[0],
   )
 
 

@@ -61,6 +61,7 @@ def expert_of_rows(groups: Groups, num_rows: int, size: int) -> Array:
 
 def in_used_blocks(groups: Groups, num_rows: int, size: int) -> Array:
   """bool[R] whether a row's block holds any expert's rows: `Blocks` as a mask."""
+  assert groups.block % size == 0, (groups.block, size)
   used_B = jnp.any(_inside(groups, num_rows, size), axis=1)
   return jnp.repeat(used_B, size)
 

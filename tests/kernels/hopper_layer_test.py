@@ -110,6 +110,41 @@ def test_an_interpreted_layer_is_that_of_a_cpu(name, as_hopper):
   check(LAYERS[name])
 
 
+IN_PIECES = dataclasses.replace(
+  jmoe.simple(256, 256, num_experts=4, k=2),
+  experts=use(jmoe.experts.glu, d_ff=256, bias=True, pieces=2),
+)
+
+
+@on_cpu
+@pytest.mark.parametrize("config, models", [
+  (LAYERS["glu with biases"], 2),
+  (LAYERS["mlp with biases, made anew"], 1),
+  (IN_PIECES, 1),
+], ids=["two models", "made anew", "in pieces"])  # fmt: skip
+def test_blocks_in_which_no_expert_has_rows_are_not_read(config, models, as_hopper):
+  """NaN stands there, in half of the buffer: two of four experts get all tokens."""
+  drawn = [jmoe.moe_init(key, config) for key in jax.random.split(jax.random.key(0), 2)]
+  params = [jax.tree.map(moved, narrow(one)) for one in drawn]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves[:models]), *params)
+  x = jax.random.normal(jax.random.key(1), (models, 60, config.d_model), jnp.bfloat16)
+  forced = jnp.stack([jnp.tile(jnp.array([n, n + 1]), (60, 1)) for n in range(models)])
+
+  def grads(params, x, forced):
+    def loss(params, x):
+      y, _ = jmoe.moe(params, x, config, forced=forced, train=True)
+      return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+  found = jax.jit(jax.vmap(grads))(stacked, x, forced)
+  wide = jax.tree.map(lambda a: a.astype(jnp.float32), (stacked, x))
+  with devices.as_if("cpu"):
+    expected = jax.jit(jax.vmap(grads))(*wide, forced)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert error(one, np.asarray(other, np.float64)) < 2e-2
+
+
 @on_cpu
 @pytest.mark.parametrize("name", ["glu with biases", "mlp with biases, made anew"])
 def test_a_layer_between_exchanges_is_that_of_a_cpu(name, as_hopper, monkeypatch):

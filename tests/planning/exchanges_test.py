@@ -60,6 +60,21 @@ def test_a_token_is_sent_less_often_than_its_choices():
   assert sent("deduplicated") < sent("ragged_all_to_all")
 
 
+def test_own_rows_first_are_for_the_gpus_of_one_host():
+  assert "one host" in exchanges.STRATEGIES["all_gather+own_first"](layer())
+  one = dataclasses.replace(layer(tokens=2**16), copies=True, every_slot=False)
+  plain, own = (
+    exchanges.STRATEGIES[name](one) for name in ("all_gather", "all_gather+own_first")
+  )
+  assert {e.collective for e in own.exchanges} == {"permute"}
+  assert [e.size for e in own.exchanges] == [e.size for e in plain.exchanges]
+  assert own.room == plain.room == one.devices
+  bounded = dataclasses.replace(
+    one, config=dataclasses.replace(one.config, max_rows=0.5)
+  )
+  assert exchanges.STRATEGIES["all_gather+own_first"](bounded).room == 3.0
+
+
 def test_one_host_has_no_hierarchy():
   assert "one host" in exchanges.hierarchical(layer())
 

@@ -36,6 +36,7 @@ def layer_of(
     popularity=load_E / load_E.sum() * shape.k,
     tile=1 if balanced else rates.TILE,  # balanced loads fill theirs
     waited=rates.waited(CHIPS["H200"]),
+    copies=True,
   )  # fmt: skip
 
 
