@@ -254,8 +254,32 @@ def shard_params(params: Any, rules: Rules, mesh: Mesh) -> Any:
     params: the tree of `moe_init`.
     rules: the table.
     mesh: of devices.
+
+  Raises:
+    ValueError: axes do not divide a dimension of a parameter.
   """
   specs = param_specs(params, rules, mesh.shape)
+  jax.tree_util.tree_map_with_path(
+    lambda path, leaf, at: _divisible(path, leaf.shape, at, mesh.shape), params, specs
+  )
   return jax.tree.map(
     lambda leaf, at: jax.device_put(leaf, NamedSharding(mesh, at)), params, specs
   )
+
+
+def _divisible(
+  path: Any, shape: Sequence[int], at: PartitionSpec, sizes: Mapping[str, int]
+) -> None:
+  """Raises where axes do not divide a dimension of a parameter."""
+  for dim, axes in enumerate(at):
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    n = product(names, sizes)
+    if shape[dim] % n:
+      below, above = shape[dim] // n * n, -(-shape[dim] // n) * n
+      said = ", ".join(f"{a}={sizes[a]}" for a in names)
+      use = f"{below} or {above}" if below else str(above)
+      raise ValueError(
+        f"params{jax.tree_util.keystr(path)} has shape {tuple(shape)}, of which "
+        f"{shape[dim]} is not divisible by the axes {said}; use {use} there, or other "
+        "sizes of the mesh."
+      )

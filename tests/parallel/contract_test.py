@@ -30,6 +30,16 @@ def test_cells_are_few():
   assert len(CELLS) <= 120
 
 
+@pytest.mark.parametrize("strategy, extra", [
+  ("all_gather", "random"), ("deduplicated, slots", "plain"), ("sort", "padding"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused_with_a_remedy(strategy, extra):
+  row = dict(router="expert_choice", strategy=strategy, extra=extra)
+  row |= dict(mesh="expert=8", kind="auto")
+  assert not cases.fits(row)
+  cases.check_refused(row)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("batch", product.batches(), ids=lambda b: product.name(b[0]))
 def test_the_whole_product_equals_one_device_or_is_refused(batch):

@@ -228,6 +228,15 @@ def test_both_shells_and_no_mesh():
   assert np.abs(bias).max() > 0
 
 
+def test_parameters_that_axes_do_not_divide_are_named_before_any_is_moved():
+  config = jmoe.simple(16, 32, num_experts=6, k=2)
+  with pytest.raises(
+    ValueError, match=r"\['down_EFD'\].* 6 is .* expert=4; use 4 or 8"
+  ):
+    shard_params(moe_init(KEY, config), EXPERT_TENSOR, mesh.make("data=2,expert=4"))
+  assert jmoe.experts.layout.place(6, 4) == (0, 1, 2, 3, 4, 5, 0, 1)  # what helps
+
+
 def test_parameters_may_rest_where_the_table_says():
   config = dataclasses.replace(BASE, dispatch=use(dispatch.all_gather))
   params = moe_init(KEY, config)
