@@ -33,8 +33,8 @@ def begin(job, texts, encoded, cache, monkeypatch):
     if run.model != job.run.model:
       return program.program(run, **kwargs)
     key = np.zeros(2, np.uint32)
-    parts = job.blueprint, job.optimizer, key, lambda key: job.init(), print, print
-    return program.Program(*parts)
+    made = job.blueprint, job.optimizer, key, lambda key: job.init(), print, print
+    return program.Program(run.model, *made)
 
   monkeypatch.setattr(loop, "train", train)
   monkeypatch.setattr(sitting, "program", made)
