@@ -49,7 +49,7 @@ def test_a_plan_names_memory_collectives_drops_time_and_strategies(
   for word in ("parameters", "optimizer", "peak", "all_gather", "drops", "step"):
     assert word in out
   assert int(re.findall(r"largest batch that fits: ([\d,]+)", out)[0].replace(",", ""))
-  assert ("hierarchical       none: the expert axis lies within" in out) == (
+  assert ("hierarchical         none: the expert axis lies within" in out) == (
     "expert" in mesh and topology.startswith("v5p")
   )
   assert "the fastest with other expert axes" in out
