@@ -7,6 +7,7 @@ same run goes on over another mesh, or without one.
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,9 +196,17 @@ class Spread:
     """Of the compiler, for a step of a model."""
     if self.mesh.size == 1 or self.mesh.devices.flat[0].platform != "gpu":
       return None
-    own_first = any(ff.dispatch.kwargs.get("own_first") for ff in sparse_layers(model))
-    there = jax.process_count() == 1 and jax.__version_info__ >= (0, 10)
-    return _BESIDE | (_COPIES if own_first and there else {})
+    if not any(ff.dispatch.kwargs.get("own_first") for ff in sparse_layers(model)):
+      return _BESIDE
+    if jax.process_count() > 1 or jax.__version_info__ < (0, 10):
+      warnings.warn(
+        f"own_first with {jax.process_count()} processes and jax {jax.__version__}: "
+        "copy engines take one process and jax 0.10; by NCCL's kernels it is slower "
+        "than without, so use a --strategy without +own_first.",
+        stacklevel=3,
+      )
+      return _BESIDE
+    return _BESIDE | _COPIES
 
   def eval_step(self, made: Program) -> "Step":
     """`(params, balance, batch) -> sums`, the same on every device."""

@@ -275,11 +275,11 @@ def _divisible(
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     n = product(names, sizes)
     if shape[dim] % n:
-      below, above = shape[dim] // n * n, -(-shape[dim] // n) * n
+      from jmoe._mesh_checks import near  # which reads tables
+
       said = ", ".join(f"{a}={sizes[a]}" for a in names)
-      use = f"{below} or {above}" if below else str(above)
       raise ValueError(
         f"params{jax.tree_util.keystr(path)} has shape {tuple(shape)}, of which "
-        f"{shape[dim]} is not divisible by the axes {said}; use {use} there, or other "
-        "sizes of the mesh."
+        f"{shape[dim]} is not divisible by the axes {said}; use {near(shape[dim], n)} "
+        "there, or other sizes of the mesh."
       )

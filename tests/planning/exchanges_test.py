@@ -144,7 +144,7 @@ LEAN = {
 
 @pytest.mark.parametrize("file", sorted(p.name for p in MEASURED.glob("*_lean.json")))
 def test_times_are_those_that_were_measured_since(file):
-  """No constant was fitted to these but what `all_gather` no longer writes."""
+  """To these were fitted: no copies of `all_gather`'s, and how own first is counted."""
   found = json.loads((MEASURED / file).read_text())
   base = Shape(*(found["shape"][f.name] for f in dataclasses.fields(Shape)))
   ratios = {}

@@ -313,9 +313,11 @@ def test_own_rows_first_go_by_copy_engines_where_one_process_has_the_gpus(
   assert spread.Spread(_seeming("cpu", 4))._options(model) is None
   with monkeypatch.context() as several:
     several.setattr(jax, "process_count", lambda: 2)
-    assert mode not in over._options(model)
+    with pytest.warns(UserWarning, match="2 processes .* slower"):
+      assert mode not in over._options(model)
   monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
-  assert mode not in over._options(model)  # its compiler does not know the word
+  with pytest.warns(UserWarning, match="jax 0.10"):  # the compiler lacks the word
+    assert mode not in over._options(model)
 
 
 def _seeming(platform: str, devices: int) -> Any:

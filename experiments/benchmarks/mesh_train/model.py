@@ -26,7 +26,10 @@ from jmoe.parallel import mesh as meshes
 from jmoe.presets import olmoe, qwen3_moe
 
 STRATEGIES = (
-  *("all_gather", "all_gather+own_first", "ragged_all_to_all", "deduplicated"),
+  "all_gather",
+  "all_gather+own_first",
+  "ragged_all_to_all",
+  "deduplicated",
 )
 
 
