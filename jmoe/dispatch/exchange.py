@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jmoe.kernels.devices import GPUS, current_device
+from jmoe.kernels.permute_rows import unwritten
 from jmoe.kernels.permute_rows.reference import take
-from jmoe.kernels.varying import like, search, together, zeros
+from jmoe.kernels.varying import search, together, zeros
 
 Axis = tuple[str, ...]
 # Pieces of what a GPU sends to each other one.  XLA's kernel gives every piece a block
@@ -46,10 +47,9 @@ def exchange(
 
 def room(num_rows: int, like_ND: Array, *, zero: bool) -> Array:
   """`[num_rows, D]` of zeros, or of anything, for a ragged all-to-all to write into."""
-  shape = (num_rows, like_ND.shape[1])
   if zero:
-    return zeros(shape, like_ND.dtype, like_ND)
-  return like(lax.empty(shape, like_ND.dtype), like_ND)
+    return zeros((num_rows, like_ND.shape[1]), like_ND.dtype, like_ND)
+  return unwritten(like_ND, num_rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

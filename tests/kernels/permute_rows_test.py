@@ -108,6 +108,35 @@ def test_interpreted_rows_can_be_batched():
   np.testing.assert_array_equal(found[1], reference.take(x + 1, index[::-1]))
 
 
+@pytest.mark.parametrize("models", [None, 3])
+def test_an_array_of_anything_has_the_width_and_dtype_of_the_rows(models):
+  from jmoe.kernels.permute_rows import triton
+
+  def made(rows):
+    return triton.unwritten(rows, 7, interpret=True)
+
+  rows = jnp.ones((3, 5, 130) if models else (5, 130), jnp.bfloat16)
+  found = jax.vmap(made)(rows) if models else made(rows)
+  assert found.dtype == jnp.bfloat16
+  assert found.shape == ((3, 7, 130) if models else (7, 130))
+  assert permute_rows.unwritten(jnp.ones((5, 4)), 7).shape == (7, 4)  # not a GPU's
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("cols", [4, 128, 1500])
+def test_an_array_of_anything_on_a_gpu_is_written_into(cols):
+  rows = jax.random.normal(jax.random.key(0), (50, cols), jnp.bfloat16)
+
+  @jax.jit
+  def twice(rows):
+    found = permute_rows.unwritten(rows, 100)
+    for first in (0, 50):
+      found = jax.lax.dynamic_update_slice_in_dim(found, rows + first, first, 0)
+    return found
+
+  np.testing.assert_array_equal(twice(rows), jnp.concatenate([rows, rows + 50]))
+
+
 @pytest.mark.accelerator
 @pytest.mark.parametrize("limited", [False, True])
 def test_tokens_on_a_gpu_go_to_each_of_their_places(limited):

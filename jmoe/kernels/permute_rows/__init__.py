@@ -3,5 +3,6 @@
 
 from jmoe.kernels.permute_rows.api import spread as spread
 from jmoe.kernels.permute_rows.api import take as take
+from jmoe.kernels.permute_rows.api import unwritten as unwritten
 from jmoe.kernels.permute_rows.api import weighed as weighed
 from jmoe.kernels.permute_rows.sums import summed as summed

@@ -6,12 +6,12 @@ Neither is differentiated: `dispatch.carry` writes each way's gradient as the ot
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jmoe.kernels.devices import current_device, has_triton
 from jmoe.kernels.permute_rows import reference
 from jmoe.kernels.row_blocks import in_used_blocks
-from jmoe.kernels.varying import together
+from jmoe.kernels.varying import like, together
 from jmoe.types import Layout
 
 
@@ -75,6 +75,24 @@ def weighed(
   from jmoe.kernels.permute_rows import triton  # imports Pallas
 
   return triton.weighed(*together(rows_ND, index_R, weight_R, other_RD))
+
+
+@jax.named_scope("rows")
+def unwritten(rows_ND: Array, num_rows: int) -> Array:
+  """`[num_rows, D]` of anything, for an operation that writes into an array.
+
+  XLA makes an array that nothing is needed for as early as it likes, those of all
+  layers before the first of them; a kernel that does nothing lets it wait for the rows.
+
+  Args:
+    rows_ND: what must be there first.
+    num_rows: of the result.
+  """
+  if not _served(rows_ND):
+    return like(lax.empty((num_rows, rows_ND.shape[1]), rows_ND.dtype), rows_ND)
+  from jmoe.kernels.permute_rows import triton  # imports Pallas
+
+  return triton.unwritten(rows_ND, num_rows)
 
 
 def _served(rows: Array) -> bool:

@@ -69,6 +69,13 @@ def weighed(
   return call(index_R, rows_ND, weight_R.astype(jnp.float32), other_RD)
 
 
+def unwritten(rows_ND: Array, num_rows: int, *, interpret: bool = False) -> Array:
+  """`[num_rows, D]` of anything, not before the rows are there."""
+  out = struct((num_rows, rows_ND.shape[1]), rows_ND.dtype, rows_ND)
+  call = _call(_unwritten, (out,), name="unwritten", interpret=interpret, programs=1)
+  return call(rows_ND)[0]
+
+
 def _take(index_ref, rows_ref, out_ref, *, num_rows: int):
   r = pl.program_id(0)
   index = index_ref[r]
@@ -124,6 +131,10 @@ def _weighed(
   dot_ref[r] = jnp.sum(total)
 
 
+def _unwritten(*_):
+  pass
+
+
 def _width(num_cols: int) -> int:
   return min(_MOST, pl.next_power_of_2(num_cols))
 
@@ -140,16 +151,16 @@ def _call(kernel, out, *, name: str, interpret: bool, programs: int | None = Non
   """A call with a program for each index, or as many as are asked for."""
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
 
-  def call(index_R, *arrays):
+  def call(*arrays):
     return pl.pallas_call(
       kernel,
-      grid=(programs or index_R.shape[0],),
-      in_specs=[anywhere] * (1 + len(arrays)),
+      grid=(programs or arrays[0].shape[0],),
+      in_specs=[anywhere] * len(arrays),
       out_specs=(anywhere,) * len(out),
       out_shape=out,
       compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
       name=name,
       interpret=interpret,
-    )(index_R, *arrays)
+    )(*arrays)
 
   return call
