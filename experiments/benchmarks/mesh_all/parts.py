@@ -73,7 +73,7 @@ def parts(
   # Layers apart hide what parameters send, and compile for minutes: last of all.
   apart = ("--mesh", whole, "--no-loop", "--keep", "most", *steps)
   if not dry:
-    rows = "4" if gpus >= 8 else "8"  # those of all 48 layers take twice the room
+    rows = "6" if gpus >= 8 else "8"  # those of all 48 layers take twice the room
     training("qwen3-apart", 40, "qwen3-30b-a3b", *apart, *large, "--rows", rows)
   for shape in SHAPES if liger_site else ():
     words = ("--parts", "layer,liger", "--liger-site", str(liger_site), "--only-all",
