@@ -211,7 +211,10 @@ class Spread:
   def eval_step(self, made: Program) -> "Step":
     """`(params, balance, batch) -> sums`, the same on every device."""
     whole = NamedSharding(self.mesh, _WHOLE)
-    return Step(self, jax.jit(made.eval_step, out_shardings=whole), None)
+    step = jax.jit(
+      made.eval_step, out_shardings=whole, compiler_options=self._options(made.model)
+    )
+    return Step(self, step, None)
 
   def put(self, batch: batches.Batch, rows: "Rows | None" = None) -> dict[str, Any]:
     """A batch as global arrays, of which each device has its rows.

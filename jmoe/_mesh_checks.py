@@ -26,6 +26,8 @@ def over_mesh(config: Any, x: Any, context: Any, train: bool, axes: Any) -> None
   rules = config.sharding
   mesh = meshes.current()
   if mesh is None:
+    if rules is not None:
+      meshes.refuse_entered(rules)
     return
   if rules is None:
     _by_type(config, x, mesh)

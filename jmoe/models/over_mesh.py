@@ -209,6 +209,8 @@ def _mesh(rules: Rules | None) -> Any:
   """The current mesh, where a model's table applies to it."""
   mesh = None if rules is None else meshes.current()
   if mesh is None:
+    if rules is not None:
+      meshes.refuse_entered(rules)
     return None
   if AxisType.Auto not in mesh.axis_types:
     raise ValueError(

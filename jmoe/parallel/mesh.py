@@ -5,12 +5,15 @@ by `jmoe.parallel.rules`; a layer finds the mesh that `jax.set_mesh` made curren
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import Array
+from jax.interpreters import pxla
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jmoe.use import nearest, shown
@@ -119,6 +122,25 @@ def current() -> AbstractMesh | None:
   """The mesh that `jax.set_mesh` made current; None if there is none."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh is None or mesh.empty else mesh
+
+
+def refuse_entered(rules: Any) -> None:
+  """Raises in a `with mesh:` block, where a table would be passed over in silence."""
+  # That block is older than `jax.set_mesh`, and jax tells of it nowhere else.
+  entered = getattr(_resources(), "env", None)
+  if current() is None and entered is not None and not entered.physical_mesh.empty:
+    names = entered.physical_mesh.axis_names
+    raise ValueError(
+      f"sharding={shown(rules)} in `with mesh:` of axes {names}: a layer does not see "
+      "that mesh; write `with jax.set_mesh(mesh):`."
+    )
+
+
+@functools.cache
+def _resources() -> Any:
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    return getattr(pxla, "thread_resources", None)
 
 
 def manual_axes(mesh: AbstractMesh) -> tuple[str, ...]:

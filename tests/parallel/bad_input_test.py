@@ -142,6 +142,21 @@ def test_types_that_split_tokens_need_a_table():
       apply(params, x, config)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_mesh_that_a_layer_would_not_see():
+  params, x = moe_init(jax.random.key(0), BASE), jnp.ones((8, 2, D))
+  made = mesh.make("data=8")
+  with made:
+    with pytest.raises(
+      ValueError, match=r"'data',\).*write `with jax.set_mesh\(mesh\)"
+    ):
+      apply(params, x, BASE)
+    free = dataclasses.replace(BASE, sharding=None, dispatch=use(dispatch.sort))
+    apply(params, x, free)  # of one device, and nothing else was asked for
+    with jax.set_mesh(made):
+      apply(params, x, BASE)
+
+
 def test_a_layer_makes_its_own_shard_map():
   params = moe_init(jax.random.key(0), BASE)
   spec = jax.sharding.PartitionSpec

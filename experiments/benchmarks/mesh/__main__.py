@@ -35,7 +35,9 @@ from experiments.benchmarks.turns import HELP
 from experiments.parser import Parser, run
 
 _NAME = "experiments.benchmarks.mesh"
-_STRATEGIES = "all_gather,all_to_all,ragged_all_to_all,hierarchical,deduplicated,gather"
+_STRATEGIES = (
+  "all_gather,all_to_all,ragged_all_to_all,hierarchical,deduplicated,gather,einsum"
+)
 
 
 def parser() -> Parser:

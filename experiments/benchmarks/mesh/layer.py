@@ -37,12 +37,16 @@ BY_PLACE = "all_gather by ragged"
 BUCKETS_BY_PLACE = "all_to_all by ragged"
 OWN_FIRST = " own first"
 # They need a capacity, and may drop.
-BUCKETS = (*("all_to_all", BUCKETS_BY_PLACE, "all_to_all" + OWN_FIRST, "hierarchical"),)
+BUCKETS = (
+  *("all_to_all", BUCKETS_BY_PLACE, "all_to_all" + OWN_FIRST, "hierarchical"),
+  "einsum",
+)
 DROPLESS = (
   *("all_gather", BY_EXCHANGE, BY_PLACE, "all_gather" + OWN_FIRST),
   *("ragged_all_to_all", "deduplicated", "gather"),
 )
 ROUTINGS = ("balanced", "skewed")
+GROUP = 1024  # tokens that share slots by `einsum`, whose masks are T S k f numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +126,8 @@ def sharded(
     if way.strategy.endswith(OWN_FIRST):
       given["own_first"] = True
   experts = use(jmoe.experts.glu, d_ff=shape.d_ff)
+  if way.strategy == "einsum":
+    return _by_xla(shape, experts, limit, mesh)
   bound = None if way.room is None else int(way.room * shape.tokens * shape.k)
 
   def local(params, x_TD, weight_TK, expert_TK):
@@ -143,6 +149,27 @@ def sharded(
   return jax.shard_map(
     local, mesh=mesh, in_specs=(SPLIT,) * 4, out_specs=(SPLIT, SPLIT), check_vma=True
   )
+
+
+def _by_xla(
+  shape: Shape, experts: Any, limit: Any, mesh: Mesh
+) -> Callable[..., tuple[Array, Array]]:
+  """GShard's layer of whole arrays, which XLA splits; slots are shared in groups."""
+
+  def whole(*given):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return layer(*given)
+
+  def layer(params, x_TD, weight_TK, expert_TK):
+    routing = dataclasses.replace(
+      ours.routing(shape, weight_TK, expert_TK), group_size=min(GROUP, shape.tokens)
+    )
+    plan = assign(routing, Context(), capacity=limit)
+    home = combine.weighted_sum(plan)
+    y_TD = dispatch.einsum(x_TD, plan, Experts(experts, params), home, axis=AXES)
+    return y_TD, 1.0 - jnp.mean(plan.kept, dtype=jnp.float32)[None]
+
+  return whole
 
 
 def alone(shape: Shape) -> Callable[..., tuple[Array, Array]]:
