@@ -233,7 +233,8 @@ def _waited(question: Question, exchange: Exchange, looped: float) -> float:
   """Seconds for an exchange of rows, of which a part of the layers is in loops.
 
   A device's own rows first gain by their permutations where layers are apart, and lose
-  as much in a loop: OLMoE's step over two H200s took 359 ms for 367, and 412 for 403.
+  as much in a loop, by one pair of steps: OLMoE's over two H200s took 359 ms for 367,
+  and 412 for 403.
   """
   twice = 1 + looped if exchange.collective == "permute" else 1.0
   return twice * seconds(question, exchange)

@@ -46,7 +46,7 @@ def exchange(
 
 
 def room(num_rows: int, like_ND: Array, *, zero: bool) -> Array:
-  """`[num_rows, D]` of zeros, or of anything, for a ragged all-to-all to write into."""
+  """`[num_rows, D]` of zeros, or of anything, to be written into."""
   if zero:
     return zeros((num_rows, like_ND.shape[1]), like_ND.dtype, like_ND)
   return unwritten(like_ND, num_rows)

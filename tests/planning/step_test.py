@@ -76,7 +76,7 @@ def test_steps_take_what_they_took(name, sizes, strategy, loop, ms, gb, monkeypa
   "4_qwen3_apart", "4_qwen3_apart_4", "4_qwen3_loop", "4_olmoe_apart",
 ])  # fmt: skip
 def test_steps_take_what_they_took_since(file):
-  """To those of Qwen3 over fsdp it is fitted what is hidden, apart and in a loop."""
+  """What is hidden, apart and in a loop, was fitted to those of Qwen3 over fsdp."""
   path = Path(benchmarks.__path__[0]) / f"measured/mesh_train_{file}.json"
   measured = json.loads(path.read_text())
   given = commands.parser().parse_args(shlex.split(measured["command"])[3:])

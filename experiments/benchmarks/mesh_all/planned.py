@@ -4,9 +4,10 @@
 
 Written before a run, so that the run can judge the planner (`mesh_all.compare`).  Of
 layers: milliseconds forward and backward, and a GPU's rate over that of the same layer
-on one GPU; loads are those that the benchmark draws, and nothing is hidden behind
-products.  Of links: GB/s.  Of training steps: milliseconds, tokens a second, GB of a
-GPU.  `planning.rates` holds what it knows, all of it from one, two and four H200s.
+on one GPU; loads are those that the benchmark draws, and only own first's exchanges are
+hidden behind products.  Of links: GB/s.  Of training steps: milliseconds, tokens a
+second, GB of a GPU.  `planning.rates` holds what it knows, all of it from one, two and
+four H200s.
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -81,14 +81,15 @@ def weighed(
 def unwritten(rows_ND: Array, num_rows: int) -> Array:
   """`[num_rows, D]` of anything, for an operation that writes into an array.
 
-  XLA makes an array that nothing is needed for as early as it likes, those of all
-  layers before the first of them; a kernel that does nothing lets it wait for the rows.
+  XLA makes an array that needs nothing as early as it likes: those of all layers before
+  the first is used.  A kernel that does nothing makes it wait for the rows.  Where
+  Triton does not serve (narrow rows, other devices, jax before 0.10) it needs nothing.
 
   Args:
     rows_ND: what must be there first.
     num_rows: of the result.
   """
-  if not _served(rows_ND):
+  if not num_rows or not _served(rows_ND):
     return like(lax.empty((num_rows, rows_ND.shape[1]), rows_ND.dtype), rows_ND)
   from jmoe.kernels.permute_rows import triton  # imports Pallas
 

@@ -148,7 +148,7 @@ def _columns(num_cols: int):
 
 
 def _call(kernel, out, *, name: str, interpret: bool, programs: int | None = None):
-  """A call with a program for each index, or as many as are asked for."""
+  """A call with a program for each row of the first array, or as many as are asked."""
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
 
   def call(*arrays):
