@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jmoe.use import shown
 
@@ -250,6 +250,8 @@ def bytes_per_device(
 def shard_params(params: Any, rules: Rules, mesh: Mesh) -> Any:
   """The parameters of a layer, laid out over a mesh as its table says.
 
+  A jitted step that returns them need not be told their shardings to be compiled once.
+
   Args:
     params: the tree of `moe_init`.
     rules: the table.
@@ -262,9 +264,28 @@ def shard_params(params: Any, rules: Rules, mesh: Mesh) -> Any:
   jax.tree_util.tree_map_with_path(
     lambda path, leaf, at: _divisible(path, leaf.shape, at, mesh.shape), params, specs
   )
-  return jax.tree.map(
-    lambda leaf, at: jax.device_put(leaf, NamedSharding(mesh, at)), params, specs
-  )
+
+  def placed(leaf: Any, at: PartitionSpec) -> Any:
+    typed = AxisType.Explicit in mesh.axis_types
+    at = at if typed else _as_given_back(at, mesh.shape)
+    return jax.device_put(leaf, NamedSharding(mesh, at))
+
+  return jax.tree.map(placed, params, specs)
+
+
+def _as_given_back(at: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
+  """A spec as jax spells that of a result that XLA placed.
+
+  A step whose parameters come back spelt otherwise is compiled a second time.
+  """
+  dims: list[Any] = []
+  for axes in at:
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    names = tuple(name for name in names if sizes[name] > 1)
+    dims.append(names[0] if len(names) == 1 else names or None)
+  while dims and dims[-1] is None:
+    dims.pop()
+  return PartitionSpec(*dims)
 
 
 def _divisible(

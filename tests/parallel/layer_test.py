@@ -28,7 +28,15 @@ from jmoe import (
 from jmoe.config import Attention, BlockConfig, Dense, ModelConfig
 from jmoe.experts import layout
 from jmoe.layer import apply, init_state, moe_init
-from jmoe.parallel import EXPERT_TENSOR, FSDP, Rules, mesh, param_specs, shard_params
+from jmoe.parallel import (
+  EXPERT_FSDP,
+  EXPERT_TENSOR,
+  FSDP,
+  Rules,
+  mesh,
+  param_specs,
+  shard_params,
+)
 from tests._cases import quickly
 from tests.parallel.cases import MATMUL, RULES
 from tests.tolerance import assert_close
@@ -318,3 +326,30 @@ def test_a_whole_model_has_specs_by_the_same_table():
   assert of("ff", "down", "kernel") == (None, "tensor", "fsdp")
   assert of("embed", "embedding") == ("tensor", "fsdp")
   assert of("unembed", "kernel") == ("fsdp", "tensor")
+
+
+@pytest.mark.parametrize("rules, sizes", [
+  (EXPERT_TENSOR, "data=2,expert=2,tensor=2"),
+  (EXPERT_TENSOR, "data=4,expert=1,tensor=2"),
+  (EXPERT_FSDP, "data=2,expert=2,fsdp=2"),
+  (EXPERT_FSDP, "expert=1,fsdp=8"),
+  (EXPERT_FSDP, "expert=8"),
+])  # fmt: skip
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_step_of_ones_own_is_compiled_once(rules, sizes, explicit):
+  """Parameters lie as the step gives them back, also those that are whole."""
+  made = mesh.make(sizes, explicit=explicit)
+  config = dataclasses.replace(BASE, sharding=rules)
+  params = shard_params(moe_init(KEY, config), rules, made)
+
+  @jax.jit
+  def step(params, x):
+    def loss(params):
+      return jnp.sum(apply(params, x, config)[0] ** 2)
+
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+
+  with jax.set_mesh(made), quickly():
+    for _ in range(3):
+      params = step(params, X)
+  assert step._cache_size() == 1
