@@ -192,28 +192,30 @@ class Spread:
     )
     return Step(self, step, rows)
 
-  def _options(self, model: ModelConfig) -> dict[str, str | bool] | None:
-    """Of the compiler, for a step of a model."""
+  def _options(
+    self, model: ModelConfig, *, warn: bool = True
+  ) -> dict[str, str | bool] | None:
+    """Of the compiler, for a step of a model; `warn` where it cannot be as asked."""
     if self.mesh.size == 1 or self.mesh.devices.flat[0].platform != "gpu":
       return None
     if not any(ff.dispatch.kwargs.get("own_first") for ff in sparse_layers(model)):
       return _BESIDE
     if jax.process_count() > 1 or jax.__version_info__ < (0, 10):
-      warnings.warn(
-        f"own_first with {jax.process_count()} processes and jax {jax.__version__}: "
-        "copy engines take one process and jax 0.10; by NCCL's kernels it is slower "
-        "than without, so use a --strategy without +own_first.",
-        stacklevel=3,
-      )
+      if warn:
+        warnings.warn(
+          f"own_first with {jax.process_count()} processes and jax {jax.__version__}: "
+          "copy engines take one process and jax 0.10; by NCCL's kernels it is slower "
+          "than without, so use a --strategy without +own_first.",
+          stacklevel=3,
+        )
       return _BESIDE
     return _BESIDE | _COPIES
 
   def eval_step(self, made: Program) -> "Step":
     """`(params, balance, batch) -> sums`, the same on every device."""
     whole = NamedSharding(self.mesh, _WHOLE)
-    step = jax.jit(
-      made.eval_step, out_shardings=whole, compiler_options=self._options(made.model)
-    )
+    options = self._options(made.model, warn=False)  # the training step did
+    step = jax.jit(made.eval_step, out_shardings=whole, compiler_options=options)
     return Step(self, step, None)
 
   def put(self, batch: batches.Batch, rows: "Rows | None" = None) -> dict[str, Any]:

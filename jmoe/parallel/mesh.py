@@ -5,7 +5,6 @@ by `jmoe.parallel.rules`; a layer finds the mesh that `jax.set_mesh` made curren
 """
 # SPDX-License-Identifier: Apache-2.0
 
-import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,10 @@ from jmoe.use import nearest, shown
 # Copies of the model, slices of its matrices, experts, slices of an expert's hidden
 # layer, slices of a sequence.
 AXES = ("data", "fsdp", "expert", "tensor", "context")
+
+with warnings.catch_warnings():  # jax tells of that block nowhere else
+  warnings.simplefilter("ignore", DeprecationWarning)
+  _RESOURCES: Any = getattr(pxla, "thread_resources", None)
 
 
 def make(
@@ -125,22 +128,17 @@ def current() -> AbstractMesh | None:
 
 
 def refuse_entered(rules: Any) -> None:
-  """Raises in a `with mesh:` block, where a table would be passed over in silence."""
-  # That block is older than `jax.set_mesh`, and jax tells of it nowhere else.
-  entered = getattr(_resources(), "env", None)
-  if current() is None and entered is not None and not entered.physical_mesh.empty:
+  """Raises in a `with mesh:` block, where a table would be passed over in silence.
+
+  That block is older than `jax.set_mesh`, which is not called here.
+  """
+  entered = getattr(_RESOURCES, "env", None)
+  if entered is not None and entered.physical_mesh.size > 1:
     names = entered.physical_mesh.axis_names
     raise ValueError(
       f"sharding={shown(rules)} in `with mesh:` of axes {names}: a layer does not see "
-      "that mesh; write `with jax.set_mesh(mesh):`."
+      "that mesh; write `with jax.set_mesh(mesh):`, or use sharding=None."
     )
-
-
-@functools.cache
-def _resources() -> Any:
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    return getattr(pxla, "thread_resources", None)
 
 
 def manual_axes(mesh: AbstractMesh) -> tuple[str, ...]:

@@ -250,7 +250,9 @@ def bytes_per_device(
 def shard_params(params: Any, rules: Rules, mesh: Mesh) -> Any:
   """The parameters of a layer, laid out over a mesh as its table says.
 
-  A jitted step that returns them need not be told their shardings to be compiled once.
+  On axes of one type a jitted step that returns them need not be told their shardings
+  to be compiled once; if it is, by each parameter's own `.sharding`, as `param_specs`
+  spells the same otherwise.
 
   Args:
     params: the tree of `moe_init`.
@@ -265,24 +267,21 @@ def shard_params(params: Any, rules: Rules, mesh: Mesh) -> Any:
     lambda path, leaf, at: _divisible(path, leaf.shape, at, mesh.shape), params, specs
   )
 
+  typed = AxisType.Explicit in mesh.axis_types
+
   def placed(leaf: Any, at: PartitionSpec) -> Any:
-    typed = AxisType.Explicit in mesh.axis_types
-    at = at if typed else _as_given_back(at, mesh.shape)
+    at = at if typed else _as_given_back(at)
     return jax.device_put(leaf, NamedSharding(mesh, at))
 
   return jax.tree.map(placed, params, specs)
 
 
-def _as_given_back(at: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
+def _as_given_back(at: PartitionSpec) -> PartitionSpec:
   """A spec as jax spells that of a result that XLA placed.
 
   A step whose parameters come back spelt otherwise is compiled a second time.
   """
-  dims: list[Any] = []
-  for axes in at:
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    names = tuple(name for name in names if sizes[name] > 1)
-    dims.append(names[0] if len(names) == 1 else names or None)
+  dims = list(at)
   while dims and dims[-1] is None:
     dims.pop()
   return PartitionSpec(*dims)

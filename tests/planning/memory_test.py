@@ -124,8 +124,8 @@ def test_a_step_over_two_h200s_needs_what_it_took():
   model = mesh_train.configured(olmoe_1b_7b, keep="most")
   loop = planned(model)
   assert loop["gb"] == pytest.approx(max(found["gb"]["peak_of_each"]), rel=0.03)
-  # By the compiler 32.1 GB of zeros and 62.2 of copies, which layers apart do not have,
-  # and hide more of the sums of gradients, nor have them beside all that was kept.
+  # By the compiler 32.1 GB of zeros and 62.2 of copies, which layers apart do not have;
+  # they hide more of the sums of gradients, which are not beside all that was kept.
   apart = planned(unrolled(model))
   assert apart["gb"] == pytest.approx(80.06, rel=0.02)
   assert loop["ms"] - apart["ms"] == pytest.approx(94.3 / 4.27 + 0.3 * 9.1, rel=0.05)

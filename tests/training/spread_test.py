@@ -4,6 +4,7 @@
 import dataclasses
 import itertools
 import types
+import warnings
 from typing import Any, NamedTuple
 
 import chex
@@ -315,9 +316,20 @@ def test_own_rows_first_go_by_copy_engines_where_one_process_has_the_gpus(
     several.setattr(jax, "process_count", lambda: 2)
     with pytest.warns(UserWarning, match="2 processes .* slower"):
       assert mode not in over._options(model)
+    with warnings.catch_warnings(action="error"):
+      assert mode not in over._options(model, warn=False)
   monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
   with pytest.warns(UserWarning, match="jax 0.10"):  # the compiler lacks the word
     assert mode not in over._options(model)
+
+
+def test_evaluation_tells_the_compiler_what_training_does(monkeypatch):
+  over, told = spread.Spread(meshes.make(MESH)), []
+  monkeypatch.setattr(spread.Spread, "_options", lambda *_, warn=True: {"told": warn})
+  keep = lambda function, **given: told.append(given["compiler_options"])  # noqa: E731
+  monkeypatch.setattr(spread.jax, "jit", keep)
+  over.eval_step(types.SimpleNamespace(eval_step=None, model=None))  # type: ignore
+  assert told == [{"told": False}]
 
 
 def _seeming(platform: str, devices: int) -> Any:

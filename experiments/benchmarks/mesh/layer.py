@@ -156,9 +156,13 @@ def _by_xla(
 ) -> Callable[..., tuple[Array, Array]]:
   """GShard's layer of whole arrays, which XLA splits; slots are shared in groups."""
 
-  def whole(*given):
+  def split(tree):
+    return jax.tree.map(lambda a: lax.with_sharding_constraint(a, SPLIT), tree)
+
+  def whole(params, x_TD, *choices):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return layer(*given)
+      y_TD, dropped = layer(*split((params, x_TD)), *choices)
+      return split(y_TD), dropped
 
   def layer(params, x_TD, weight_TK, expert_TK):
     routing = dataclasses.replace(
