@@ -21,7 +21,8 @@ from jmoe.use import nearest, shown
 # layer, slices of a sequence.
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 
-with warnings.catch_warnings():  # jax tells of that block nowhere else
+# Where jax keeps the mesh of a `with mesh:` block; it says so nowhere else.
+with warnings.catch_warnings():
   warnings.simplefilter("ignore", DeprecationWarning)
   _RESOURCES: Any = getattr(pxla, "thread_resources", None)
 
@@ -130,7 +131,8 @@ def current() -> AbstractMesh | None:
 def refuse_entered(rules: Any) -> None:
   """Raises in a `with mesh:` block, where a table would be passed over in silence.
 
-  That block is older than `jax.set_mesh`, which is not called here.
+  The block is older than `jax.set_mesh` and makes no mesh current; to be called where
+  `current()` is None.
   """
   entered = getattr(_RESOURCES, "env", None)
   if entered is not None and entered.physical_mesh.size > 1:

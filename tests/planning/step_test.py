@@ -76,7 +76,31 @@ def test_steps_take_what_they_took(name, sizes, strategy, loop, ms, gb, monkeypa
   "4_qwen3_apart", "4_qwen3_apart_4", "4_qwen3_loop", "4_olmoe_apart",
 ])  # fmt: skip
 def test_steps_take_what_they_took_since(file):
-  """What is hidden, apart and in a loop, was fitted to those of Qwen3 over fsdp."""
+  """What is hidden, apart and in a loop, was fitted to those of Qwen3 over fsdp.
+
+  An allocator's peak is without the arena of ragged exchanges, which no plan has: 13.8
+  GB of `4_olmoe_apart`.
+  """
+  found, step = planned_and_measured(file)
+  assert found["ms"] == pytest.approx(statistics.median(step["ms"]), rel=0.055)
+  assert found["gb"] == pytest.approx(max(step["gb"]["peak_of_each"]), rel=0.085)
+
+
+@pytest.mark.parametrize("faster, slower", [
+  ("2_qwen3_own_first", "2_qwen3_expert"),
+  ("2_qwen3_expert", "2_qwen3_fsdp"),  # what is hidden is not free
+  ("2_olmoe_own_first", "2_olmoe_apart_again"),
+  ("2_olmoe_loop", "2_olmoe_own_first_loop"),  # permutations count twice in a loop
+])  # fmt: skip
+def test_plans_are_in_the_order_of_what_was_measured(faster, slower):
+  pairs = map(planned_and_measured, (faster, slower))
+  plans, steps = zip(*pairs, strict=True)
+  assert statistics.median(steps[0]["ms"]) < statistics.median(steps[1]["ms"])
+  assert plans[0]["ms"] < plans[1]["ms"]
+
+
+def planned_and_measured(file):
+  """(milliseconds and GB that are planned, the step that was measured)."""
   path = Path(benchmarks.__path__[0]) / f"measured/mesh_train_{file}.json"
   measured = json.loads(path.read_text())
   given = commands.parser().parse_args(shlex.split(measured["command"])[3:])
@@ -85,9 +109,7 @@ def test_steps_take_what_they_took_since(file):
     run.model, rows=run.data.batch, seq=given.seq, sizes=measured["mesh"],
     strategy=given.strategy, chips=f"gpu:{given.gpus}xH200",
   )  # fmt: skip
-  ms, peaks = (measured["step"][key] for key in ("ms", "gb"))
-  assert found["ms"] == pytest.approx(statistics.median(ms), rel=0.055)
-  assert found["gb"] == pytest.approx(max(peaks["peak_of_each"]), rel=0.085)
+  return found, measured["step"]
 
 
 def test_memory_is_the_compilers_where_experts_rest_whole():

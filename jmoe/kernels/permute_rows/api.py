@@ -86,7 +86,7 @@ def unwritten(rows_ND: Array, num_rows: int) -> Array:
   Triton does not serve (narrow rows, other devices, jax before 0.10) it needs nothing.
 
   Args:
-    rows_ND: what must be there first.
+    rows_ND: `[N,D]` what must be there first; the result has its dtype.
     num_rows: of the result.
   """
   if not num_rows or not _served(rows_ND):
