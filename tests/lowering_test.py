@@ -214,10 +214,14 @@ def test_router_products_are_exact_and_those_of_experts_fast(name, platform, on)
   inside = text.count("@tpu_custom_call")  # products that kernels make
   # Forward and both gradients.
   assert len(routing) >= 3 and len(expert) + inside >= 6
-  for product in routing:
+  # A mask and rows of bfloat16, by parts that are exact there: `mask_product`.
+  narrow = name == "einsum" and platform == "tpu"
+  parts = [p for p in routing if narrow and len(p.left + p.right) > 6]
+  assert len(parts) == (7 if narrow else 0)
+  for product in set(routing) - set(parts):
     assert product.precision == ("HIGHEST", "HIGHEST"), product
     assert product.dtypes == ("f32", "f32"), product
-  for product in expert:
+  for product in expert + parts:
     assert product.precision == ("DEFAULT", "DEFAULT"), product
     assert product.dtypes == ("bf16", "bf16"), product
 

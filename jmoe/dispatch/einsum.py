@@ -1,6 +1,7 @@
 """One-hot matmuls (GShard): the reference, and what XLA shards by itself."""
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from jmoe.kernels.mask_product import mask_product
 from jmoe.types import Groups, Home, Plan, Rows, group_of, wide
 from jmoe.use import marked
 
@@ -24,7 +26,8 @@ def einsum(
   """Dispatch and combine as products with dense masks `[G,S,E,C]`.
 
   GShard (arXiv 2006.16468), algorithm 2.  Memory grows with T*E*C: for small shapes,
-  for meshes without `shard_map`, and to compare the others with.
+  for meshes without `shard_map`, and to compare the others with.  Rows in bfloat16 are
+  moved by bfloat16 products on TPUs and newer GPUs, which `jax.jvp` does not pass.
 
   Args:
     x_TD: activations.
@@ -42,34 +45,33 @@ def einsum(
   assert plan.capacity is not None
   C = plan.capacity if isinstance(plan.capacity, int) else max(plan.capacity)
   dtype = wide(x_TD)
-
-  def product(subscripts: str, a: Array, b: Array) -> Array:
-    # A token's copy must arrive as it left: no bf16 or TF32 passes over one-hots.
-    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+  exactly = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
   expert_NE = jax.nn.one_hot(routing.expert, E, dtype=dtype)
   slot_NC = jax.nn.one_hot(plan.slot, C, dtype=dtype)
   slot_NC = jnp.where(plan.kept[:, None], slot_NC, 0)
   tokens = jnp.arange(T, dtype=jnp.int32) if routing.k is None else None
-  x_GSD = jnp.pad(x_TD.astype(dtype), ((0, G * S - T), (0, 0))).reshape(G, S, D)
+  x_GSD = jnp.pad(x_TD, ((0, G * S - T), (0, 0))).reshape(G, S, D)
 
   def per_token(weight_N: Array) -> Array:
     """f32[G,S,E,C]: the weight of every kept assignment at its place."""
     weighed_NE = expert_NE * weight_N.astype(dtype)[:, None]
     if tokens is None:
-      mask = product(
+      mask = exactly(
         "TKE,TKC->TEC",
         weighed_NE.reshape(T, routing.k, E),
         slot_NC.reshape(T, routing.k, C),
       )
     else:
       own_TN = (routing.token[None, :] == tokens[:, None]).astype(dtype)
-      mask = product("TN,NEC->TEC", own_TN, weighed_NE[:, :, None] * slot_NC[:, None])
+      mask = exactly("TN,NEC->TEC", own_TN, weighed_NE[:, :, None] * slot_NC[:, None])
     return jnp.pad(mask, ((0, G * S - T), (0, 0), (0, 0))).reshape(G, S, E, C)
 
-  ones_N = jnp.ones(routing.weight.shape, dtype)
-  sent = per_token(ones_N if home.input_scale is None else home.input_scale)
-  x_EGCD = product("GSEC,GSD->EGCD", sent, x_GSD).astype(x_TD.dtype)
+  if home.input_scale is None:  # ones, which any dtype holds
+    sent = per_token(jnp.ones(routing.weight.shape, dtype)).astype(x_TD.dtype)
+  else:
+    sent = per_token(home.input_scale)
+  x_EGCD = mask_product("GSEC,GSD->EGCD", sent, x_GSD, x_TD.dtype)
   x_EGCD = _split(x_EGCD, axis)
   groups = Groups(
     start=jnp.arange(E, dtype=jnp.int32) * (G * C),
@@ -77,13 +79,15 @@ def einsum(
     capacity=G * C,
   )
   y_RD = experts(Rows(x_EGCD.reshape(E * G * C, D), groups))
-  y_EGCD = _split(y_RD.reshape(E, G, C, y_RD.shape[1]).astype(dtype), axis)
+  y_EGCD = _split(y_RD.reshape(E, G, C, y_RD.shape[1]), axis)
   if home.sums:
-    y_GSD = product("GSEC,EGCD->GSD", per_token(home.weight), y_EGCD)
-    return y_GSD.reshape(G * S, -1)[:T].astype(x_TD.dtype)
+    weight = per_token(home.weight)
+    y_GSD = mask_product("GSEC,EGCD->GSD", weight, y_EGCD, x_TD.dtype)
+    return y_GSD.reshape(G * S, -1)[:T]
   group_NG = jax.nn.one_hot(group_of(routing.token, routing.group_size), G, dtype=dtype)
   at_NEGC = jnp.einsum("NE,NG,NC->NEGC", expert_NE, group_NG, slot_NC)
-  y_ND = product("NEGC,EGCD->ND", at_NEGC, y_EGCD) * home.weight[:, None]
+  y_ND = exactly("NEGC,EGCD->ND", at_NEGC, y_EGCD.astype(dtype))
+  y_ND = y_ND * home.weight[:, None]
   return y_ND.reshape(T, routing.k or 1, -1).astype(x_TD.dtype)
 
 

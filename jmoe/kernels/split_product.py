@@ -54,15 +54,15 @@ def split_product(subscripts: str, tokens: Array, matrix: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(subscripts: str, tokens: Array, matrix: Array) -> Array:
-  first, *rest = _parts(matrix)
+  first, *rest = parts(matrix)
   found = _in_chunks(subscripts, tokens, first)
   if not rest:
     return found
-  of, matrix_of, out = _letters(subscripts)
+  of, matrix_of, out = letters(subscripts)
   new = next(letter for letter in matrix_of if letter in out)  # its parts are columns
   stacked = jnp.stack(rest, matrix_of.index(new))
   wide = f"{of},{matrix_of.replace(new, 'p' + new)}->{out.replace(new, 'p' + new)}"
-  small = jnp.sum(_einsum(wide, tokens, stacked), axis=out.index(new))
+  small = jnp.sum(narrow_einsum(wide, tokens, stacked), axis=out.index(new))
   # Of what is not finite the other parts are zero, and zero times infinity is NaN.
   return jnp.where(jnp.isfinite(found), found + small, found)
 
@@ -73,7 +73,7 @@ def _forward(subscripts: str, tokens: Array, matrix: Array):
 
 def _backward(subscripts: str, kept: tuple[Array, Array], grad: Array):
   tokens, matrix = kept
-  of, matrix_of, out = _letters(subscripts)
+  of, matrix_of, out = letters(subscripts)
   d_tokens: Any = _of_two(f"{out},{matrix_of}->{of}", grad, matrix)
   d_matrix: Any = _product(f"{of},{out}->{matrix_of}", tokens, grad)
   return d_tokens.astype(tokens.dtype), d_matrix.astype(matrix.dtype)
@@ -85,12 +85,12 @@ _product.defvjp(_forward, _backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _of_two(subscripts: str, a: Array, b: Array) -> Array:
   """Of two operands that may both be split: their parts are more terms of one sum."""
-  a_parts, b_parts = _parts(a), _parts(b)
+  a_parts, b_parts = parts(a), parts(b)
   pairs = [(i, j) for i, j in _PAIRS if i < len(a_parts) and j < len(b_parts)]
-  a_of, b_of, out = _letters(subscripts)
+  a_of, b_of, out = letters(subscripts)
   shared = next(letter for letter in a_of if letter in b_of)
   wide = f"{a_of.replace(shared, 'p' + shared)},{b_of.replace(shared, 'p' + shared)}"
-  return _einsum(
+  return narrow_einsum(
     f"{wide}->{out}",
     jnp.stack([a_parts[i] for i, _ in pairs], a_of.index(shared)),
     jnp.stack([b_parts[j] for _, j in pairs], b_of.index(shared)),
@@ -99,7 +99,7 @@ def _of_two(subscripts: str, a: Array, b: Array) -> Array:
 
 def _of_two_backward(subscripts: str, kept: tuple[Array, Array], grad: Array):
   # A second derivative: rare, and in full float32.
-  a_of, b_of, out = _letters(subscripts)
+  a_of, b_of, out = letters(subscripts)
   wide = tuple(x.astype(jnp.float32) for x in kept)
   of = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
   d_a = of(f"{out},{b_of}->{a_of}", grad, wide[1])
@@ -110,7 +110,7 @@ def _of_two_backward(subscripts: str, kept: tuple[Array, Array], grad: Array):
 _of_two.defvjp(lambda s, a, b: (_of_two(s, a, b), (a, b)), _of_two_backward)
 
 
-def _parts(a: Array) -> list[Array]:
+def parts(a: Array) -> list[Array]:
   """bfloat16 arrays whose sum is `a`, the largest first; of its sign, or zero.
 
   Exact down to 2**-110 or so, where parts become subnormal.
@@ -129,16 +129,16 @@ def _parts(a: Array) -> list[Array]:
 
 def _in_chunks(subscripts: str, a: Array, b: Array) -> Array:
   """`einsum`, sums longer than a chunk added up in float32."""
-  a_of, b_of, out = _letters(subscripts)
+  a_of, b_of, out = letters(subscripts)
   size = dict(zip(a_of, a.shape, strict=True))
   shared = max((letter for letter in a_of if letter in b_of), key=size.__getitem__)
   # A power of two, as are the devices over which XLA may have divided the tokens.
   chunks = 1 << (max(1, math.ceil(size[shared] / _CHUNK)) - 1).bit_length()
   if chunks == 1:
-    return _einsum(subscripts, a, b)
+    return narrow_einsum(subscripts, a, b)
   wide = f"{a_of.replace(shared, 'z' + shared)},{b_of.replace(shared, 'z' + shared)}"
   a, b = _cut(a, a_of.index(shared), chunks), _cut(b, b_of.index(shared), chunks)
-  return jnp.sum(_einsum(f"{wide}->z{out}", a, b), axis=0)
+  return jnp.sum(narrow_einsum(f"{wide}->z{out}", a, b), axis=0)
 
 
 def _cut(a: Array, axis: int, chunks: int) -> Array:
@@ -149,7 +149,9 @@ def _cut(a: Array, axis: int, chunks: int) -> Array:
   return a.reshape(*a.shape[:axis], chunks, -1, *a.shape[axis + 1 :])
 
 
-def _einsum(subscripts: str, a: Array, b: Array) -> Array:
+def narrow_einsum(subscripts: str, a: Array, b: Array) -> Array:
+  """f32 `einsum` of two bfloat16 arrays, whose products are exact."""
+
   def wide(a, b):  # not every product of bfloat16 runs on a CPU
     of = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return of(subscripts, a.astype(jnp.float32), b.astype(jnp.float32))
@@ -162,7 +164,7 @@ def _einsum(subscripts: str, a: Array, b: Array) -> Array:
   return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
 
 
-def _letters(subscripts: str) -> tuple[str, str, str]:
+def letters(subscripts: str) -> tuple[str, str, str]:
   operands, _, out = subscripts.partition("->")
   a, _, b = operands.partition(",")
   return a, b, out

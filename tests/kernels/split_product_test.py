@@ -87,7 +87,7 @@ def test_parts_add_up_exactly():
   bits = R.integers(0, 2**32, 10_000, dtype=np.uint64).astype(np.uint32)
   values = bits.view(np.float32)
   values = values[np.isfinite(values) & (np.abs(values) > 2.0**-100)]
-  parts = [np.asarray(p, np.float64) for p in jax.jit(split_product._parts)(values)]
+  parts = [np.asarray(p, np.float64) for p in jax.jit(split_product.parts)(values)]
   np.testing.assert_array_equal(sum(parts), values.astype(np.float64))
   assert all(np.isfinite(p).all() and (p * values >= 0).all() for p in parts)
 

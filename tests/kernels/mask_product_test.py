@@ -1,0 +1,194 @@
+"""Masks times rows by bfloat16's units: as exact as in float32, with fewer products."""
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmoe
+from jmoe import MoEConfig, capacity, dispatch, routers, use
+from jmoe.kernels import devices
+from jmoe.kernels.mask_product import mask_product
+from jmoe.layer import apply, moe_init
+from jmoe.parallel import EXPERT_TENSOR, mesh
+from tests._cases import quickly
+from tests.jaxprs import products
+from tests.parallel.cases import MATMUL
+from tests.tolerance import assert_close
+
+G, S, E, C, D = 2, 9, 3, 4, 7
+OUT, HOME = "GSEC,GSD->EGCD", "GSEC,EGCD->GSD"
+R = np.random.default_rng(0)
+pytestmark = pytest.mark.contract
+
+
+def operands(subscripts: str, weights: str):
+  """(a mask with two numbers in a token's row at most, bf16 rows, a cotangent)."""
+  mask = np.zeros((G * S, E * C))
+  for c in range(E * C):  # a slot is one token's, and a token has two slots or fewer
+    for g in range(G):
+      mask[g * S + (c % E + 2 * (c // E)) % S, c] = R.normal()
+  mask = mask.reshape(G, S, E, C)
+  if weights == "ones":
+    mask = (mask != 0).astype(np.float64)
+  tokens, slots = R.normal(size=(G, S, D)), R.normal(size=(E, G, C, D))
+  rows, grad = (tokens, slots) if subscripts == OUT else (slots, tokens)
+  kind = jnp.bfloat16 if weights == "ones" else jnp.float32
+  return jnp.asarray(mask, kind), *(jnp.asarray(a, jnp.bfloat16) for a in (rows, grad))
+
+
+def both(subscripts: str, mask, rows, grad):
+  """(values, the mask's gradient, the rows')."""
+
+  def product(mask, rows):
+    return mask_product(subscripts, mask, rows, rows.dtype)
+
+  found, pull = jax.vjp(product, mask, rows)
+  return found, *pull(grad)
+
+
+def swapped(subscripts: str) -> str:
+  mask, rows, out = subscripts.replace("->", ",").split(",")
+  return f"{mask},{out}->{rows}"
+
+
+def check(subscripts: str, given, found) -> None:
+  """Against float64: half a unit in the last place, and float32's error."""
+  assert [a.dtype for a in found] == [jnp.bfloat16, given[0].dtype, jnp.bfloat16]
+  mask, rows, grad = (np.asarray(a, np.float64) for a in given)
+  of_mask, of_rows, out = subscripts.replace("->", ",").split(",")
+  formulas = (
+    (subscripts, mask, rows),
+    (f"{out},{of_rows}->{of_mask}", grad, rows),
+    (f"{of_mask},{out}->{of_rows}", mask, grad),
+  )
+  for one, (formula, a, b) in zip(found, formulas, strict=True):
+    true, size = np.einsum(formula, a, b), np.einsum(formula, abs(a), abs(b))
+    assert size.max() > 0
+    rounding = 2.0**-8 if one.dtype == jnp.bfloat16 else 2.0**-24
+    gap = np.abs(np.asarray(one, np.float64) - true)
+    assert (gap <= rounding * np.abs(true) + 2.0**-21 * size).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", "ampere", "hopper", "tpu"])
+@pytest.mark.parametrize("weights", ["ones", "float32"])
+@pytest.mark.parametrize("subscripts", [OUT, HOME])
+def test_values_and_gradients_are_rounded_once(subscripts, weights, device):
+  given = operands(subscripts, weights)
+  with devices.as_if(device):
+    found = jax.jit(functools.partial(both, subscripts))(*given)
+  check(subscripts, given, found)
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("weights", ["ones", "float32"])
+@pytest.mark.parametrize("subscripts", [OUT, HOME])
+def test_an_accelerator_rounds_once(subscripts, weights):
+  given = operands(subscripts, weights)
+  check(subscripts, given, jax.jit(functools.partial(both, subscripts))(*given))
+
+
+def test_rows_arrive_as_they_left():
+  mask, rows, grad = operands(OUT, "ones")
+  with devices.as_if("tpu"):
+    found = both(OUT, mask, rows, grad)[0]
+  at = np.argmax(np.asarray(mask, np.float32), axis=1)  # [G,E,C] a slot's token
+  expected = np.asarray(rows)[np.arange(G)[:, None, None], at]
+  np.testing.assert_array_equal(found, expected.transpose(1, 0, 2, 3))
+
+
+@pytest.mark.parametrize(
+  ("rows", "weights", "device", "expected"),
+  [
+    ("bfloat16", "bfloat16", "hopper", 3),  # values, and each gradient
+    ("bfloat16", "float32", "ampere", 5),  # the rows' gradient is one, of stacked parts
+    ("bfloat16", "float32", "tpu", 5),
+    ("bfloat16", "float32", "gpu", None),  # may have no bfloat16 units
+    ("float16", "float32", "hopper", None),  # has no room for parts of small weights
+    ("float32", "float32", "hopper", None),
+  ],
+)
+def test_products_are_bfloat16s_where_rows_are(rows, weights, device, expected):
+  given = [
+    jnp.zeros((G, S, E, C), weights),
+    jnp.zeros((E, G, C, D), rows),
+    jnp.zeros((G, S, D), rows),
+  ]
+  platform = "tpu" if device == "tpu" else "cuda"
+  with devices.as_if(device):
+    traced = jax.jit(functools.partial(both, HOME)).trace(*given)
+  found = products(traced.lower(lowering_platforms=(platform,)).as_text())
+  kinds = {p.dtypes for p in found}
+  assert kinds == ({("f32", "f32")} if expected is None else {("bf16", "bf16")})
+  assert len(found) == (expected or 3)
+
+
+@pytest.mark.parametrize("weight", [np.inf, -np.inf, np.nan])
+def test_weights_that_are_not_finite_pass_on(weight):
+  mask, rows, grad = operands(HOME, "float32")
+  first = tuple(np.argwhere(np.asarray(mask))[0])
+  with devices.as_if("hopper"):
+    found = both(HOME, mask.at[first].set(weight), rows, grad)[0]
+  expected = both(HOME, mask.at[first].set(weight), rows, grad)[0]
+  found, expected = (np.asarray(a, np.float32) for a in (found, expected))
+  assert not np.isfinite(found).all()
+  np.testing.assert_array_equal(found, expected)
+
+
+CONFIG = MoEConfig(
+  16,
+  4,
+  experts=use(jmoe.experts.glu, d_ff=8, **MATMUL),
+  router=use(routers.top_k, k=2),
+  capacity=use(capacity.by_factor, factor=1.0),
+  dispatch=use(dispatch.einsum),
+  group_size=9,
+  param_dtype=jnp.bfloat16,
+  sharding=EXPERT_TENSOR,
+)
+LAYERS = {
+  "top_k": {},
+  "of all tokens": dict(router=use(routers.expert_choice), capacity=None, losses=()),
+  "weights on the input": dict(scale="input"),
+}
+
+
+def of_layer(config: MoEConfig):
+  """A layer's output and gradients."""
+  x = jax.random.normal(jax.random.key(1), (8, 5, 16), jnp.bfloat16)
+  params = moe_init(jax.random.key(0), config)
+
+  def total(params, x):
+    y, _ = apply(params, x, config)
+    return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+  with quickly():
+    grads, y = jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, x)
+  return jax.device_get((y, grads))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_that_of_float32s_products(name):
+  config = dataclasses.replace(CONFIG, **LAYERS[name])
+  expected = of_layer(config)
+  buckets = dataclasses.replace(config, dispatch=use(dispatch.buckets))
+  with devices.as_if("tpu"):
+    found = of_layer(config)
+  jax.tree.map(assert_close, found, expected)
+  jax.tree.map(assert_close, found, of_layer(buckets))
+  y, grads = found
+  assert np.mean(y != expected[0]) < 0.01  # both are rounded once
+  assert all(np.asarray(g, np.float32).any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_layer_over_a_mesh_is_that_of_one_device(explicit):
+  expected = of_layer(CONFIG)
+  made = mesh.make("data=2,expert=4", explicit=explicit)
+  with devices.as_if("tpu"), jax.set_mesh(made):
+    found = of_layer(CONFIG)
+  jax.tree.map(assert_close, found, expected)
