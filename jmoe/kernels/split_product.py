@@ -149,22 +149,31 @@ def _cut(a: Array, axis: int, chunks: int) -> Array:
   return a.reshape(*a.shape[:axis], chunks, -1, *a.shape[axis + 1 :])
 
 
-def narrow_einsum(subscripts: str, a: Array, b: Array) -> Array:
-  """f32 `einsum` of two bfloat16 arrays, whose products are exact."""
+def narrow_einsum(subscripts: str, a: Array, b: Array, at: Any = None) -> Array:
+  """f32 `einsum` of two bfloat16 arrays, whose products are exact.
+
+  Args:
+    subscripts: as for `jnp.einsum`.
+    a: one operand.
+    b: the other.
+    at: the result's sharding, where a mesh has explicit axes.
+  """
 
   def wide(a, b):  # not every product of bfloat16 runs on a CPU
     of = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    return of(subscripts, a.astype(jnp.float32), b.astype(jnp.float32))
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return of(subscripts, a, b, out_sharding=at)
 
   def narrow(a, b):
     fast = jax.lax.Precision.DEFAULT  # whatever the context says: parts are exact
-    kind = jnp.float32
-    return jnp.einsum(subscripts, a, b, precision=fast, preferred_element_type=kind)
+    of = functools.partial(jnp.einsum, precision=fast, out_sharding=at)
+    return of(subscripts, a, b, preferred_element_type=jnp.float32)
 
   return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
 
 
 def letters(subscripts: str) -> tuple[str, str, str]:
+  """Those of both operands and of the result."""
   operands, _, out = subscripts.partition("->")
   a, _, b = operands.partition(",")
   return a, b, out

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import jmoe
-from jmoe import MoEConfig, capacity, dispatch, routers, use
+from jmoe import Context, MoEConfig, capacity, dispatch, routers, use
+from jmoe.assign import assign
 from jmoe.kernels import devices
 from jmoe.kernels.mask_product import mask_product
 from jmoe.layer import apply, moe_init
 from jmoe.parallel import EXPERT_TENSOR, mesh
+from jmoe.types import Home
 from tests._cases import quickly
 from tests.jaxprs import products
 from tests.parallel.cases import MATMUL
@@ -122,8 +124,10 @@ def test_products_are_bfloat16s_where_rows_are(rows, weights, device, expected):
   with devices.as_if(device):
     traced = jax.jit(functools.partial(both, HOME)).trace(*given)
   found = products(traced.lower(lowering_platforms=(platform,)).as_text())
-  kinds = {p.dtypes for p in found}
-  assert kinds == ({("f32", "f32")} if expected is None else {("bf16", "bf16")})
+  wide, narrow = ("f32", "HIGHEST"), ("bf16", "DEFAULT")
+  kinds = {(p.dtypes, p.precision) for p in found}
+  kind, precision = wide if expected is None else narrow
+  assert kinds == {((kind, kind), (precision, precision))}
   assert len(found) == (expected or 3)
 
 
@@ -137,6 +141,86 @@ def test_weights_that_are_not_finite_pass_on(weight):
   found, expected = (np.asarray(a, np.float32) for a in (found, expected))
   assert not np.isfinite(found).all()
   np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+  "rows, dtype", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32",) * 2]
+)
+def test_other_dtypes_are_multiplied_in_float32(rows, dtype):
+  mask, given, _ = operands(HOME, "float32")
+  given = given.astype(rows) * (1 + 2.0**-12)
+  with devices.as_if("hopper"):
+    found = mask_product(HOME, mask, given, jnp.dtype(dtype))
+  a, b = (np.asarray(x, np.float64) for x in (mask, given))
+  true, size = np.einsum(HOME, a, b), np.einsum(HOME, abs(a), abs(b))
+  assert found.dtype == dtype
+  rounding = 2.0**-8 if dtype == "bfloat16" else 2.0**-24
+  gap = np.abs(np.asarray(found, np.float64) - true)
+  assert (gap <= rounding * np.abs(true) + 2.0**-21 * size).all()
+
+
+def test_second_derivatives_are_float32s():
+  mask, rows, grad = operands(HOME, "float32")
+
+  def of(mask, rows):
+    found, pull = jax.vjp(functools.partial(both, HOME, grad=grad), mask, rows)
+    return pull(jax.tree.map(jnp.ones_like, found))
+
+  with devices.as_if("tpu"):
+    found = jax.jit(of)(mask, rows)
+    traced = jax.jit(of).trace(mask, rows)
+  made = products(traced.lower(lowering_platforms=("tpu",)).as_text())
+  assert any(p.dtypes == ("f32", "f32") for p in made)
+  for product in made:
+    exact = "HIGHEST" if "f32" in product.dtypes else "DEFAULT"
+    assert product.precision == (exact, exact)
+  for one, other in zip(found, jax.jit(of)(mask, rows), strict=True):
+    assert_close(one.astype(jnp.bfloat16), other.astype(jnp.bfloat16))
+
+
+def test_gradients_in_shard_map_are_sums_over_devices():
+  """Of a mask that all devices share."""
+  mask, rows, grad = operands(HOME, "float32")
+  spec = jax.sharding.PartitionSpec
+  auto = (jax.sharding.AxisType.Auto,)
+
+  def total(mask, rows):
+    y = mask_product(HOME, mask, rows, rows.dtype).astype(jnp.float32)
+    return jnp.sum(y * grad.astype(jnp.float32))
+
+  def over(mask, rows):
+    return jax.shard_map(
+      lambda mask, rows: jax.lax.psum(total(mask, rows[0]), "data"),
+      mesh=jax.make_mesh((8,), ("data",), auto),
+      in_specs=(spec(), spec("data")),
+      out_specs=spec(),
+    )(mask, jnp.stack([rows] * 8))
+
+  expected = jax.jit(jax.grad(total, (0, 1)))(mask, rows)
+  with devices.as_if("tpu"):
+    found = jax.jit(jax.grad(over, (0, 1)))(mask, rows)
+  assert_close(found[0], 8 * expected[0])
+  assert_close(found[1], (8 * expected[1].astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("scale", ["input", "output"])
+def test_no_weight_is_rounded(scale):
+  """Experts that give back what they get; slots are rounded, and so are tokens."""
+  x = jnp.asarray(R.normal(size=(11, D)), jnp.bfloat16)
+  scores = jax.nn.softmax(jnp.asarray(R.normal(size=(11, E)), jnp.float32))
+  routing = routers.top_k(scores, scores, scores, k=2, context=Context())
+  plan = assign(routing, Context(), capacity=use(capacity.fixed, slots=11))
+  ones = jnp.ones_like(routing.weight)
+  way = Home(routing.weight)
+  if scale == "input":
+    way = Home(ones, input_scale=routing.weight)
+  with devices.as_if("tpu"):
+    found = dispatch.einsum(x, plan, lambda rows: rows.gathered(), way)
+  weight = np.asarray(routing.weight, np.float32).reshape(11, 2, 1)
+  terms = weight * np.asarray(x, np.float32)[:, None]
+  if scale == "input":
+    terms = terms.astype(jnp.bfloat16).astype(np.float32)
+  np.testing.assert_array_equal(found, terms.sum(1).astype(jnp.bfloat16))
 
 
 CONFIG = MoEConfig(
@@ -157,9 +241,10 @@ LAYERS = {
 }
 
 
-def of_layer(config: MoEConfig):
-  """A layer's output and gradients."""
+def of_layer(config: MoEConfig, at=None):
+  """A layer's output and gradients; where its activations lie."""
   x = jax.random.normal(jax.random.key(1), (8, 5, 16), jnp.bfloat16)
+  x = x if at is None else jax.device_put(x, at)
   params = moe_init(jax.random.key(0), config)
 
   def total(params, x):
@@ -191,4 +276,16 @@ def test_a_layer_over_a_mesh_is_that_of_one_device(explicit):
   made = mesh.make("data=2,expert=4", explicit=explicit)
   with devices.as_if("tpu"), jax.set_mesh(made):
     found = of_layer(CONFIG)
+  jax.tree.map(assert_close, found, expected)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="needs jnp.repeat's sharding")
+def test_gradients_lie_as_their_arrays_do():
+  """Activations that come split along d_model, of a layer without a table."""
+  config = dataclasses.replace(CONFIG, sharding=None)
+  expected = of_layer(config)
+  made = mesh.make("data=2,expert=4", explicit=True)
+  at = jax.sharding.NamedSharding(made, jax.sharding.PartitionSpec(None, None, "data"))
+  with devices.as_if("tpu"), jax.set_mesh(made):
+    found = of_layer(config, at)
   jax.tree.map(assert_close, found, expected)
