@@ -12,9 +12,9 @@ from experiments.config import Run, sparse_layers
 from experiments.errors import BadConfig
 from experiments.planning import mesh as planned
 from experiments.program import program
-from experiments.spread import STRATEGIES, Spread
+from experiments.spread import Spread
+from experiments.strategies import carrier
 from jmoe.parallel import EXPERT_TENSOR, Rules, mesh as meshes
-from jmoe.use import nearest
 
 
 def of(run: Run, text: str | None, *, strategy: str | None = None) -> Spread | None:
@@ -29,13 +29,13 @@ def make(run: Run, text: str, *, strategy: str | None = None) -> Spread:
   Args:
     run: whose layers' own table is used, if they have one.
     text: as in "data=2,fsdp=2,expert=2".
-    strategy: of `STRATEGIES`.
+    strategy: as for `strategies.carrier`.
 
   Raises:
     BadConfig: on one line, what does not fit; nothing was compiled.
   """
-  if strategy is not None and strategy not in STRATEGIES:
-    raise BadConfig(f"--strategy {strategy}: unknown; {nearest(strategy, STRATEGIES)}")
+  if strategy is not None:
+    carrier(strategy)
   try:
     table = _table(run)
     axes = dict.fromkeys((*meshes.AXES, *table.named))

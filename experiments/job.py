@@ -106,7 +106,10 @@ def execute(runs: Sequence[tuple[Run, epath.Path]], options: Options) -> None:
   run, folder = runs[0]
   texts, encoded = hosts.first("the data", lambda: loaded(run, options.cache, folder))
   with hosts.together("what is trained on what"):
-    same = {name: of_json(x) for name, x in opening.facts(run, texts, encoded).items()}
+    facts = opening.facts(run, texts, encoded)
+    # By the argument that says it, where one does.
+    names = {"config": "the configuration (--config, --set)"}
+    same = {names.get(name, name): of_json(fact) for name, fact in facts.items()}
     hosts.check_equal(
       same | {"--mesh": options.mesh, "--strategy": options.strategy},
       "give every process the same command and data, and Pythons of one version.",

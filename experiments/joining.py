@@ -46,7 +46,16 @@ class Job:
         f"--coordinator {self.coordinator} is not HOST:PORT; write it as in "
         "10.0.0.1:1234."
       )
+    if not 1 <= int(port) <= 65535:
+      raise ValueError(
+        f"--coordinator {self.coordinator}: there is no port {port}; give one of 1 to "
+        "65535."
+      )
     assert self.processes is not None and self.process is not None
+    if self.processes < 1:
+      raise ValueError(
+        f"--processes {self.processes}: give how many there are, from 1."
+      )
     if not 0 <= self.process < self.processes:
       raise ValueError(
         f"--process {self.process} is none of --processes {self.processes}; give 0 to "

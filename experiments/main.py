@@ -83,7 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     help="all devices in a grid: data=2,fsdp=2,expert=2; also tensor and context",
   )
   add(
-    "--strategy", metavar="NAME", help="of sparse layers over a mesh: all_gather, ..."
+    "--strategy",
+    metavar="NAME",
+    help="of sparse layers over a mesh: all_gather, all_to_all+overlap=2, ...",
   )
   add(
     "--distributed",

@@ -8,6 +8,7 @@ fails can then tell the others, and none waits for it in Orbax.
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from experiments import hosts
+from experiments import hosts, late_reads
 from experiments.digests import differing, of_json
 from experiments.errors import BadCheckpoint
 from experiments.workdir import differences, listed
@@ -38,6 +39,37 @@ def check_readable(folder: epath.Path) -> None:
     raise BadCheckpoint(
       f"{folder} cannot be read ({error.strerror}); mend it, or give another --workdir."
     ) from error
+
+
+def check_same(folder: epath.Path) -> None:
+  """Raises, on every process, unless all see the same checkpoints.
+
+  A process that saw none would begin anew while the others go on.
+
+  Raises:
+    BadCheckpoint, PeerFailed: they do not, `hosts.SIGHT` seconds long, as file systems
+      of networks may take some to show what is there.
+  """
+
+  def steps() -> list[int]:
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  theirs = hosts.share("its checkpoints", steps())
+  with hosts.together("the checkpoints are seen"):
+    deadline = time.monotonic() + hosts.SIGHT
+    while (mine := steps()) != theirs:
+      if time.monotonic() > deadline:
+        raise BadCheckpoint(
+          f"--workdir {folder.parent}: process {hosts.index()} sees {_listed(mine)} "
+          f"there, process 0 sees {_listed(theirs)}; give a folder that all hosts "
+          "share."
+        )
+      time.sleep(0.5)
+
+
+def _listed(steps: list[int]) -> str:
+  return f"checkpoints {', '.join(map(str, steps))}" if steps else "no checkpoint"
 
 
 def manager_of(
@@ -233,6 +265,7 @@ def _arrays(
   manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any] | None
 ) -> dict[str, Any]:
   """Arrays by path, of NumPy; where several processes share them, global ones."""
+  late_reads.forget()
   try:
     shared = like is not None and hosts.count() > 1
     if like is None:

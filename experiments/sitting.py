@@ -42,7 +42,7 @@ class Options:
   command: Sequence[str] = ()
   profile: tuple[int, int] | None = None  # first and last step to trace
   mesh: str | None = None  # as in "data=2,expert=4"; None: one device
-  strategy: str | None = None  # of `spread.STRATEGIES`, of all sparse layers
+  strategy: str | None = None  # as for `strategies.carrier`, of all sparse layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Sitting:
           self._send()
         hosts.check_visible(self.where.seen / "config.json", "--workdir")
         restoring.check_readable(self.folder / "checkpoints")
+      if not self.where.is_copy:
+        restoring.check_same(self.folder / "checkpoints")
       return self._finished(state)
 
   def _finished(self, state: states.TrainState | None) -> Trained:

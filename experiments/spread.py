@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from experiments import batches
+from experiments import batches, strategies
 from experiments.config import Run, sparse_layers
 from experiments.planning import sharding as by_name
 from experiments.program import Program
@@ -24,7 +24,7 @@ from experiments.state import TrainState, path_part
 from jmoe import dispatch
 from jmoe.config import BlockConfig, ModelConfig, MoEConfig
 from jmoe.parallel import EXPERT_TENSOR, Rules, param_specs, rules
-from jmoe.use import Use, use
+from jmoe.use import use
 
 _WHOLE = P()
 # What carries rows to experts on other devices, in place of what does not.
@@ -44,19 +44,6 @@ _BESIDE: dict[str, str | bool] = {
 _COPIES: dict[str, str | bool] = {
   "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"
 }
-GATHER = "gather"  # matrices come to the tokens, and no row travels
-_OWN_FIRST = "+own_first"
-# Name -> what carries rows, with the keywords that the name stands for.
-STRATEGIES: dict[str, Use | None] = {
-  **{
-    name: use(function)
-    for name, function in vars(dispatch).items()
-    if getattr(function, "exchanges", False) or getattr(function, "gspmd", False)
-  },
-  "all_gather" + _OWN_FIRST: use(dispatch.all_gather, own_first=True),
-  "all_to_all" + _OWN_FIRST: use(dispatch.all_to_all, own_first=True),
-  GATHER: None,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +53,8 @@ class Spread:
   Args:
     mesh: of all devices of the job, with Auto axes.
     rules: the table of every sparse layer and of the model.
-    strategy: of `STRATEGIES`, for all sparse layers; None: the exchange that fits each,
-      if there is an expert axis.
+    strategy: as for `strategies.carrier`, of all sparse layers; None: the exchange that
+      fits each, if there is an expert axis.
   """
 
   mesh: Mesh
@@ -84,10 +71,7 @@ class Spread:
   def said(self, config: ModelConfig) -> str:
     """The mesh, and how a model's rows travel over it, for people."""
     carriers = [ff.dispatch for ff in sparse_layers(self.model(config))]
-    used = {
-      used.name + (_OWN_FIRST if used.kwargs.get("own_first") else "")
-      for used in carriers
-    }
+    used = set(map(strategies.name_of, carriers))
     return str(self) + (f", dispatch {', '.join(sorted(used))}" if used else "")
 
   def model(self, config: ModelConfig) -> ModelConfig:
@@ -109,10 +93,10 @@ class Spread:
     return dataclasses.replace(block, attention=attention, ff=ff)
 
   def _carrier(self, ff: MoEConfig) -> Any:
-    if self.strategy == GATHER:
+    if self.strategy == strategies.GATHER:
       return ff.dispatch
     own, exchanged = ff.dispatch.function, _EXCHANGED.get(ff.dispatch.function)
-    asked = STRATEGIES[self.strategy] if self.strategy else None
+    asked = strategies.carrier(self.strategy) if self.strategy else None
     if asked is None and exchanged and self.rules.axes("expert", self.sizes):
       asked = use(exchanged)
     if asked is None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from jmoe.use import nearest
 
+_C = TypeVar("_C", bound=type)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -17,6 +18,20 @@ def known(where: str, names: Iterable[str], among: Iterable[str]) -> None:
   for name in names:
     if name not in among:
       raise TypeError(f"{where}: unknown keyword {name!r}; {nearest(name, among)}")
+
+
+def spelt_fields(cls: _C) -> _C:
+  """Decorator of a dataclass: an unknown keyword is answered with the nearest one."""
+  init = cls.__init__
+  fields = tuple(inspect.signature(cls).parameters)
+
+  @functools.wraps(init)
+  def checked(self, *args: Any, **keywords: Any) -> None:
+    known(cls.__name__, keywords, fields)
+    init(self, *args, **keywords)
+
+  cls.__init__ = checked
+  return cls
 
 
 def spelt(function: _F) -> _F:

@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Union, get_args, get_origin
 
+import jax.numpy as jnp
+
 from jmoe.use import PASSED, Use, fact, shown
 
 # field -> (home of jmoe's own functions, what the layer passes by position)
@@ -64,6 +66,33 @@ def finite_positive(name: str, value: Any, remedy: str = "") -> None:
   good = isinstance(value, numbers.Real) and not isinstance(value, bool)
   if not good or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type]
     raise ValueError(f"{name}={shown(value)} must be a positive number{remedy}.")
+
+
+def float_type(name: str, value: Any) -> Any:
+  """The dtype of a name or type; raises unless it is a float."""
+  try:
+    found = jnp.dtype(value)
+  except TypeError:
+    found = None
+  if found is None or not jnp.issubdtype(found, jnp.floating):
+    raise ValueError(
+      f"{name}={shown(value)} is no float dtype; use 'float32' or 'bfloat16'."
+    )
+  return found
+
+
+def table_of(called: str, config: Any) -> Any:
+  """The table of a layer's configuration; raises if this is none, or has none."""
+  if not hasattr(config, "sharding") or not hasattr(config, "experts"):
+    raise TypeError(
+      f"{called}: {shown(config)} is no layer's configuration; give a MoEConfig."
+    )
+  if config.sharding is None:
+    raise ValueError(
+      f"{called}: sharding=None in {shown(config)}; give it a table, as "
+      "jmoe.parallel.EXPERT_FSDP."
+    )
+  return config.sharding
 
 
 def family(field: str, use: Use) -> None:

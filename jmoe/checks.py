@@ -166,14 +166,7 @@ def _own_check(config: Any, use: Use) -> None:
 
 
 def _dtype(value: Any) -> None:
-  try:
-    good = jnp.issubdtype(jnp.dtype(value), jnp.floating)
-  except TypeError:
-    good = False
-  if not good:
-    raise ValueError(
-      f"param_dtype={shown(value)} is no float dtype; use 'float32' or 'bfloat16'."
-    )
+  _value_checks.float_type("param_dtype", value)
   if jnp.dtype(value) != jax.dtypes.canonicalize_dtype(value):
     raise ValueError(
       f"param_dtype={shown(value)} needs jax.config.update('jax_enable_x64', True); "

@@ -27,7 +27,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
   """The tail of an error message: ', did you mean X?', or all that is known."""
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=1)
-  return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+  if close:
+    return f"did you mean {close[0]!r}?"
+  return f"known: {', '.join(known)}." if known else "none is taken."
 
 
 def shown(value: Any, most: int = 80) -> str:

@@ -235,7 +235,7 @@ def test_a_function_without_a_public_name_is_a_value_but_has_no_json(function):
   [
     (lambda: use(routers.top_k, kk=2), TypeError, ("'kk'", "did you mean 'k'?")),
     (lambda: use(routers.top_k, k=1, scal=2), TypeError, ("'scal'", "'scale'")),
-    (lambda: use(score.softmax, axis=1), TypeError, ("softmax", "'axis'")),
+    (lambda: use(score.softmax, axis=1), TypeError, ("softmax", "none is taken.")),
     (lambda: use(routers.top_k, k=1, mask=None), TypeError, ("'mask'",)),
     (lambda: use(routers.top_k), TypeError, ("top_k", "missing k", "k=...")),
     (lambda: use(routers.top_k, 2), TypeError, ("top_k", "2", "by position", "k")),

@@ -19,7 +19,8 @@ from experiments.planning import hlo, step, work
 from experiments.planning.local import Local, group_sizes
 from experiments.planning.step import Question
 from experiments.planning.topology import Topology
-from experiments.spread import GATHER, STRATEGIES, Spread
+from experiments.spread import Spread
+from experiments.strategies import GATHER, STRATEGIES, carrier
 from jmoe import capacity
 from jmoe.config import BlockConfig, ModelConfig, MoEConfig
 from jmoe.kernels import devices
@@ -165,8 +166,8 @@ def lowered(run: Any, mesh: Mesh, strategy: str, factor: float = 1.25) -> Any:
 
 def _limited(model: ModelConfig, spread: Spread, factor: float) -> ModelConfig:
   """With a capacity, where a strategy of buckets meets layers without one."""
-  carrier = STRATEGIES[spread.strategy or GATHER]
-  if carrier is None or fact(carrier, "dropless") is not False:
+  used = carrier(spread.strategy or GATHER)
+  if used is None or fact(used, "dropless") is not False:
     return model
 
   def one(block: BlockConfig) -> BlockConfig:

@@ -58,8 +58,12 @@ def parse(text: str, topology: Topology) -> Mesh:
     ValueError: on one line, what is wrong with it and what would do; see
       `jmoe.parallel.mesh`.
   """
-  sizes = meshes.parse(text)
-  meshes.check_product(sizes, topology.devices)
+  try:
+    sizes = meshes.parse(text)
+    meshes.check_product(sizes, topology.devices)
+  except ValueError as error:
+    reason = str(error).removeprefix("mesh: ")
+    raise ValueError(f"--mesh {text}: {reason}") from error
   return Mesh.of(sizes)
 
 

@@ -6,6 +6,7 @@ several slots is several copies, which take turns at its tokens.
 # SPDX-License-Identifier: Apache-2.0
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def replicate(
     A placement of `num_devices * slots_per_device` slots.
 
   Raises:
-    ValueError: fewer slots than experts, or a load that is negative.
+    ValueError: fewer slots than experts, or a load that is negative or not finite.
   """
   load = [float(x) for x in load]
   E, num_slots = len(load), num_devices * slots_per_device
@@ -64,7 +65,7 @@ def replicate(
       f"replicate: {num_devices} devices of slots_per_device={slots_per_device} hold "
       f"fewer than {E} experts; use slots_per_device={-(-E // num_devices)} or more."
     )
-  if not load or min(load) < 0:
+  if not load or not all(0 <= x < math.inf for x in load):
     raise ValueError(f"replicate: load={shown(load)} must hold numbers from 0 up.")
   copies = [1] * E
   for _ in range(num_slots - E):

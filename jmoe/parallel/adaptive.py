@@ -14,11 +14,12 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from jmoe import dispatch
 from jmoe._mesh_checks import multiples, of_shape
-from jmoe.parallel import costs as costs_of
+from jmoe._value_checks import finite_positive, float_type, positive, table_of
+from jmoe.parallel import costs as costs_of, mesh as meshes
 from jmoe.parallel.rules import Rules, product
 from jmoe.use import Use, fact, use
 
@@ -46,7 +47,7 @@ class Choice(NamedTuple):
 def costs(
   config: Any,
   num_tokens: int,
-  sizes: Mapping[str, int],
+  sizes: str | Mapping[str, int] | Mesh | AbstractMesh,
   rates: Rates,
   *,
   dtype: Any = "bfloat16",
@@ -61,7 +62,7 @@ def costs(
   Args:
     config: a layer with a table; its capacity, if any, counts as rows.
     num_tokens: of the whole batch.
-    sizes: of the mesh.
+    sizes: of the mesh, as for `mesh.parse`, or a mesh.
     rates: of a device.
     dtype: of what travels.
     num_rows: B of activations `[B,S,D]`, whose rows are split whole; None: any tokens.
@@ -71,9 +72,13 @@ def costs(
     takes such activations: it divides the tokens, their rows, sequences and groups.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is none; a configuration without a table, a mesh that cannot be
+      parsed, numbers that are not positive, or a dtype that is no float.
+    TypeError: a configuration or sizes of another type.
   """
-  rules: Rules = config.sharding
+  rules: Rules = table_of("adaptive", config)
+  sizes = _sizes(config, sizes)
+  _check(num_tokens, num_rows, rates)
   experts, sequence = rules.axes("expert", sizes), rules.axes("sequence", sizes)
   features = rules.axes("d_ff", sizes)
   # Where an axis splits sequences too, hidden layers are gathered over it in all ways.
@@ -82,7 +87,7 @@ def costs(
     a for a in rules.axes("tokens", sizes) + sequence if a not in (*experts, *tensor)
   )
   E, D, F, matrices = _widths(config)
-  item = jnp.dtype(dtype).itemsize
+  item = float_type("adaptive: dtype", dtype).itemsize
   n, t = product(experts, sizes), product(tensor, sizes)
   fsdp = product(rules.axes("d_model", sizes), sizes)
   fsdp *= product([a for a in features if a in sequence], sizes)
@@ -216,7 +221,7 @@ def strategies(config: Any, sizes: Mapping[str, int]) -> list[Use]:
 def choose(
   config: Any,
   num_tokens: int,
-  sizes: Mapping[str, int],
+  sizes: str | Mapping[str, int] | Mesh | AbstractMesh,
   rates: Rates,
   *,
   dtype: Any = "bfloat16",
@@ -230,14 +235,35 @@ def choose(
   return as_chosen(config, best, sizes)
 
 
-def as_chosen(config: Any, choice: Choice, sizes: Mapping[str, int]) -> Any:
+def as_chosen(
+  config: Any,
+  choice: Choice,
+  sizes: str | Mapping[str, int] | Mesh | AbstractMesh,
+) -> Any:
   """The configuration that runs in a certain way."""
+  sizes = _sizes(config, sizes)
   sequence = config.sharding.axes("sequence", sizes)
   tokens = tuple(a for a in choice.tokens if a not in sequence)
   # A mesh's axes of size 1 stay named: the layer refuses a table that names no axis.
   tokens += tuple(a for a in config.sharding.tokens if sizes.get(a) == 1)
   rules = dataclasses.replace(config.sharding, tokens=tokens)
   return dataclasses.replace(config, sharding=rules, dispatch=choice.dispatch)
+
+
+def _sizes(config: Any, sizes: Any) -> dict[str, int]:
+  known = dict.fromkeys((*meshes.AXES, *config.sharding.named))
+  return meshes.sizes_of(sizes, tuple(known))
+
+
+def _check(num_tokens: int, num_rows: int | None, rates: Rates) -> None:
+  positive("adaptive: num_tokens", num_tokens)
+  if num_rows is not None:
+    positive("adaptive: num_rows", num_rows)
+  remedy = " a second, as in Rates(flops=600e12, link=300e9)"
+  finite_positive("adaptive: rates.flops", rates.flops, remedy)
+  finite_positive("adaptive: rates.link", rates.link, remedy)
+  for name, share in rates.shares.items():
+    finite_positive(f"adaptive: rates.shares[{name!r}]", share)
 
 
 def _widths(config: Any) -> tuple[int, int, int, int]:

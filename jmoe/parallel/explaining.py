@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jmoe._value_checks import whole
+from jmoe._value_checks import float_type, table_of, whole
 from jmoe.assign import capacity
 from jmoe.parallel import mesh as meshes
 from jmoe.parallel.rules import (
@@ -22,6 +22,8 @@ from jmoe.parallel.rules import (
   spec,
 )
 from jmoe.use import fact, shown
+
+_SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 
 def explain(
@@ -55,31 +57,29 @@ def explain(
 
   Raises:
     ValueError: a configuration without a table, a mesh that cannot be parsed, one that
-      does not divide the layer or has none of its axes, a shape of no activations, or
-      devices of a node that are no positive whole number.
-    TypeError: sizes or a shape of another type.
+      does not divide the layer or has none of its axes, a shape of no activations, a
+      dtype that is no float, or devices of a node that are no positive whole number.
+    TypeError: a configuration, sizes or a shape of another type.
   """
   from jmoe._mesh_checks import of_shape
   from jmoe.parameters import param_shapes
 
-  rules = config.sharding
-  if rules is None:
-    raise ValueError(
-      f"explain: sharding=None in {shown(config)}; give it a table, as "
-      "jmoe.parallel.EXPERT_FSDP."
-    )
-  if not isinstance(shape, Sequence):
+  rules = table_of("explain", config)
+  if not isinstance(shape, Sequence) or isinstance(shape, str):
     raise TypeError(f"explain: shape={shown(shape)}; give that of x, as (8, 512, 64).")
+  if not all(map(whole, shape)):
+    raise ValueError(
+      f"explain: shape={shown(tuple(shape))} must be whole numbers of at least 1, as "
+      "(8, 512, 64)."
+    )
+  dtype = float_type("explain: dtype", dtype)
   if devices_per_node is not None and not whole(devices_per_node):
     raise ValueError(
       f"explain: devices_per_node={shown(devices_per_node)} must be a whole number of "
       "at least 1, or None."
     )
-  if isinstance(sizes, Mesh | AbstractMesh):
-    sizes = dict(sizes.shape)
-  else:
-    known = dict.fromkeys((*meshes.AXES, *rules.named))
-    sizes = meshes.parse(sizes, axes=axes or tuple(known))
+  known = dict.fromkeys((*meshes.AXES, *rules.named))
+  sizes = meshes.sizes_of(sizes, axes or tuple(known))
   context = of_shape(config, shape, dtype, sizes)
   T = math.prod(shape[:-1])
   at = activation_spec(len(shape), rules, sizes)
@@ -131,7 +131,7 @@ def _line(
 ) -> tuple[str, int]:
   dtype = jnp.dtype(dtype)
   size = bytes_per_device(shape, dtype.itemsize, where, sizes)
-  kind = f"{dtype.kind}{8 * dtype.itemsize}{list(shape)}"
+  kind = f"{_SHORT.get(dtype.name, dtype.name)}{list(shape)}"
   return f"{name:<22} {kind:<22} {_shown(where):<44} {size:>12,} bytes", size
 
 

@@ -56,6 +56,8 @@ def make(
   """
   sizes = parse(sizes, axes=axes)
   devices = list(jax.devices()) if devices is None else list(devices)
+  if not devices:
+    raise ValueError("mesh: devices=[] holds none; give some, as jax.devices().")
   check_product(sizes, len(devices))
   kind = AxisType.Explicit if explicit else AxisType.Auto
   return jax.make_mesh(
@@ -93,6 +95,15 @@ def parse(
   if not found:
     raise ValueError(f"mesh: {shown(sizes)} names no axis; write 'data=8'.")
   return found
+
+
+def sizes_of(
+  sizes: str | Mapping[str, int] | Mesh | AbstractMesh, axes: Sequence[str]
+) -> dict[str, int]:
+  """The size of each axis of a mesh, or of a text or mapping as `parse` takes them."""
+  if isinstance(sizes, Mesh | AbstractMesh):
+    return dict(sizes.shape)
+  return parse(sizes, axes=axes)
 
 
 def _split(text: str) -> list[tuple[str, Any]]:

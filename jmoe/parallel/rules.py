@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jmoe._spelling import spelt_fields
 from jmoe.use import shown
 
 Axes = tuple[str, ...]
@@ -45,6 +46,7 @@ _MODEL: dict[tuple[str, ...], tuple[str, str]] = {
 }
 
 
+@spelt_fields
 @dataclasses.dataclass(frozen=True)
 class Rules:
   """A table: for each logical axis the mesh axes that split it.
@@ -81,7 +83,9 @@ class Rules:
           f"Rules: {field.name}={shown(axes)} must be a tuple of names of mesh axes."
         )
       if len(set(axes)) != len(axes):
-        raise ValueError(f"Rules: {field.name}={axes} lists an axis twice.")
+        raise ValueError(
+          f"Rules: {field.name}={axes} lists an axis twice; give each axis once."
+        )
       object.__setattr__(self, field.name, axes)
     if both := set(self.tokens) & set(self.sequence):
       raise ValueError(

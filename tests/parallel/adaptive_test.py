@@ -101,6 +101,40 @@ def test_the_error_names_what_fails_and_what_would_do(
     adaptive.costs(config, num_tokens, sizes, RATES, num_rows=num_rows)
 
 
+@pytest.mark.parametrize(
+  "fields, said",
+  [
+    (dict(config="foo"), "'foo' is no layer's configuration"),
+    (dict(config=dataclasses.replace(wide(), sharding=None)), "sharding=None in"),
+    (dict(sizes="expret=2"), "unknown axis 'expret'; did you mean 'expert'"),
+    (dict(num_tokens="64"), "num_tokens='64' must be a whole number"),
+    (dict(num_tokens=0), "num_tokens=0 must be a whole number"),
+    (dict(num_rows=-1), "num_rows=-1 must be a whole number"),
+    (dict(dtype="floaty"), "dtype='floaty' is no float dtype"),
+    (dict(rates=adaptive.Rates(0, 1)), "rates.flops=0 must be a positive number"),
+    (dict(rates=adaptive.Rates(1e15, -1)), "rates.link=-1 must be a positive"),
+    (
+      dict(rates=adaptive.Rates(1e15, 1e11, {"all_gather": 0.0})),
+      r"rates.shares\['all_gather'\]=0.0 must be a positive",
+    ),
+  ],
+)
+def test_bad_input_is_named(fields, said):
+  given = dict(config=wide(), num_tokens=512, sizes=SIZES, rates=RATES) | fields
+  for call in (adaptive.costs, adaptive.choose):
+    with pytest.raises((TypeError, ValueError), match=said) as error:
+      call(**given)
+    assert str(error.value).startswith(("adaptive: ", "mesh: "))
+    assert "\n" not in str(error.value)
+
+
+def test_a_mesh_and_a_text_are_sizes_too():
+  expected = adaptive.choose(wide(), 512, SIZES, RATES)
+  made = mesh.make(SIZES)
+  assert adaptive.choose(wide(), 512, made, RATES) == expected
+  assert adaptive.choose(wide(), 512, "data=2,expert=2,tensor=2", RATES) == expected
+
+
 def test_expert_axes_that_split_sequences_split_tokens_once():
   params, x = param_shapes(BY_SEQUENCE), jax.ShapeDtypeStruct((2, 8, 8), "float32")
   found = adaptive.costs(BY_SEQUENCE, 16, IN_TWO, RATES, num_rows=2)

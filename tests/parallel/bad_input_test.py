@@ -54,10 +54,17 @@ def test_meshes(sizes, said):
     mesh.make(sizes)
 
 
+def test_a_mesh_has_devices():
+  with pytest.raises(ValueError, match="^mesh: devices=\\[\\] holds none; give some"):
+    mesh.make("data=1", devices=[])
+
+
 def test_tables():
   with pytest.raises(TypeError, match="tokens=3 must be a tuple of names"):
     Rules(tokens=3)  # type: ignore[arg-type]
-  with pytest.raises(ValueError, match="lists an axis twice"):
+  with pytest.raises(TypeError, match="unknown keyword 'token'; did you mean 'tokens'"):
+    Rules(token=("data",))  # type: ignore[call-arg]
+  with pytest.raises(ValueError, match="lists an axis twice; give each axis once"):
     Rules(expert=("a", "a"))
   with pytest.raises(ValueError, match="'a' splits tokens and sequence"):
     Rules(tokens=("a",), sequence=("a",))

@@ -119,9 +119,20 @@ def test_what_cannot_be_split_is_an_error():
     explain(WIDE, "foo=8", SHAPE)
   with pytest.raises(TypeError, match="shape=8; give that of x"):
     explain(WIDE, "data=8", 8)  # type: ignore[arg-type]
+  with pytest.raises(ValueError, match=r"shape=\(-8, 512, 4096\) must be whole"):
+    explain(WIDE, "data=8", (-8, 512, 4096))
+  with pytest.raises(ValueError, match="dtype='floaty' is no float dtype; use"):
+    explain(WIDE, "data=8", SHAPE, dtype="floaty")
+  with pytest.raises(TypeError, match="'foo' is no layer's configuration"):
+    explain("foo", "data=8", SHAPE)
   for wrong in (0, 2.5, "8"):
     with pytest.raises(ValueError, match=f"devices_per_node={wrong!r} must be a whole"):
       explain(WIDE, "data=8", SHAPE, devices_per_node=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype, short", [("bfloat16", "bf16"), ("float16", "f16")])
+def test_activations_are_of_a_dtype(dtype, short):
+  assert f" {short}[8, 512, 4096] " in explain(WIDE, "data=8", SHAPE, dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,9 @@ def test_placements_hold_every_expert_and_fill_every_device():
   params = moe_init(KEY, BASE)["experts"]
   twice = layout.take_slots(params, (0, 1, 0))
   np.testing.assert_array_equal(twice["up_EDF"][2], params["up_EDF"][0])
+  for load in ([1.0, float("nan")], [1.0, float("inf")], [1.0, -1.0], []):
+    with pytest.raises(ValueError, match="must hold numbers from 0 up"):
+      layout.replicate(load, num_devices=4, slots_per_device=1)
   with pytest.raises(ValueError, match="slots_per_device=2 or more"):
     layout.replicate([1.0] * 8, num_devices=4, slots_per_device=1)
 

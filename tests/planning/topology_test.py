@@ -56,7 +56,7 @@ def test_unknown_topologies_are_answered_with_known_ones(text, words):
   ],
 )
 def test_a_mesh_that_does_not_fit_is_answered_with_one_that_does(text, words):
-  with pytest.raises(ValueError, match="^mesh: ") as error:
+  with pytest.raises(ValueError, match="^--mesh ") as error:
     meshes.parse(text, V5E)
   assert words in str(error.value)
 

@@ -6,14 +6,16 @@ import itertools
 import json
 import random
 import shutil
+import sys
 import time
+import types
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import checkpoint
+from experiments import checkpoint, late_reads
 from experiments.checkpoint import Checkpoints, digests
 from experiments.digests import of_json
 from experiments.errors import BadCheckpoint
@@ -234,3 +236,13 @@ def test_a_model_can_be_read_without_its_run(saved, copy, capsys):
     checkpoint.read(copy, step=3)
   with pytest.raises(BadCheckpoint, match="holds no checkpoint"):
     checkpoint.read(copy / "nowhere")
+
+
+def test_reads_that_end_after_the_one_that_failed_say_nothing(monkeypatch):
+  said = []
+  monkeypatch.setattr(sys, "unraisablehook", said.append)
+  late_reads.forget()
+  late_reads.forget()
+  for error in (RuntimeError("Event loop is closed"), RuntimeError("else"), KeyError()):
+    sys.unraisablehook(types.SimpleNamespace(exc_value=error))  # type: ignore[arg-type]
+  assert [repr(x.exc_value) for x in said] == ["RuntimeError('else')", "KeyError()"]

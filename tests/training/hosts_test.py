@@ -11,8 +11,15 @@ import jax
 import pytest
 from etils import epath
 
-from experiments import handshake, hosts, joining
-from experiments.errors import BadConfig, BadData, PeerFailed, Stopped, Unreachable
+from experiments import handshake, hosts, joining, restoring
+from experiments.errors import (
+  BadCheckpoint,
+  BadConfig,
+  BadData,
+  PeerFailed,
+  Stopped,
+  Unreachable,
+)
 
 
 class Store:
@@ -103,6 +110,34 @@ def test_a_folder_that_only_the_first_one_sees_is_refused(store, tmp_path, monke
     hosts.check_visible(epath.Path(tmp_path) / "config.json", "--workdir")
   (tmp_path / "config.json").touch()
   hosts.check_visible(epath.Path(tmp_path) / "config.json", "--workdir")
+
+
+@pytest.mark.parametrize(
+  "mine, said", [([3], "sees checkpoints 3 there"), ([], "sees no checkpoint there")]
+)
+def test_other_checkpoints_than_the_first_one_sees_are_refused(
+  store, tmp_path, monkeypatch, mine, said
+):
+  monkeypatch.setattr(hosts, "SIGHT", 0.0)
+  folder = epath.Path(tmp_path) / "checkpoints"
+  for step in mine:
+    (folder / str(step)).mkdir(parents=True)
+  store.said |= {"jmoe/0/0": "[3, 4]", "jmoe/1/0": ""}
+  with pytest.raises(BadCheckpoint, match=said) as error:
+    restoring.check_same(folder)
+  assert "--workdir" in str(error.value) and "3, 4; give a folder" in str(error.value)
+  assert "sees" in store.said["jmoe/1/1"]  # and is heard by the first one
+
+
+def test_checkpoints_that_come_into_sight_are_waited_for(store, tmp_path):
+  folder = epath.Path(tmp_path) / "checkpoints"
+  (folder / "3").mkdir(parents=True)
+  (folder / "4.orbax-checkpoint-tmp-1").mkdir()
+  store.said |= {"jmoe/0/0": "[3, 4]", "jmoe/1/0": ""}
+  late = threading.Timer(0.2, (folder / "4").mkdir)
+  late.start()
+  restoring.check_same(folder)
+  late.join()
 
 
 def test_processes_meet_and_hear_of_each_others_errors(store):

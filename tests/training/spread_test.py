@@ -265,6 +265,16 @@ def test_layers_that_do_not_fit_are_named_before_anything_is_compiled(
       + ["2", "--process", "2"],
       "--process 2 is none of --processes 2; give 0 to 1",
     ),
+    (
+      ["--distributed", "--mesh", "data=8", "--coordinator", "here:1", "--processes"]
+      + ["0", "--process", "0"],
+      "--processes 0: give how many there are, from 1",
+    ),
+    (
+      ["--distributed", "--mesh", "data=8", "--coordinator", "here:99999"]
+      + ["--processes", "2", "--process", "0"],
+      "--coordinator here:99999: there is no port 99999; give one of 1 to 65535",
+    ),
   ],
 )
 def test_processes_that_cannot_be_are_one_line(tmp_path, capsys, arguments, said):

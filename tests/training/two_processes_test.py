@@ -105,7 +105,7 @@ def test_processes_with_other_inputs_end_with_one_line_each(texts, cache, tmp_pa
     code, output = process.ended()
     said = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2 and "Traceback" not in output, output
-    assert len(said) == 1 and "config of process 1 is " in said[0], output
+    assert len(said) == 1 and "--set) of process 1 is " in said[0], output
   assert time.monotonic() - start < hosts.PATIENCE / 2  # none waited for the other
   assert not (tmp_path / "run").exists()
 
