@@ -5,10 +5,9 @@ Python prints, a traceback for each array, between the lines that say what is br
 """
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 import sys
 from typing import Any
-
-_before: list[Any] = []
 
 
 def forget() -> None:
@@ -16,13 +15,13 @@ def forget() -> None:
 
   For good: they come as late as when the process ends.
   """
-  if not _before or sys.unraisablehook is not _said:
-    _before.append(sys.unraisablehook)
-    sys.unraisablehook = _said
+  before: Any = sys.unraisablehook
+  if getattr(before, "func", None) is not _said:
+    sys.unraisablehook = functools.partial(_said, before)
 
 
-def _said(unraisable: Any) -> None:
+def _said(before: Any, unraisable: Any) -> None:
   error = unraisable.exc_value
   late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
   if not late:
-    _before[-1](unraisable)
+    before(unraisable)

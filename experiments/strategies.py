@@ -1,6 +1,8 @@
 """What carries rows over a mesh, by the name that `--strategy` gives it."""
 # SPDX-License-Identifier: Apache-2.0
 
+import inspect
+
 from experiments.errors import BadConfig
 from jmoe import dispatch
 from jmoe.use import Use, nearest, use
@@ -19,7 +21,13 @@ STRATEGIES: dict[str, Use | None] = {
   GATHER: None,
 }
 _OVERLAP = "+overlap="
-_IN_CHUNKS = ("all_to_all", "hierarchical")  # they take `overlap`
+_IN_CHUNKS = tuple(
+  name
+  for name, used in STRATEGIES.items()
+  if used is not None
+  and not used.kwargs  # `own_first` hides exchanges without chunks
+  and "overlap" in inspect.signature(used.function).parameters
+)
 
 
 def carrier(name: str) -> Use | None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe import _value_checks
+from jmoe import _spelling as spelling, _value_checks
 from jmoe._call_checks import (
   activations as activations,
   call as call,
@@ -30,7 +30,7 @@ from jmoe._model_checks import model_config as model_config
 from jmoe._together_checks import in_turn as in_turn, together
 from jmoe._value_checks import finite_positive as finite_positive, positive as positive
 from jmoe.parallel.rules import Rules
-from jmoe.use import Use, fact as fact, nearest, shown
+from jmoe.use import Use, fact as fact, shown
 
 _ONE = ("gate", "score", "router", "priority", "renormalise", "dispatch", "experts")
 _ONE += ("combine", "join")
@@ -58,10 +58,7 @@ def known_fields(
   known = {f.name for f in dataclasses.fields(cls) if f.init}
   for p in inspect.signature(also).parameters.values() if also else ():
     known |= {p.name} if p.kind is not p.VAR_KEYWORD else set()
-  for name in names:
-    if name not in known:
-      called = where or (also or cls).__name__
-      raise TypeError(f"{called}: unknown keyword {name!r}; {nearest(name, known)}")
+  spelling.known(where or (also or cls).__name__, names, known)
 
 
 def named(cls: _C) -> _C:
@@ -69,11 +66,10 @@ def named(cls: _C) -> _C:
 
   NumPy scalars become Python's, so that equal values are equal in JSON too.
   """
-  init = cls.__init__
+  init = spelling.spelt_fields(cls).__init__
 
   @functools.wraps(init)
   def checked(self, *args: Any, **keywords: Any) -> None:
-    known_fields(cls, keywords)
     init(self, *_plain(args), **{k: _plain(v) for k, v in keywords.items()})
 
   cls.__init__ = checked

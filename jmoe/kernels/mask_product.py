@@ -24,14 +24,17 @@ def mask_product(subscripts: str, mask: Array, rows: Array, dtype: Any) -> Array
   A row must arrive as it left, so no product may round a number of the mask.  Float32
   products do not, and are slow on what multiplies bfloat16.  Of bfloat16 rows it is as
   many bfloat16 products instead as the mask's numbers have parts there: one where they
-  are bfloat16 too, three where they are float32.  The mask's gradient, sums over whole
-  rows, is one product of both gradients' bits.
+  are bfloat16 too, three where they are float32.  The mask's gradient is one product.
+  `jax.jvp` does not pass those.
 
   Args:
     subscripts: of two operands.
     mask: zeros and weights, f32 or in the rows' dtype.
     rows: what is moved; one that is not finite may give NaN for infinity.
     dtype: of the result.
+
+  Returns:
+    What the subscripts say, in that dtype.
   """
   if rows.dtype == jnp.bfloat16 == dtype and current_device() in _NARROW:
     return _by_parts(subscripts, None, *together(mask, rows))

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import job as job_of, loop, program, settings, sitting, vocabulary
+from experiments import (
+  hosts,
+  job as job_of,
+  loop,
+  program,
+  settings,
+  sitting,
+  vocabulary,
+)
 from experiments.checkpoint import Checkpoints, digests
 from experiments.errors import BadCheckpoint, BadConfig, BadData
 from experiments.remote import place
@@ -142,6 +150,23 @@ def test_checkpoints_that_this_host_cannot_list_are_one_line(begin, job, tmp_pat
   with pytest.raises(BadCheckpoint, match=r"checkpoints cannot be read \(Not a dir"):
     begin(job.run, tmp_path / "run")
   assert set((tmp_path / "run").iterdir()) == files
+
+
+def test_hosts_compare_the_checkpoints_they_see_before_one_is_read(
+  begin, job, tmp_path, monkeypatch
+):
+  begin(job.run, tmp_path / "run")
+  folder = tmp_path / "run" / "checkpoints"
+  shutil.rmtree(folder)
+  (folder / "4").mkdir(parents=True)
+
+  def of_the_first_one(what, value):  # another process, which sees step 3 alone
+    return [3] if what == "its checkpoints" else value
+
+  monkeypatch.setattr(hosts, "share", of_the_first_one)
+  monkeypatch.setattr(hosts, "SIGHT", 0.0)
+  with pytest.raises(BadCheckpoint, match="sees checkpoints 4 there, process 0 sees c"):
+    begin(job.run, tmp_path / "run")
 
 
 def test_a_summary_that_is_none_is_named(job, begin, tmp_path):
